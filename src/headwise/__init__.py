@@ -1,0 +1,28 @@
+"""headwise: transformers whose heads are routed.
+
+Layers return (y, routing); losses, statistics and plots are functions of the routing.
+"""
+
+from headwise import ops
+from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, convert, record_routing
+from headwise.nn import MHMoE, MoE, MoHAttention
+from headwise.ops import Routing, balance_loss, router_z_loss
+from headwise.released import load_released
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MHMoE",
+    "MHMoEConfig",
+    "MoE",
+    "MoEConfig",
+    "MoHAttention",
+    "MoHConfig",
+    "Routing",
+    "balance_loss",
+    "convert",
+    "load_released",
+    "ops",
+    "record_routing",
+    "router_z_loss",
+]

@@ -1,0 +1,91 @@
+"""MoH as a transformers attention function, registered under the name "headwise"."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.ops import Routing, head_attention
+
+NAME = "headwise"
+
+
+def install_router(attention: nn.Module, router: TwoStageRouter | QueryNormRouter) -> None:
+    """Give a transformers attention module a router; its class and parameter names stay."""
+    attention.router = router
+    if isinstance(router, TwoStageRouter):
+        attention.register_forward_pre_hook(_route_by_input, with_kwargs=True)
+
+
+def _route_by_input(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
+    x = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "routing": attention.router(x)}
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    routing: Routing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
+
+    The routing comes from the module's forward (two-stage router) or from q (query-norm router).
+    Attention modules of the model that were not converted get transformers' own dense attention.
+
+    Raises:
+        ValueError: For dropout on attention weights or `output_attentions`, which have no meaning
+            for heads that are never computed.
+    """
+    router = getattr(module, "router", None)
+    if router is None or _always_all_on(router):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    if dropout:
+        raise ValueError(f"attention_dropout is {dropout}; routed heads support 0.0 only")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is True; routed heads do not keep attention weights")
+    q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
+    if routing is None:
+        routing = router(q)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = is_causal and q.shape[1] > 1 and attention_mask is None
+    if causal:
+        # The first fill of a static cache: keys past the queries are empty slots.
+        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    boolean = attention_mask is not None and attention_mask.dtype == torch.bool
+    heads = head_attention(
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        routing.weights,
+        causal=causal,
+        mask=attention_mask if boolean else None,
+        bias=None if boolean else attention_mask,
+        scale=scaling,
+    )
+    return heads, None
+
+
+def _always_all_on(router: nn.Module) -> bool:
+    return isinstance(router, QueryNormRouter) and router.budget.active_share == 1
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

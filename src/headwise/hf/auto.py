@@ -1,0 +1,121 @@
+"""Classes for converted models: what they add to transformers' own, and how they load again."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from headwise.hf.configs import Conversion
+from headwise.hf.recorder import collect_routings
+from headwise.hf.surgery import install
+from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.ops import Routing, balance_loss, router_z_loss
+
+MODEL_TYPE = "headwise"
+
+
+class Routed:
+    """Mixed into the class of a converted model: balance in the training loss, strict loading."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        install(self, Conversion.from_dict(config.headwise))
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, but a missing, unexpected or misshapen weight is an error."""
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+        if wrong:
+            raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
+        return (model, info) if want_info else model
+
+    @property
+    def conversion(self) -> Conversion:
+        """What `headwise.convert` made of this model."""
+        return Conversion.from_dict(self.config.headwise)
+
+    def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
+        """The balance losses (and z-losses) of a forward, weighted as configured.
+
+        Averaged over the layers of a kind: over attentions, and over mixtures of experts.
+        """
+        attention, mlp = self.conversion.attention, self.conversion.mlp
+        heads, experts = [], []
+        for name, routing in routings.items():
+            router = self.get_submodule(name)
+            if isinstance(router, TwoStageRouter | QueryNormRouter):
+                heads.append(attention.balance_coefficient * balance_loss(routing))
+            else:
+                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
+                experts.append(mlp.balance_coefficient * balance_loss(routing) + z_loss)
+        return sum(sum(losses) / len(losses) for losses in (heads, experts) if losses)
+
+
+def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
+    @functools.wraps(forward)
+    def with_routing_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None or not self.training:
+            return forward(self, *args, **kwargs)
+        routings: dict[str, Routing] = {}
+        with collect_routings(self, routings, kwargs.get("attention_mask")):
+            output = forward(self, *args, **kwargs)
+        loss = self.routing_loss(routings)
+        # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
+        if (items := kwargs.get("num_items_in_batch")) is not None:
+            loss = loss * (labels[..., 1:] != -100).sum() / items
+        if isinstance(output, tuple):
+            return (output[0] + loss, *output[1:])
+        output.loss = output.loss + loss
+        return output
+
+    return with_routing_loss
+
+
+@functools.cache
+def routed_classes(
+    model_class: type[PreTrainedModel],
+) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
+    """The classes of a converted model and of its config, made from transformers' own.
+
+    Both are subclasses of the originals. The config's model_type is "headwise", so that a saved
+    model is never taken for a plain one; the original's stands under `base_model_type`.
+    """
+    base_config = model_class.config_class
+    config_class = type(f"Routed{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE})
+    members = {
+        "config_class": config_class,
+        "forward": _forward_with_routing_loss(model_class.forward),
+    }
+    routed = type(f"Routed{model_class.__name__}", (Routed, model_class), members)
+    AutoModelForCausalLM.register(config_class, routed)
+    return routed, config_class
+
+
+class RoutedConfig(PreTrainedConfig):
+    """What AutoConfig knows under "headwise": reads config.json as the right model's class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config of the class that `routed_classes` makes for `base_model_type`."""
+        base_config = CONFIG_MAPPING[config_dict["base_model_type"]]
+        _, config_class = routed_classes(MODEL_FOR_CAUSAL_LM_MAPPING[base_config])
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register(MODEL_TYPE, RoutedConfig)

@@ -1,0 +1,172 @@
+"""What `convert` takes: frozen descriptions of the layers that go into a transformers model."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from headwise.nn import Budget, HeadBudget, MHMoE, MoE, QueryNormRouter, TwoStageRouter
+from headwise.nn.mh_moe import ExpertRouterName
+from headwise.nn.moh import HeadRouterName, head_router
+from headwise.ops.activations import Activation
+from headwise.ops.routing import HeadMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoHConfig:
+    """Mixture-of-Head attention in place of a model's attention.
+
+    Attributes:
+        shared: Heads that are always on: a count, or a share of all heads.
+        active: Heads that a token switches on, shared ones included: a count or a share.
+        router: "two_stage" (learned) or "query_norm" (without parameters, for pretrained models).
+        mode: Formulas of the two-stage router: "released" or "paper".
+        balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
+    """
+
+    shared: Budget = 0.4
+    active: Budget = 0.75
+    router: HeadRouterName = "two_stage"
+    mode: HeadMode = "released"
+    balance_coefficient: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field in ("shared", "active"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{field} is {value!r}; it must be a count or a share")
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
+        if type(self.shared) is type(self.active) and self.shared > self.active:
+            raise ValueError(f"shared is {self.shared}, more than active = {self.active}")
+        if self.router not in ("two_stage", "query_norm"):
+            raise ValueError(f"router is {self.router!r}; it must be 'two_stage' or 'query_norm'")
+        if self.mode not in ("released", "paper"):
+            raise ValueError(f"mode is {self.mode!r}; it must be 'released' or 'paper'")
+        _check_coefficient("balance_coefficient", self.balance_coefficient)
+
+    def build_router(self, dim: int, num_heads: int) -> TwoStageRouter | QueryNormRouter:
+        """The router for an attention of that width and number of heads."""
+        budget = HeadBudget.resolve(num_heads, shared=self.shared, active=self.active)
+        return head_router(self.router, dim, budget, mode=self.mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """An ordinary sparse mixture of experts in place of a model's MLP. Fields are `MoE`'s."""
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    normalize_top_k: bool = True
+    shared_expert_dim: int | None = None
+    inner_residual: bool = False
+    activation: Activation = "silu"
+    glu: bool = True
+    router: ExpertRouterName = "linear"
+    balance_coefficient: float = 0.01
+    z_loss_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "top_k", "expert_dim"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; it must be an int of at least 1")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)"
+            )
+        _check_coefficient("balance_coefficient", self.balance_coefficient)
+        _check_coefficient("z_loss_coefficient", self.z_loss_coefficient)
+
+    def build(self, dim: int) -> MHMoE:
+        """The layer for tokens of that width."""
+        return MoE(dim, **self._layer_fields())
+
+    def _layer_fields(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        del fields["balance_coefficient"], fields["z_loss_coefficient"]
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHMoEConfig(MoEConfig):
+    """Multi-Head Mixture-of-Experts in place of a model's MLP. Fields are `MHMoE`'s."""
+
+    num_heads: int
+    bias: bool = False
+    head_layer: bool = True
+    merge_layer: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads is {self.num_heads}; it must be at least 1")
+
+    def build(self, dim: int) -> MHMoE:
+        """The layer for tokens of that width."""
+        return MHMoE(dim, **self._layer_fields())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """All that `convert` did to a model; config.json keeps it under the key "headwise".
+
+    Attributes:
+        attention: Replaces the attention of every layer; None leaves it.
+        mlp: Replaces the MLP of every `every`-th layer; None leaves it.
+        every: 1 for each layer; 2 for layers 1, 3, 5, … counted from 0, and so on.
+    """
+
+    attention: MoHConfig | None = None
+    mlp: MoEConfig | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.attention is None and self.mlp is None:
+            raise ValueError("attention and mlp are both None; give at least one to convert")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; the mlp's type is kept under "kind"."""
+        return {
+            "format": FORMAT_VERSION,
+            "attention": self.attention and dataclasses.asdict(self.attention),
+            "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
+            "every": self.every,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Conversion":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If the format is newer than this version of headwise reads.
+        """
+        if fields["format"] > FORMAT_VERSION:
+            raise ValueError(
+                f"the model has headwise format {fields['format']}, this version reads up to "
+                f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
+            )
+        attention, mlp = fields["attention"], fields["mlp"]
+        return cls(
+            attention=attention and MoHConfig(**attention),
+            mlp=mlp and _mlp_from_dict(**mlp),
+            every=fields["every"],
+        )
+
+
+FORMAT_VERSION = 1
+
+
+def _kind(mlp: MoEConfig) -> str:
+    return "mh_moe" if isinstance(mlp, MHMoEConfig) else "moe"
+
+
+def _mlp_from_dict(kind: str, **fields: Any) -> MoEConfig:
+    return {"moe": MoEConfig, "mh_moe": MHMoEConfig}[kind](**fields)
+
+
+def _check_coefficient(field: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{field} is {value}; it must be at least 0")

@@ -1,0 +1,56 @@
+"""Turning a transformers model into one with routed heads or experts, in place."""
+
+import os
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from headwise.hf.auto import Routed, routed_classes
+from headwise.hf.configs import Conversion, MoEConfig, MoHConfig
+from headwise.hf.surgery import install
+
+
+def convert(
+    model_or_path: PreTrainedModel | str | os.PathLike[str],
+    *,
+    attention: MoHConfig | None = None,
+    mlp: MoEConfig | None = None,
+    every: int = 1,
+) -> Any:
+    """Give a transformers model Mixture-of-Head attention, a mixture of experts, or both.
+
+    The model is changed in place and stays an instance of its class; the names of the parameters
+    that it keeps stay. Routers and experts are new and untrained; experts replace the MLP's
+    weights. In training, the balance losses join the model's loss.
+
+    Args:
+        model_or_path: A model of the Llama layout (layers with `self_attn` and `mlp`), or what
+            AutoModelForCausalLM.from_pretrained takes.
+        attention: What to make of every attention; None leaves it.
+        mlp: What to put for the MLP of every `every`-th layer; None leaves it.
+        every: 1 for each layer, 2 for layers 1, 3, 5, … counted from 0.
+
+    Returns:
+        The model. `save_pretrained` keeps the conversion, and after `import headwise` the directory
+        loads with AutoModelForCausalLM.from_pretrained.
+
+    Raises:
+        ValueError: If the model is converted already or of another layout, or a budget does not
+            fit it. The model is then as it was.
+    """
+    conversion = Conversion(attention=attention, mlp=mlp, every=every)
+    model = (
+        model_or_path
+        if isinstance(model_or_path, PreTrainedModel)
+        else AutoModelForCausalLM.from_pretrained(model_or_path)
+    )
+    if isinstance(model, Routed):
+        raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
+    model_class, config_class = routed_classes(type(model))
+    base_model_type = model.config.model_type
+    install(model, conversion)
+    model.__class__ = model_class
+    model.config.__class__ = config_class
+    model.config.base_model_type = base_model_type
+    model.config.headwise = conversion.to_dict()
+    return model

@@ -1,0 +1,93 @@
+"""Collecting the routings of one forward of a model, whatever its layers return."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.nn import Router
+from headwise.ops import Routing
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
+    """Inside the context, the dict holds the routings of the model's latest forward.
+
+    Keys are the names of the routers, in the model's order ("model.layers.0.self_attn.router").
+    Padding that the model is told of (`attention_mask`) is marked in them. A backward pass that
+    computes a layer again (activation checkpointing) does not count twice.
+
+    Raises:
+        RuntimeError: During a forward under reentrant activation checkpointing, through which no
+            gradient could reach a router; use use_reentrant=False.
+
+    Example:
+        >>> with headwise.record_routing(model) as routings:
+        ...     model(input_ids)
+        >>> headwise.balance_loss(routings["model.layers.0.self_attn.router"])
+    """
+    routings: dict[str, Routing] = {}
+    running: list[Any] = []
+
+    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routings.clear()
+        running.append(collect_routings(model, routings, kwargs.get("attention_mask")))
+        running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        yield routings
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def collect_routings(
+    model: nn.Module, into: dict[str, Routing], attention_mask: Tensor | None = None
+) -> Iterator[None]:
+    """While inside, every router of the model writes what it decides `into` the dict."""
+    with_grad = torch.is_grad_enabled()
+    padding = _padding_mask(attention_mask)
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], routing: Routing) -> None:
+            if with_grad and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} runs without gradients inside a forward with gradients, as reentrant "
+                    "activation checkpointing does; use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+            into[name] = routing if padding is None else _mark_padding(routing, padding)
+
+        return hook
+
+    routers = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+    hooks = [router.register_forward_hook(keep(name)) for name, router in routers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    # A 4-D mask says what is seen, not what is padding.
+    if attention_mask is None or attention_mask.ndim != 2 or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+def _mark_padding(routing: Routing, padding: Tensor) -> Routing:
+    # With a cache the mask covers the past too; the queries are its last columns.
+    mask = padding[:, -routing.indices.shape[1] :]
+    extra = routing.indices.ndim - 1 - mask.ndim
+    return routing.with_mask(mask.reshape(*mask.shape, *[1] * extra))

@@ -1,0 +1,91 @@
+"""How many heads a layer has, shares and switches on: counts or shares, checked once."""
+
+import math
+from dataclasses import dataclass
+
+Budget = int | float
+
+
+@dataclass(frozen=True)
+class HeadBudget:
+    """The heads of one attention layer.
+
+    Attributes:
+        num_heads: All heads.
+        shared_heads: Heads that are always on; the first ones.
+        active_heads: Heads that a token switches on, shared ones included.
+        rounded: What was rounded on the way from shares to counts, for people to read.
+    """
+
+    num_heads: int
+    shared_heads: int
+    active_heads: int
+    rounded: tuple[str, ...] = ()
+
+    @classmethod
+    def resolve(cls, num_heads: int, *, shared: Budget, active: Budget) -> "HeadBudget":
+        """Counts (int) stay, shares of num_heads (float, 0 to 1) round to the nearest count.
+
+        Raises:
+            ValueError: If a count or share is out of range, shared exceeds active, nothing is
+                active, or heads remain that no token could ever switch on.
+        """
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
+        shared_heads, shared_note = _count("shared_heads", shared, num_heads)
+        active_heads, active_note = _count("active_heads", active, num_heads)
+        if active_heads < 1:
+            raise ValueError(f"active_heads is {active}; at least 1 of {num_heads} must be active")
+        if shared_heads > active_heads:
+            raise ValueError(
+                f"shared_heads is {shared_heads}, more than active_heads = {active_heads}; "
+                f"active counts shared heads too, so shared must be at most {active_heads}"
+            )
+        if shared_heads == active_heads < num_heads:
+            raise ValueError(
+                f"shared_heads equals active_heads = {active_heads}, so no token could ever use "
+                f"{num_heads - active_heads} of the {num_heads} heads; lower shared_heads or "
+                "raise active_heads"
+            )
+        notes = tuple(note for note in (shared_note, active_note) if note)
+        return cls(num_heads, shared_heads, active_heads, notes)
+
+    @property
+    def routed_heads(self) -> int:
+        """Heads that the router chooses from."""
+        return self.num_heads - self.shared_heads
+
+    @property
+    def top_k(self) -> int:
+        """Routed heads that a token keeps."""
+        return self.active_heads - self.shared_heads
+
+    @property
+    def active_share(self) -> float:
+        """Active heads over all heads."""
+        return self.active_heads / self.num_heads
+
+    def __str__(self) -> str:
+        counts = (
+            f"heads={self.num_heads}: {self.shared_heads} shared + "
+            f"{self.top_k} of {self.routed_heads} routed = {self.active_heads} active"
+        )
+        return f"{counts} ({'; '.join(self.rounded)})" if self.rounded else counts
+
+
+def _count(field: str, value: Budget, num_heads: int) -> tuple[int, str]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{field} is {value!r}; it must be a count (int) or a share (float)")
+    if isinstance(value, int):
+        if not 0 <= value <= num_heads:
+            raise ValueError(f"{field} is {value}; it must lie in 0..{num_heads} (num_heads)")
+        return value, ""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
+    exact = value * num_heads
+    count = math.floor(exact + 0.5)
+    # 0.7 * 10 is 7.000000000000001: that is whole, not rounded.
+    note = "" if math.isclose(exact, count, abs_tol=1e-6) else (
+        f"{field} {value:g} of {num_heads} = {exact:.4g} rounded to {count}"
+    )
+    return count, note

@@ -1,0 +1,195 @@
+"""Multi-Head Mixture-of-Experts, and the ordinary sparse mixture that it generalises."""
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from headwise.nn.routers import CosineRouter, LinearRouter
+from headwise.ops import Routing, expert_mlp
+from headwise.ops.activations import Activation, activate
+from headwise.ops.expert_mlp import Impl
+
+ExpertRouterName = Literal["linear", "cosine"]
+
+
+class MHMoE(nn.Module):
+    """Splits each token into sub-tokens that go to many small experts, and merges what they say.
+
+        u = split(W_head x);   o = sum_k w_k expert_k(u);   y = W_merge concat(o) [+ shared(x)]
+
+    **Source**: MH-MoE, arXiv 2411.16205, section 2; arXiv 2404.15045, Eq. 1 to 6.
+    **Deviates**: no capacity, nothing is dropped (the first paper's code drops tokens, so its
+    outputs depend on batch mates). The inner residual is in the first paper, not in its code.
+
+    Args:
+        dim: Width of the tokens; divisible by num_heads.
+        num_heads: Sub-tokens of a token, each dim / num_heads wide.
+        num_experts: All experts.
+        top_k: Experts that a sub-token goes to.
+        expert_dim: Hidden width of an expert.
+        normalize_top_k: Let the weights of a sub-token sum to 1.
+        shared_expert_dim: Hidden width of an expert for the whole token; None or 0 for none.
+        inner_residual: Add the sub-token to what its experts say.
+        bias: Biases in head and merge layer (first paper: yes; second: no).
+        activation: "silu", "gelu" or "relu".
+        glu: Gated experts (three matrices) instead of plain ones (two).
+        router: "linear", or X-MoE's "cosine".
+        head_layer: Whether there is a head layer before the split.
+        merge_layer: Whether there is a merge layer after the experts.
+        impl: Implementation of `ops.expert_mlp`.
+
+    Raises:
+        ValueError: For sizes that do not divide or counts out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_experts: int,
+        top_k: int,
+        expert_dim: int,
+        normalize_top_k: bool = True,
+        shared_expert_dim: int | None = None,
+        inner_residual: bool = False,
+        bias: bool = False,
+        activation: Activation = "silu",
+        glu: bool = True,
+        router: ExpertRouterName = "linear",
+        head_layer: bool = True,
+        merge_layer: bool = True,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}")
+        if expert_dim < 1:
+            raise ValueError(f"expert_dim is {expert_dim}; it must be at least 1")
+        if router not in ("linear", "cosine"):
+            raise ValueError(f"router is {router!r}; it must be 'linear' or 'cosine'")
+        self.num_heads, self.num_experts, self.expert_dim = num_heads, num_experts, expert_dim
+        self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
+        sub_dim = dim // num_heads
+        self.head_proj = nn.Linear(dim, dim, bias=bias) if head_layer else None
+        self.merge_proj = nn.Linear(dim, dim, bias=bias) if merge_layer else None
+        kind = LinearRouter if router == "linear" else CosineRouter
+        self.router = kind(sub_dim, num_experts, top_k=top_k, normalize_top_k=normalize_top_k)
+        self.experts = Experts(num_experts, sub_dim, expert_dim, glu=glu)
+        # A shared expert is one expert that every token goes to, whole.
+        self.shared_expert = (
+            Experts(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for head (gain 1/√2) and merge layer, as in the released code; biases 0."""
+        for proj, gain in ((self.head_proj, math.sqrt(0.5)), (self.merge_proj, 1.0)):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, gain=gain)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """Route, compute, merge.
+
+        Args:
+            x: Tokens.
+            mask: True for tokens, False for padding, which is neither routed nor counted.
+
+        Returns:
+            y, and the routing with weights and indices [B, T, num_heads, top_k].
+        """
+        u = x if self.head_proj is None else self.head_proj(x)
+        u = rearrange(u, "b t (h s) -> b t h s", h=self.num_heads)
+        routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))
+        flat = rearrange(u, "b t h s -> (b t h) s")
+        out = expert_mlp(
+            flat,
+            rearrange(routing.weights, "b t h k -> (b t h) k"),
+            rearrange(routing.indices, "b t h k -> (b t h) k"),
+            self.experts.up_proj,
+            self.experts.down_proj,
+            activation=self.activation,
+            impl=self.impl,
+        )
+        out = flat + out if self.inner_residual else out
+        y = out.reshape(x.shape)
+        y = y if self.merge_proj is None else self.merge_proj(y)
+        return y if self.shared_expert is None else y + self._shared(x), routing
+
+    def _shared(self, x: Tensor) -> Tensor:
+        up, down = self.shared_expert.up_proj[0], self.shared_expert.down_proj[0]
+        hidden = activate(nn.functional.linear(x, up), self.activation, down.shape[1])
+        return nn.functional.linear(hidden, down)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, activation={self.activation}, "
+            f"inner_residual={self.inner_residual}, impl={self.impl}"
+        )
+
+
+class MoE(MHMoE):
+    """The ordinary sparse mixture of experts: one head, neither head nor merge layer.
+
+    Arguments are those of `MHMoE`, less num_heads, head_layer, merge_layer and bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        expert_dim: int,
+        normalize_top_k: bool = True,
+        shared_expert_dim: int | None = None,
+        inner_residual: bool = False,
+        activation: Activation = "silu",
+        glu: bool = True,
+        router: ExpertRouterName = "linear",
+        impl: Impl = "auto",
+    ):
+        super().__init__(
+            dim,
+            num_heads=1,
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_dim=expert_dim,
+            normalize_top_k=normalize_top_k,
+            shared_expert_dim=shared_expert_dim,
+            inner_residual=inner_residual,
+            activation=activation,
+            glu=glu,
+            router=router,
+            head_layer=False,
+            merge_layer=False,
+            impl=impl,
+        )
+
+
+class Experts(nn.Module):
+    """The stacked matrices of E two-layer MLPs; `ops.expert_mlp` computes with them.
+
+    up_proj [E, 2F, D] holds the gate rows first (glu) or is [E, F, D]; down_proj is [E, D, F].
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, glu: bool):
+        super().__init__()
+        up_dim = 2 * hidden_dim if glu else hidden_dim
+        self.up_proj = nn.Parameter(torch.empty(num_experts, up_dim, dim))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        for weight in (self.up_proj, self.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        num_experts, dim, hidden = self.down_proj.shape
+        glu = self.up_proj.shape[1] != hidden
+        return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden}, glu={glu}"

@@ -1,0 +1,117 @@
+"""Mixture-of-Head attention as a layer of its own."""
+
+from typing import Literal
+
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from headwise.nn.budget import Budget, HeadBudget
+from headwise.nn.routers import QueryNormRouter, TwoStageRouter
+from headwise.ops import Routing, head_attention
+from headwise.ops.head_attention import Impl
+from headwise.ops.routing import HeadMode
+
+HeadRouterName = Literal["two_stage", "query_norm"]
+
+
+def head_router(
+    router: HeadRouterName, dim: int, budget: HeadBudget, *, mode: HeadMode
+) -> TwoStageRouter | QueryNormRouter:
+    """The router of that name: "two_stage" learns from x, "query_norm" reads the queries."""
+    if router == "two_stage":
+        return TwoStageRouter(dim, budget, mode=mode)
+    if router == "query_norm":
+        return QueryNormRouter(budget)
+    raise ValueError(f"router is {router!r}; it must be 'two_stage' or 'query_norm'")
+
+
+class MoHAttention(nn.Module):
+    """Self-attention whose heads are experts: each token switches on only some of them.
+
+        y_t = sum_h g_h(x_t) · head_h(x_t) W_O^h
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 4; the gates g are those of `ops.route_heads`
+    (router "two_stage") or `ops.route_heads_by_query_norm` (router "query_norm").
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: All heads. Divides dim unless head_dim is given.
+        shared_heads: Heads that are always on, the first ones: a count, or a share of num_heads.
+        active_heads: Heads that a token switches on, shared ones included: a count or a share.
+        num_kv_heads: Key and value heads (grouped-query attention); divides num_heads. Default: all.
+        head_dim: Channels of a head. Default: dim / num_heads.
+        router: "two_stage" (learned) or "query_norm" (without parameters).
+        mode: For the two-stage router: "released" or "paper".
+        causal: A token sees only itself and the tokens before it.
+        bias: Whether q, k, v and o have biases.
+        impl: Implementation of `ops.head_attention`.
+
+    Raises:
+        ValueError: For an impossible budget, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        shared_heads: Budget,
+        active_heads: Budget,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        router: HeadRouterName = "two_stage",
+        mode: HeadMode = "released",
+        causal: bool = False,
+        bias: bool = True,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        budget = HeadBudget.resolve(num_heads, shared=shared_heads, active=active_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}"
+            )
+        if head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
+            )
+        self.budget, self.causal, self.impl = budget, causal, impl
+        self.head_dim = head_dim if head_dim is not None else dim // num_heads
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        self.router = head_router(router, dim, budget, mode=mode)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """Attend.
+
+        Args:
+            x: Tokens.
+            mask: True for tokens, False for padding: never seen as a key, routed nowhere.
+
+        Returns:
+            y, and the routing with weights [B, T, H]; exactly active_heads of a token's are not 0.
+        """
+        q, k, v = (
+            rearrange(proj(x), "b t (h c) -> b t h c", c=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        routing = self.router(q if isinstance(self.router, QueryNormRouter) else x, mask)
+        heads = head_attention(
+            q,
+            k,
+            v,
+            routing.weights,
+            causal=self.causal,
+            mask=None if mask is None else rearrange(mask, "b s -> b 1 1 s"),
+            impl=self.impl,
+        )
+        return self.o_proj(rearrange(heads, "b t h c -> b t (h c)")), routing
+
+    def extra_repr(self) -> str:
+        return f"{self.budget}, head_dim={self.head_dim}, causal={self.causal}, impl={self.impl}"

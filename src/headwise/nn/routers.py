@@ -1,0 +1,165 @@
+"""Routers: modules that turn activations into a Routing. All compute in float32 or wider."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headwise.nn.budget import HeadBudget
+from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops.routing import HeadMode
+
+
+class Router(nn.Module):
+    """Base of all routers: forward returns a Routing, and a recorder finds them by this type."""
+
+
+class TwoStageRouter(Router):
+    """MoH's learned router: scores for shared heads, for routed heads and for the two groups.
+
+    A linear map exists only where its softmax has a choice to make: `shared` with two shared heads
+    or more, `routed` where heads are routed, `stage` where both groups exist.
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6 (`ops.route_heads` has the formulas).
+    """
+
+    def __init__(self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released"):
+        super().__init__()
+        if mode not in ("released", "paper"):
+            raise ValueError(f"mode is {mode!r}; it must be 'released' or 'paper'")
+        self.budget, self.mode = budget, mode
+        shared, routed = budget.shared_heads, budget.routed_heads
+        self.shared = nn.Linear(dim, shared, bias=False) if shared > 1 else None
+        self.routed = nn.Linear(dim, routed, bias=False) if routed else None
+        self.stage = nn.Linear(dim, 2, bias=False) if shared and routed else None
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> Routing:
+        """Route every token of x; padding (mask False) has all heads off."""
+        shared_logits = _scores(x, self.shared, self.budget.shared_heads)
+        routed_logits = _scores(x, self.routed, self.budget.routed_heads)
+        stage_logits = None if self.stage is None else _scores(x, self.stage, 2)
+        routing = route_heads(
+            shared_logits, routed_logits, stage_logits, top_k=self.budget.top_k, mode=self.mode
+        )
+        return routing.with_mask(mask)
+
+    def extra_repr(self) -> str:
+        return f"{self.budget}, mode={self.mode}"
+
+
+class QueryNormRouter(Router):
+    """MoH's router without parameters, for pretrained models: the longest queries win.
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 9 and 10 (`ops.route_heads_by_query_norm`).
+    """
+
+    def __init__(self, budget: HeadBudget, *, scale_by_std: bool = True):
+        super().__init__()
+        self.budget, self.scale_by_std = budget, scale_by_std
+
+    def forward(
+        self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> Routing:
+        """Route every token by its queries; padding (mask False) has all heads off."""
+        routing = route_heads_by_query_norm(
+            q,
+            shared_heads=self.budget.shared_heads,
+            top_k=self.budget.top_k,
+            scale_by_std=self.scale_by_std,
+        )
+        return routing.with_mask(mask)
+
+    def extra_repr(self) -> str:
+        return f"{self.budget}, scale_by_std={self.scale_by_std}"
+
+
+class LinearRouter(Router):
+    """softmax(W x) over the experts, the `top_k` best. **Source**: arXiv 2404.15045, Eq. 2."""
+
+    def __init__(self, dim: int, num_experts: int, *, top_k: int, normalize_top_k: bool = True):
+        super().__init__()
+        _check_experts(num_experts, top_k)
+        self.top_k, self.normalize_top_k = top_k, normalize_top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Routing:
+        """Route every row of x; padding (mask False) goes nowhere."""
+        logits = _linear(x, self.weight)
+        routing = route_tokens(logits, top_k=self.top_k, normalize=self.normalize_top_k)
+        return routing.with_mask(mask)
+
+    def extra_repr(self) -> str:
+        num_experts, dim = self.weight.shape
+        return f"dim={dim}, num_experts={num_experts}, top_k={self.top_k}"
+
+
+class CosineRouter(Router):
+    """X-MoE's router: cosine between a low-dimensional projection of x and expert embeddings.
+
+        logits = (P x · e_i) / (||P x|| ||e_i|| τ),   τ learned, 0.07 at the start
+
+    **Source**: X-MoE, arXiv 2204.09179, Eq. 4 to 6; used by MH-MoE, arXiv 2404.15045.
+    **Deviates**: the released code leaves the projection unnormalised and clamps τ; here both
+    sides are normalised, as printed, and τ is the exponential of its parameter, so stays positive.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        normalize_top_k: bool = True,
+        projection_dim: int = 16,
+    ):
+        super().__init__()
+        _check_experts(num_experts, top_k)
+        self.top_k, self.normalize_top_k = top_k, normalize_top_k
+        self.projection = nn.Parameter(torch.empty(projection_dim, dim))
+        self.embedding = nn.Parameter(torch.empty(num_experts, projection_dim))
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        nn.init.xavier_uniform_(self.projection)
+        nn.init.orthogonal_(self.embedding, gain=0.32)
+        nn.init.constant_(self.log_temperature, -2.6593)  # ln 0.07
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Routing:
+        """Route every row of x; padding (mask False) goes nowhere."""
+        projected = F.normalize(_linear(x, self.projection), dim=-1)
+        embedding = F.normalize(self.embedding.to(projected.dtype), dim=-1)
+        logits = _linear(projected, embedding) / self.log_temperature.to(projected.dtype).exp()
+        routing = route_tokens(logits, top_k=self.top_k, normalize=self.normalize_top_k)
+        return routing.with_mask(mask)
+
+    def extra_repr(self) -> str:
+        num_experts, projection_dim = self.embedding.shape
+        return f"num_experts={num_experts}, top_k={self.top_k}, projection_dim={projection_dim}"
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    # Autocast would bring the scores back to bfloat16, where a quarter of the tokens tie.
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def _scores(x: Tensor, linear: nn.Linear | None, candidates: int) -> Tensor:
+    if linear is not None:
+        return _linear(x, linear.weight)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.zeros(*x.shape[:-1], candidates, dtype=dtype, device=x.device)
+
+
+def _check_experts(num_experts: int, top_k: int) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")

@@ -1,0 +1,22 @@
+"""Pure functions on tensors: no parameters, no configuration, no state.
+
+B batch, T query tokens, S key tokens, N = B·T, D width, H heads, C channels of a head,
+E candidates (experts, routed heads), K kept, F hidden width.
+"""
+
+from headwise.ops.balance import balance_loss, load_and_probability, router_z_loss
+from headwise.ops.expert_mlp import expert_mlp
+from headwise.ops.head_attention import head_attention
+from headwise.ops.routing import Routing, route_heads, route_heads_by_query_norm, route_tokens
+
+__all__ = [
+    "Routing",
+    "balance_loss",
+    "expert_mlp",
+    "head_attention",
+    "load_and_probability",
+    "route_heads",
+    "route_heads_by_query_norm",
+    "route_tokens",
+    "router_z_loss",
+]

@@ -1,0 +1,71 @@
+"""Losses on a routing: keep the load even, keep the logits small."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.ops.routing import Routing
+
+BalanceForm = Literal["scaled", "plain", "first_choice"]
+
+
+def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Tensor, ""]:
+    """Load-balance loss of one layer over its E candidates (routed heads or experts).
+
+    With F_e the share of tokens that chose e (the shares sum to K) and P_e the mean probability of e:
+
+        scaled:        E · sum_e F_e P_e      K at perfect balance, E where all go to the same
+        plain:             sum_e F_e P_e      MoH's printed form
+        first_choice:  E · sum_e F_e P_e      with F from the first choice only, 1 at balance
+
+    **Source**: scaled: MoH's released code and MH-MoE, arXiv 2411.16205; plain: MoH, arXiv
+    2410.11842, Eq. 7; first_choice: MH-MoE's released code for arXiv 2404.15045.
+    **Deviates**: padding (`routing.mask`) is not counted.
+
+    Args:
+        routing: Of any layer of the library.
+        form: Which of the three.
+
+    Returns:
+        A scalar; its gradient flows through P only. 0 for a layer that routes nothing.
+
+    Raises:
+        ValueError: If the form is unknown.
+    """
+    if form not in ("scaled", "plain", "first_choice"):
+        raise ValueError(f"form is {form!r}; it must be 'scaled', 'plain' or 'first_choice'")
+    candidates = routing.probabilities.shape[-1]
+    chosen = routing.indices[..., :1] if form == "first_choice" else routing.indices
+    share, probability = load_and_probability(routing._replace(indices=chosen))
+    scale = 1 if form == "plain" else candidates
+    return scale * (share * probability).sum()
+
+
+def load_and_probability(
+    routing: Routing,
+) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
+    """F and P of `balance_loss`: the share of tokens that chose each candidate, its mean probability."""
+    probabilities = routing.probabilities.flatten(end_dim=-2)
+    candidates = probabilities.shape[-1]
+    indices = routing.indices.flatten()
+    # Padding has index -1: it lands in a first slot that is cut off.
+    ones = probabilities.new_ones(indices.shape)
+    counts = probabilities.new_zeros(candidates + 1).scatter_add(0, indices + 1, ones)[1:]
+    if routing.mask is None:
+        return counts / max(probabilities.shape[0], 1), probabilities.mean(0)
+    real = routing.mask.flatten().to(probabilities.dtype)
+    tokens = real.sum().clamp_min(1)
+    return counts / tokens, (probabilities * real.unsqueeze(-1)).sum(0) / tokens
+
+
+def router_z_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Mean over tokens of logsumexp(logits)², which keeps a router's logits near 0.
+
+    **Source**: ST-MoE, arXiv 2202.08906, Eq. 5. Padding (`routing.mask`) is not counted.
+    """
+    squares = torch.logsumexp(routing.logits, dim=-1).square()
+    if routing.mask is None:
+        return squares.mean()
+    return torch.where(routing.mask, squares, 0).sum() / routing.mask.sum().clamp_min(1)

@@ -1,0 +1,99 @@
+"""Attention whose heads are gated per query token: signature, checks and choice of implementation."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headwise.ops.head_attention import dense, reference
+
+Impl = Literal["auto", "reference", "dense"]
+
+_IMPLEMENTATIONS = {"reference": reference.head_attention, "dense": dense.head_attention}
+
+
+def head_attention(
+    q: Float[Tensor, "B T H C"],
+    k: Float[Tensor, "B S Hkv C"],
+    v: Float[Tensor, "B S Hkv C"],
+    gate: Float[Tensor, "B T H"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "B T H C"]:
+    """Gated attention heads, the summands of MoH before the output projection.
+
+        y[b,t,h] = gate[b,t,h] · sum_s softmax_s(scale · q[b,t,h]·k[b,s] + bias[b,h,t,s]) v[b,s]
+
+    A gate of exactly 0 means off: the pair (t, h) gives 0 and passes no gradient, to its gate
+    neither. Query heads share key heads in groups of H / Hkv (grouped-query attention).
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 4.
+    **Deviates**: the gradient of a gate that is off is 0 by definition, so that an implementation
+    may skip the head; the released code computes every head and masks it.
+
+    Args:
+        q: Queries.
+        k: Keys; S may differ from T, Hkv divides H.
+        v: Values.
+        gate: Weight of each head for each query token, in any float dtype.
+        causal: Token t sees keys up to t + S - T (the last query sees all keys).
+        mask: True where a key may be seen; broadcastable to [B, H, T, S].
+        bias: Added to the scores; broadcastable to [B, H, T, S].
+        scale: Factor of the scores, 1/√C by default.
+        impl: "auto" chooses; a named implementation is that one.
+
+    Returns:
+        The gated heads in q's dtype. A query whose mask is False everywhere gives 0, never NaN.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or impl is unknown.
+
+    Example (worked by hand): one head, q = 0, values 2 and 4, gate 1/2: y = 1/2 · (2 + 4)/2 = 1.5.
+    """
+    if impl not in ("auto", *_IMPLEMENTATIONS):
+        raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {list(_IMPLEMENTATIONS)}")
+    _check(q, k, v, gate, mask, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    compute = _IMPLEMENTATIONS["dense" if impl == "auto" else impl]
+    return compute(q, k, v, gate, causal=causal, mask=mask, bias=bias, scale=scale)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v have shapes {_shapes(q, k, v)}; they must be [B, T, H, C], [B, S, Hkv, C], "
+            "[B, S, Hkv, C]"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q and k have shapes {_shapes(q, k)}; B and C must agree and Hkv must divide H"
+        )
+    if gate.shape != q.shape[:3]:
+        raise ValueError(f"gate has shape {_shapes(gate)}; it must be {list(q.shape[:3])}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must agree")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; it must be bool (additive ones are `bias`)")
+    scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is not None and not _broadcastable(tensor.shape, scores):
+            raise ValueError(
+                f"{name} has shape {_shapes(tensor)}; it must be broadcastable to "
+                f"[B, H, T, S] = {list(scores)}"
+            )
+
+
+def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)

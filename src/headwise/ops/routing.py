@@ -1,0 +1,205 @@
+"""Routing: scores become gates. Pure functions, float32 or wider, ties to the lowest index."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+HeadMode = Literal["released", "paper"]
+
+
+class Routing(NamedTuple):
+    """What a router decided, for every token. Losses, statistics and plots are functions of it.
+
+    Attributes:
+        weights: For heads the gate of all H heads, [..., H], exactly 0 where a head is off.
+            For experts the weight of each choice, [..., K].
+        indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding.
+            Heads are counted from the first *routed* head.
+        probabilities: The router's scores over all E candidates, [..., E], summing to 1.
+        logits: What the probabilities were made from, [..., E].
+        mask: True where a token counts, [...]; None where all do.
+    """
+
+    weights: Float[Tensor, "*batch W"]
+    indices: Int[Tensor, "*batch K"]
+    probabilities: Float[Tensor, "*batch E"]
+    logits: Float[Tensor, "*batch E"]
+    mask: Bool[Tensor, "*batch"] | None = None
+
+    def with_mask(self, mask: Bool[Tensor, "*batch"] | None) -> "Routing":
+        """The same routing with padding (mask False) switched off and left out of the count."""
+        if mask is None:
+            return self
+        mask = mask.expand(self.indices.shape[:-1])
+        padding = ~mask.unsqueeze(-1)
+        return self._replace(
+            weights=self.weights.masked_fill(padding, 0),
+            indices=self.indices.masked_fill(padding, -1),
+            mask=mask,
+        )
+
+
+def top_k_lowest_first(scores: Float[Tensor, "*batch E"], k: int) -> Int[Tensor, "*batch K"]:
+    """Indices of the `k` largest scores, best first; of equal scores the lowest index wins.
+
+    torch.topk leaves the order of ties to the backend, so two devices could route differently.
+    """
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def route_heads(
+    shared_logits: Float[Tensor, "*batch shared"],
+    routed_logits: Float[Tensor, "*batch routed"],
+    stage_logits: Float[Tensor, "*batch 2"] | None,
+    *,
+    top_k: int,
+    mode: HeadMode = "released",
+) -> Routing:
+    """Two-stage routing of attention heads: shared heads always on, the best `top_k` others too.
+
+    With s = softmax(shared_logits), p = softmax(routed_logits), m the multi-hot of top-k(p) and
+    [a1, a2] = softmax(stage_logits), the gate of a token is
+
+        paper:     [a1·s,           a2·p·m]
+        released:  [2·a1·s·shared,  2·a2·top_k·p·m / sum(p·m)]
+
+    A group that is empty leaves the factor of the other at 1. In mode "released" the gates have
+    mean 1 over the heads that are on, and with top_k = 1 the routed weight is constantly 1, so
+    that only the balance loss trains that router.
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6; mode "released": its code, commit 2cefd57.
+    **Deviates**: the released code computes the gate in the model's dtype and leaves ties open.
+
+    Args:
+        shared_logits: Scores of the shared heads, [..., shared]; shared may be 0.
+        routed_logits: Scores of the other heads, [..., routed]; routed may be 0.
+        stage_logits: Scores of the two groups, [..., 2]; needed where both groups exist.
+        top_k: Routed heads that a token keeps, 0 to routed.
+        mode: "released" (what the released weights need) or "paper".
+
+    Returns:
+        A Routing with weights [..., shared + routed]; exactly shared + top_k of them are on.
+
+    Raises:
+        ValueError: If top_k is out of range, the mode is unknown or stage_logits is missing.
+
+    Example (worked by hand): logits 0 for two shared heads, ln 3 and 0 for two routed ones, stage
+    logits 0, top_k 1: paper gives [1/4, 1/4, 3/8, 0], released gives [1, 1, 1, 0].
+    """
+    if mode not in ("released", "paper"):
+        raise ValueError(f"mode is {mode!r}; it must be 'released' or 'paper'")
+    num_shared, num_routed = shared_logits.shape[-1], routed_logits.shape[-1]
+    _check_top_k(top_k, num_routed, lowest=0)
+    shared = _wide(shared_logits).softmax(-1)
+    logits = _wide(routed_logits)
+    probabilities = logits.softmax(-1)
+    indices = top_k_lowest_first(probabilities, top_k)
+    routed = probabilities * _multi_hot(indices, probabilities)
+    if mode == "released":
+        shared = shared * num_shared
+        eps = torch.finfo(routed.dtype).eps
+        routed = routed / routed.sum(-1, keepdim=True).clamp_min(eps) * top_k
+    if num_shared > 0 and num_routed > 0:
+        if stage_logits is None:
+            raise ValueError("stage_logits is None; with shared and routed heads it must be given")
+        stage = _wide(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
+        shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
+    return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, logits)
+
+
+def route_heads_by_query_norm(
+    q: Float[Tensor, "B T H C"],
+    *,
+    shared_heads: int,
+    top_k: int,
+    scale_by_std: bool = True,
+) -> Routing:
+    """Routing without parameters: a token keeps the heads whose queries are longest.
+
+        z_i = ||q_i||_2 over the routed heads,   z := z / std(z) if scale_by_std
+        p = softmax(z),   gate = 1 for shared heads and top-k(z), 0 for the others
+
+    The gradient is straight-through: dL/dp_i := dL/dgate_i. A rotation keeps the norm, so q may
+    be taken before or after rotary embeddings.
+
+    **Source**: MoH, arXiv 2410.11842, section 4.4, Eq. 9 and 10; scale_by_std: its LLaMA code.
+    **Deviates**: float32 whatever the model's dtype; a std of 0 is guarded (NaN in the released
+    code); a head that is off computes nothing, so no gradient reaches its gate.
+
+    Args:
+        q: Queries of all heads, the shared ones first.
+        shared_heads: Heads that are always on, 0 to H.
+        top_k: Heads that a token keeps of the other H - shared_heads.
+        scale_by_std: Divide by the (unbiased) standard deviation over the routed heads.
+
+    Returns:
+        A Routing with weights [B, T, H] of exactly 0 and 1.
+
+    Raises:
+        ValueError: If shared_heads or top_k is out of range.
+    """
+    num_heads = q.shape[-2]
+    if not 0 <= shared_heads <= num_heads:
+        raise ValueError(f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}")
+    _check_top_k(top_k, num_heads - shared_heads, lowest=0)
+    norms = torch.linalg.vector_norm(_wide(q[..., shared_heads:, :]), dim=-1)
+    indices = top_k_lowest_first(norms, top_k)
+    logits = norms / _guarded_std(norms) if scale_by_std and norms.shape[-1] > 1 else norms
+    probabilities = logits.softmax(-1)
+    # (p - p.detach()) is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
+    hard = _multi_hot(indices, probabilities) + (probabilities - probabilities.detach())
+    always_on = hard.new_ones(*hard.shape[:-1], shared_heads)
+    return Routing(torch.cat([always_on, hard], dim=-1), indices, probabilities, logits)
+
+
+def route_tokens(
+    logits: Float[Tensor, "*batch E"], *, top_k: int, normalize: bool = True
+) -> Routing:
+    """Routing of tokens (or sub-tokens) to experts: the `top_k` best of p = softmax(logits).
+
+    **Source**: MH-MoE, arXiv 2404.15045, Eq. 2 and 3. Its weights are raw p; `normalize` divides
+    them by their sum over the chosen, as arXiv 2411.16205 and most sparse MoE do.
+
+    Args:
+        logits: Scores over the E experts, [..., E].
+        top_k: Experts that a token goes to, 1 to E.
+        normalize: Let the weights of a token sum to 1.
+
+    Returns:
+        A Routing with weights and indices [..., top_k].
+
+    Raises:
+        ValueError: If top_k is out of range.
+
+    Example (worked by hand): logits ln 1, ln 2, ln 5 with top_k 2 choose experts 2 and 1 with
+    weights 5/8 and 2/8 raw, 5/7 and 2/7 normalised.
+    """
+    logits = _wide(logits)
+    _check_top_k(top_k, logits.shape[-1], lowest=1)
+    probabilities = logits.softmax(-1)
+    indices = top_k_lowest_first(probabilities, top_k)
+    weights = probabilities.gather(-1, indices)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(weights, indices, probabilities, logits)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _multi_hot(indices: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).scatter(-1, indices, 1.0)
+
+
+def _guarded_std(norms: Tensor) -> Tensor:
+    info = torch.finfo(norms.dtype)
+    floor = info.eps * norms.detach().amax(-1, keepdim=True) + info.tiny
+    return torch.maximum(norms.std(-1, keepdim=True), floor)
+
+
+def _check_top_k(top_k: int, candidates: int, lowest: int) -> None:
+    if not lowest <= top_k <= candidates:
+        raise ValueError(f"top_k is {top_k}; it must lie in {lowest}..{candidates}")
