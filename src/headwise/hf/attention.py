@@ -26,8 +26,9 @@ def _route_by_input(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
+    router: Any = attention.router
     x = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "routing": attention.router(x)}
+    return args, {**kwargs, "routing": router(x)}
 
 
 def attend(

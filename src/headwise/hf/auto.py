@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -23,7 +24,7 @@ from headwise.ops import Routing, balance_loss, router_z_loss
 MODEL_TYPE = "headwise"
 
 
-class Routed:
+class Routed(PreTrainedModel):
     """Mixed into the class of a converted model: balance in the training loss, strict loading."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -51,16 +52,18 @@ class Routed:
 
         Averaged over the layers of a kind: over attentions, and over mixtures of experts.
         """
-        attention, mlp = self.conversion.attention, self.conversion.mlp
+        conversion: Any = self.conversion
         heads, experts = [], []
         for name, routing in routings.items():
             router = self.get_submodule(name)
             if isinstance(router, TwoStageRouter | QueryNormRouter):
-                heads.append(attention.balance_coefficient * balance_loss(routing))
+                heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
             else:
-                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
-                experts.append(mlp.balance_coefficient * balance_loss(routing) + z_loss)
-        return sum(sum(losses) / len(losses) for losses in (heads, experts) if losses)
+                z_loss = conversion.mlp.z_loss_coefficient * router_z_loss(routing)
+                balance = conversion.mlp.balance_coefficient * balance_loss(routing)
+                experts.append(balance + z_loss)
+        kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
+        return torch.stack(kinds).sum()
 
 
 def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,14 +39,13 @@ def convert(
             fit it. The model is then as it was.
     """
     conversion = Conversion(attention=attention, mlp=mlp, every=every)
-    model = (
-        model_or_path
-        if isinstance(model_or_path, PreTrainedModel)
-        else AutoModelForCausalLM.from_pretrained(model_or_path)
-    )
+    model: Any = model_or_path
+    if not isinstance(model, PreTrainedModel):
+        model = AutoModelForCausalLM.from_pretrained(model_or_path)
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
-    model_class, config_class = routed_classes(type(model))
+    original: type[PreTrainedModel] = type(model)
+    model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
     install(model, conversion)
     model.__class__ = model_class

@@ -85,7 +85,9 @@ def _count(field: str, value: Budget, num_heads: int) -> tuple[int, str]:
     exact = value * num_heads
     count = math.floor(exact + 0.5)
     # 0.7 * 10 is 7.000000000000001: that is whole, not rounded.
-    note = "" if math.isclose(exact, count, abs_tol=1e-6) else (
-        f"{field} {value:g} of {num_heads} = {exact:.4g} rounded to {count}"
+    note = (
+        ""
+        if math.isclose(exact, count, abs_tol=1e-6)
+        else (f"{field} {value:g} of {num_heads} = {exact:.4g} rounded to {count}")
     )
     return count, note

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from headwise.nn.routers import CosineRouter, LinearRouter
 from headwise.ops import Routing, expert_mlp
@@ -94,6 +95,13 @@ class MHMoE(nn.Module):
                 if proj.bias is not None:
                     nn.init.zeros_(proj.bias)
 
+    def reset_experts(self, *, std: float) -> None:
+        """Normal with that deviation for all matrices of the experts, the shared one included."""
+        for experts in (self.experts, self.shared_expert):
+            if experts is not None:
+                nn.init.normal_(experts.up_proj, std=std)
+                nn.init.normal_(experts.down_proj, std=std)
+
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
@@ -122,12 +130,9 @@ class MHMoE(nn.Module):
         out = flat + out if self.inner_residual else out
         y = out.reshape(x.shape)
         y = y if self.merge_proj is None else self.merge_proj(y)
-        return y if self.shared_expert is None else y + self._shared(x), routing
-
-    def _shared(self, x: Tensor) -> Tensor:
-        up, down = self.shared_expert.up_proj[0], self.shared_expert.down_proj[0]
-        hidden = activate(nn.functional.linear(x, up), self.activation, down.shape[1])
-        return nn.functional.linear(hidden, down)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert.first(x, self.activation)
+        return y, routing
 
     def extra_repr(self) -> str:
         return (
@@ -188,6 +193,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         for weight in (self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def first(self, x: Float[Tensor, "*batch D"], activation: Activation) -> Tensor:
+        """What the first expert says of every token."""
+        up, down = self.up_proj[0], self.down_proj[0]
+        return linear(activate(linear(x, up), activation, down.shape[1]), down)
 
     def extra_repr(self) -> str:
         num_experts, dim, hidden = self.down_proj.shape

@@ -39,7 +39,7 @@ class MoHAttention(nn.Module):
         num_heads: All heads. Divides dim unless head_dim is given.
         shared_heads: Heads that are always on, the first ones: a count, or a share of num_heads.
         active_heads: Heads that a token switches on, shared ones included: a count or a share.
-        num_kv_heads: Key and value heads (grouped-query attention); divides num_heads. Default: all.
+        num_kv_heads: Key and value heads; divides num_heads. Default: as many as num_heads.
         head_dim: Channels of a head. Default: dim / num_heads.
         router: "two_stage" (learned) or "query_norm" (without parameters).
         mode: For the two-stage router: "released" or "paper".

@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear, normalize
 
 from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
@@ -133,8 +133,8 @@ class CosineRouter(Router):
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Routing:
         """Route every row of x; padding (mask False) goes nowhere."""
-        projected = F.normalize(_linear(x, self.projection), dim=-1)
-        embedding = F.normalize(self.embedding.to(projected.dtype), dim=-1)
+        projected = normalize(_linear(x, self.projection), dim=-1)
+        embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
         logits = _linear(projected, embedding) / self.log_temperature.to(projected.dtype).exp()
         routing = route_tokens(logits, top_k=self.top_k, normalize=self.normalize_top_k)
         return routing.with_mask(mask)
@@ -148,12 +148,12 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     # Autocast would bring the scores back to bfloat16, where a quarter of the tokens tie.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return linear(x.to(dtype), weight.to(dtype))
 
 
-def _scores(x: Tensor, linear: nn.Linear | None, candidates: int) -> Tensor:
-    if linear is not None:
-        return _linear(x, linear.weight)
+def _scores(x: Tensor, scorer: nn.Linear | None, candidates: int) -> Tensor:
+    if scorer is not None:
+        return _linear(x, scorer.weight)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.zeros(*x.shape[:-1], candidates, dtype=dtype, device=x.device)
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import gelu, relu, silu
 
 Activation = Literal["silu", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
+    "silu": silu,
+    "gelu": gelu,
+    "relu": relu,
 }
 
 

@@ -14,7 +14,7 @@ BalanceForm = Literal["scaled", "plain", "first_choice"]
 def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Tensor, ""]:
     """Load-balance loss of one layer over its E candidates (routed heads or experts).
 
-    With F_e the share of tokens that chose e (the shares sum to K) and P_e the mean probability of e:
+    With F_e the share of tokens that chose e (the shares sum to K) and P_e the mean of p_e:
 
         scaled:        E · sum_e F_e P_e      K at perfect balance, E where all go to the same
         plain:             sum_e F_e P_e      MoH's printed form
@@ -46,7 +46,7 @@ def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Ten
 def load_and_probability(
     routing: Routing,
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
-    """F and P of `balance_loss`: the share of tokens that chose each candidate, its mean probability."""
+    """F and P of `balance_loss`: each candidate's share of tokens and mean probability."""
     probabilities = routing.probabilities.flatten(end_dim=-2)
     candidates = probabilities.shape[-1]
     indices = routing.indices.flatten()

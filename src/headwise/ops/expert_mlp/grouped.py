@@ -1,5 +1,8 @@
 """Sort the assignments once, then one matrix product per expert over its contiguous run of rows."""
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -21,9 +24,7 @@ def expert_mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
     experts, order = torch.sort(indices.flatten(), stable=True)
-    bounds = torch.searchsorted(
-        experts, torch.arange(up_proj.shape[0] + 1, device=experts.device)
-    )
+    bounds = torch.searchsorted(experts, torch.arange(up_proj.shape[0] + 1, device=experts.device))
     rows = x[order // top_k]
     hidden = activate(grouped_linear(rows, up_proj, bounds), activation, down_proj.shape[2])
     y = grouped_linear(hidden, down_proj, bounds)
@@ -34,8 +35,10 @@ def expert_mlp(
 @torch.library.custom_op("headwise::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
     """Rows bounds[e]..bounds[e+1] of x [M, I] times weight[e].T [I, O]; rows outside give 0."""
-    y = x.new_zeros(x.shape[0], weight.shape[1])
-    for e, (start, end) in _runs(bounds):
+    edges = bounds.tolist()
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    y[: edges[0]], y[edges[-1] :] = 0, 0
+    for e, (start, end) in enumerate(pairwise(edges)):
         torch.mm(x[start:end], weight[e].T, out=y[start:end])
     return y
 
@@ -43,16 +46,11 @@ def grouped_linear(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
 @torch.library.custom_op("headwise::grouped_linear_weight_grad", mutates_args=())
 def grouped_linear_weight_grad(dy: Tensor, x: Tensor, bounds: Tensor) -> Tensor:
     """dW[e] = dy.T x over the rows of expert e: [E, O, I], 0 for an expert without rows."""
-    grad = x.new_zeros(bounds.shape[0] - 1, dy.shape[1], x.shape[1])
-    for e, (start, end) in _runs(bounds):
+    edges = bounds.tolist()
+    grad = x.new_empty(len(edges) - 1, dy.shape[1], x.shape[1])
+    for e, (start, end) in enumerate(pairwise(edges)):
         torch.mm(dy[start:end].T, x[start:end], out=grad[e])
     return grad
-
-
-def _runs(bounds: Tensor) -> list[tuple[int, tuple[int, int]]]:
-    edges = bounds.tolist()
-    runs = zip(edges, edges[1:], strict=False)
-    return [(e, (start, end)) for e, (start, end) in enumerate(runs) if end > start]
 
 
 @grouped_linear.register_fake
@@ -65,11 +63,11 @@ def _(dy: Tensor, x: Tensor, bounds: Tensor) -> Tensor:
     return x.new_empty(bounds.shape[0] - 1, dy.shape[1], x.shape[1])
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, bounds = ctx.saved_tensors
     dy = dy.contiguous()
     dx = grouped_linear(dy, weight.transpose(1, 2), bounds) if ctx.needs_input_grad[0] else None

@@ -1,4 +1,4 @@
-"""Attention whose heads are gated per query token: signature, checks and choice of implementation."""
+"""Attention with heads gated per query token: signature, checks, choice of implementation."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""All heads by torch's fastest dense attention, then the gate: correct everywhere, skips nothing."""
+"""All heads by torch's own attention, then the gate: correct everywhere, skips nothing."""
 
 import torch
 from einops import rearrange

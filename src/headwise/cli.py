@@ -1,0 +1,140 @@
+"""The command `headwise`: parse, call, print."""
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+_USAGE = """usage: headwise COMMAND [OPTIONS]
+
+  train RECIPE   train models and compare them        headwise train lm --help
+  generate DIR   continue a text with a saved model   headwise generate --help
+  report DIR     draw a run's page again              headwise report --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Wrong input ends with a message and status 2, a failed run with 1."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+        return
+    if command == "--version":
+        from headwise import __version__
+
+        print(f"headwise {__version__}")
+        return
+    try:
+        _nearest("command", command, _COMMANDS)(rest)
+    except ValueError as error:
+        _fail(2, error)
+    except (FloatingPointError, OSError) as error:
+        _fail(1, error)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted; the same command with --resume goes on from the last checkpoint")
+
+
+def _train(argv: list[str]) -> None:
+    from headwise.recipes import RECIPES
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: headwise train RECIPE [OPTIONS]\n")
+        for name, recipe in RECIPES.items():
+            print(f"  {name:12}{recipe.__doc__}")
+        print("\nheadwise train RECIPE --help lists the fields of a recipe.")
+        return
+    name, *fields = argv
+    default = _nearest("recipe", name, RECIPES)()
+    run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise train {name}")
+
+    from headwise.recipes.train import train
+
+    _quiet_transformers()
+    train(run)
+
+
+def _generate(argv: list[str]) -> None:
+    tyro.cli(generate, args=argv, prog="headwise generate")
+
+
+def generate(
+    directory: Annotated[Path, tyro.conf.Positional],
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> None:
+    """Continue a text with a saved model.
+
+    Args:
+        directory: Of the model, for example runs/lm/models/moh-seed0.
+        prompt: The text to continue.
+        max_new_tokens: How much to write.
+        temperature: Of the sampling; 0 takes the likeliest token each time.
+        seed: Of the sampling.
+    """
+    from headwise.recipes.generation import continue_text, load_model
+
+    _quiet_transformers()
+    model, tokenizer = load_model(directory)
+    text = continue_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    print(text)
+
+
+def _report(argv: list[str]) -> None:
+    tyro.cli(report, args=argv, prog="headwise report")
+
+
+def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Draw the page of a finished run again, from its record.json.
+
+    Args:
+        directory: Of the run, for example runs/lm.
+    """
+    from headwise.analysis.records import from_json
+    from headwise.analysis.report import write_report
+
+    file = directory / "record.json"
+    if not file.is_file():
+        raise ValueError(f"{directory} holds no finished run (no record.json)")
+    print(write_report(from_json(file.read_text()), directory / "report.html"))
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "generate": _generate,
+    "report": _report,
+}
+
+
+def _nearest(kind: str, name: str, known: Mapping[str, T]) -> T:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _quiet_transformers() -> None:
+    """Its bars for reading and writing files would break up ours."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def _fail(status: int, message: object) -> NoReturn:
+    print(f"headwise: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,226 @@
+"""Text to train on: embedded in every Python, from files, or from Hugging Face datasets."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+
+END_OF_TEXT = "<|endoftext|>"
+_HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Documents of one kind, by name; those held out for validation are never trained on."""
+
+    name: str
+    training: dict[str, str]
+    validation: dict[str, str]
+
+
+def load_text(data: str | None = None) -> list[Domain]:
+    """The domains to train on.
+
+    Args:
+        data: None for the embedded text; a file; a directory, each of whose subdirectories is a
+            domain (one domain where there are none); or the name of a Hugging Face dataset with a
+            column "text" ("name" or "name:configuration").
+
+    Raises:
+        ValueError: If there is no text, or a file is not UTF-8.
+    """
+    if data is None:
+        return embedded_text()
+    path = Path(data)
+    if path.is_file():
+        return [_split(path.stem, _pieces(path))]
+    if path.is_dir():
+        return _domains_of_directory(path)
+    return [_split(data, _hugging_face(data))]
+
+
+def embedded_text() -> list[Domain]:
+    """Two domains that every Python carries: its library's source, and its reference in prose.
+
+    "code" is the standard library without tests (about 12 MB), "prose" the topics of `help()`
+    (about 0.75 MB of English). Both differ a little between Python versions.
+    """
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+    files = (p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts))
+    # A handful of the files are test data in other encodings.
+    code = {str(p.relative_to(root)): p.read_bytes().decode("utf-8", "replace") for p in files}
+    return [_split("code", code), _split("prose", dict(topics))]
+
+
+def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE from the training documents; entry 0 is the end of a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = (text for domain in domains for text in domain.training.values())
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.int32]:
+    """All documents in one row of tokens, each followed by the end of a text."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    rows = [
+        np.array([*encoding.ids, end], dtype=np.int32)
+        for batch in _batches(documents, 256)
+        for encoding in tokenizer.encode_batch_fast(batch)
+    ]
+    return np.concatenate(rows)
+
+
+class MixedBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks of `sequence_length` tokens, drawn from several domains.
+
+    A domain of n tokens gets a share of n**exponent: 1 keeps the natural mix, 0 makes domains
+    equal. Blocks of a domain repeat only after all of them were drawn.
+
+    Args:
+        streams: Tokens of each domain.
+        sequence_length: Tokens of a block.
+        num_blocks: Length of the dataset.
+        exponent: Of the mix, 0 to 1.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If a domain has fewer tokens than one block.
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, NDArray[np.int32]],
+        *,
+        sequence_length: int,
+        num_blocks: int,
+        exponent: float,
+        seed: int,
+    ):
+        for name, stream in streams.items():
+            if len(stream) < sequence_length:
+                raise ValueError(
+                    f"domain {name!r} has {len(stream)} tokens of training text; "
+                    f"sequence_length = {sequence_length} needs at least as many"
+                )
+        self.streams = list(streams.values())
+        self.sequence_length = sequence_length
+        generator = np.random.default_rng(seed)
+        weights = np.array([len(stream) ** exponent for stream in self.streams])
+        counts = np.floor(weights / weights.sum() * num_blocks).astype(int)
+        counts[np.argmax(counts)] += num_blocks - counts.sum()
+        self.shares = dict(zip(streams, counts / num_blocks, strict=True))
+        draws = [
+            (domain, block)
+            for domain, count in enumerate(counts)
+            for block in _draw(len(self.streams[domain]) // sequence_length, count, generator)
+        ]
+        self.draws = generator.permutation(np.array(draws))
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        domain, block = self.draws[index]
+        start = block * self.sequence_length
+        tokens = self.streams[domain][start : start + self.sequence_length]
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    rounds = [generator.permutation(blocks) for _ in range(-(-count // blocks))]
+    return np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)
+
+
+def _split(name: str, documents: dict[str, str]) -> Domain:
+    """Hold out one document in ten, chosen by its name: the same ones everywhere, always."""
+    documents = {key: text for key, text in documents.items() if text.strip()}
+    if len(documents) < 2:
+        raise ValueError(
+            f"data {name!r} has {len(documents)} documents with text; it takes at least 2, one to "
+            "train on and one to validate with"
+        )
+    ranked = sorted(documents, key=lambda key: hashlib.sha256(key.encode()).digest())
+    held_out = set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
+    return Domain(
+        name,
+        training={key: text for key, text in documents.items() if key not in held_out},
+        validation={key: text for key, text in documents.items() if key in held_out},
+    )
+
+
+def _domains_of_directory(path: Path) -> list[Domain]:
+    subdirectories = [p for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."]
+    return [
+        _split(root.name, {str(p.relative_to(root)): _read(p) for p in _files(root)})
+        for root in (subdirectories or [path])
+    ]
+
+
+def _files(root: Path) -> list[Path]:
+    files = (p for p in sorted(root.rglob("*")) if p.is_file())
+    return [p for p in files if not any(part[0] == "." for part in p.relative_to(root).parts)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert or remove it") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _pieces(path: Path, count: int = 50) -> dict[str, str]:
+    """A single file as documents: about `count` runs of whole lines."""
+    lines = _read(path).splitlines(keepends=True)
+    size = max(1, -(-len(lines) // count))
+    starts = range(0, len(lines), size)
+    return {f"lines {s + 1}-{s + size}": "".join(lines[s : s + size]) for s in starts}
+
+
+def _hugging_face(name: str) -> dict[str, str]:
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, split="train")
+    except Exception as error:
+        raise ValueError(
+            f"data is {name!r}: no such file or directory, and no Hugging Face dataset could be "
+            f"loaded under that name ({type(error).__name__}: {error})"
+        ) from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"dataset {name!r} has columns {rows.column_names}; one must be 'text'")
+    return {str(i): text for i, text in enumerate(rows["text"])}
+
+
+def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

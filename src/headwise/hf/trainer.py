@@ -1,0 +1,174 @@
+"""transformers' Trainer that loses nothing: whole checkpoints only, and a stop at a bad loss."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+_PARTIAL = ".partial"
+
+
+class SafeTrainer(Trainer):
+    """Trainer with checkpoints written beside and renamed, and a stop at a loss that is not finite.
+
+    A directory `checkpoint-N` is therefore always whole, whatever killed the process; what a kill
+    leaves lies under `.partial` and is swept at the next save.
+    """
+
+    def __init__(self, *args: Any, title: str, tokens_per_step: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.speed = _Speed(tokens_per_step)
+        self.progress = _Progress(title, self.speed)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(self.progress)
+        self._saving_to: Path | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; the bar is taken down also when training fails."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.stop()
+
+    def last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of the output directory."""
+        output = Path(self.args.output_dir)
+        return get_last_checkpoint(str(output)) if output.is_dir() else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises FloatingPointError at a loss that is not finite, before any weight takes it up."""
+        self.speed.begin()
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            last = self.last_checkpoint()
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; {kept}. "
+                "A lower learning_rate or a longer warmup often helps"
+            )
+        return loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output = Path(super()._get_output_dir(trial))
+        self._saving_to = output / _PARTIAL
+        name = f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(self._saving_to, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self._saving_to, ignore_errors=True)
+            raise OSError(
+                f"{output / name} could not be written ({error}); the last good checkpoint is "
+                f"{self.last_checkpoint()}"
+            ) from error
+        finally:
+            partial, self._saving_to = self._saving_to / name, None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(output / name, ignore_errors=True)
+            partial.rename(output / name)
+            partial.parent.rmdir()
+            rotate_checkpoints(str(output), self.args.save_total_limit, use_mtime=False)
+
+
+class _Speed:
+    """Seconds that steps take, without what lies between them (evaluation, saving)."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._began = 0.0
+        self.seconds: list[float] = []
+
+    def begin(self) -> None:
+        # Under gradient accumulation a step begins several times; the first counts.
+        self._began = self._began or time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+        self._began = 0.0
+
+    def median(self) -> float:
+        """Median seconds of a step; the first ones warm up and do not count when there are more."""
+        counted = sorted(self.seconds[2:] or self.seconds)
+        return counted[len(counted) // 2] if counted else float("nan")
+
+    def tokens_per_second(self) -> float:
+        """Of the median step, all processes together."""
+        return self.tokens_per_step / self.median()
+
+
+class _Progress(TrainerCallback):
+    """A bar with loss, tokens/s and time left; plain lines where the output is not a terminal."""
+
+    def __init__(self, title: str, speed: _Speed):
+        self.title, self.speed = title, speed
+        self.console = Console()
+        self.loss = float("nan")
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"), TimeRemainingColumn(), TextColumn("left"),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=self.console)
+        self.task = self.bar.add_task(
+            self.title, total=state.max_steps, completed=state.global_step, status=""
+        )
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.speed.end()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, status=self._status())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        if state.is_world_process_zero and not self.console.is_terminal and "loss" in (logs or {}):
+            seconds = (state.max_steps - state.global_step) * self.speed.median()
+            print(
+                f"{self.title}  step {state.global_step}/{state.max_steps}  {self._status()}  "
+                f"{seconds:.0f} s left",
+                flush=True,
+            )
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _status(self) -> str:
+        return f"loss {self.loss:.3f}  {self.speed.tokens_per_second():,.0f} tokens/s"

@@ -1,0 +1,106 @@
+"""The directory of a run: who may write into it, and files that are whole or not there."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+# What may differ between a run and its continuation.
+_FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to"}
+
+
+class RunDirectory:
+    """Layout of a run.
+
+    run.json                  the resolved configuration and a fingerprint of the text
+    tokenizer/                trained on the text
+    models/NAME-seedS/        finished models, loadable with AutoModelForCausalLM
+    checkpoints/NAME-seedS/   Trainer's checkpoints
+    results.csv record.json report.html
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.tokenizer = root / "tokenizer"
+
+    def model(self, name: str, seed: int) -> Path:
+        """Where a finished model lies."""
+        return self.root / "models" / f"{name}-seed{seed}"
+
+    def checkpoints(self, name: str, seed: int) -> Path:
+        """Where Trainer keeps checkpoints of a model."""
+        return self.root / "checkpoints" / f"{name}-seed{seed}"
+
+    def claim(self, run: Any, fingerprint: dict[str, str]) -> None:
+        """Make the directory this run's, or go on with the same run.
+
+        Raises:
+            ValueError: If the directory holds something else, or another run than the one to
+                resume; nothing is touched then.
+        """
+        file = self.root / RUN_FILE
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"output is {self.root}, a file; it must be a directory")
+        if run.resume:
+            self._check_same_run(run, fingerprint)
+            return
+        if file.exists() and not run.overwrite:
+            raise ValueError(
+                f"output {self.root} already holds a run; choose another, --resume to go on with "
+                "it, or --overwrite to delete it"
+            )
+        if not file.exists() and self.root.is_dir() and any(self.root.iterdir()):
+            raise ValueError(f"output {self.root} holds files that are no run; choose another")
+        if file.exists():
+            shutil.rmtree(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"run": resolved(run), "fingerprint": fingerprint})
+
+    def _check_same_run(self, run: Any, fingerprint: dict[str, str]) -> None:
+        file = self.root / RUN_FILE
+        if not file.exists():
+            raise ValueError(f"output {self.root} holds no run to resume; start without --resume")
+        saved = json.loads(file.read_text())
+        for field, value in resolved(run).items():
+            if field not in _FREE_TO_CHANGE and saved["run"].get(field) != value:
+                raise ValueError(
+                    f"{field} is {value}, but the run in {self.root} has "
+                    f"{saved['run'].get(field)}; resume with the same fields"
+                )
+        if saved["fingerprint"] != fingerprint:
+            raise ValueError(f"the text has changed since the run in {self.root} began")
+
+
+def resolved(run: Any) -> dict[str, Any]:
+    """All fields of a run as JSON keeps them."""
+    return json.loads(json.dumps(dataclasses.asdict(run), default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside, then rename."""
+    write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file or directory beside `path`, then rename it to `path`."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        write(partial)
+    except BaseException:
+        _remove(partial)
+        raise
+    if path.is_dir():
+        shutil.rmtree(path)
+    partial.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

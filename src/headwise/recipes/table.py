@@ -1,0 +1,110 @@
+"""Results as data (one CSV row a model and seed) and as a table for people."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from headwise.recipes.directory import write_whole
+from headwise.recipes.lm import LABELS
+
+Row = dict[str, Any]
+
+
+LEGEND = (
+    "PPL: perplexity of all tokens of the held-out files, in brackets the quartiles of the files. "
+    "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
+    "torch's counter saw run. tokens/s: training, median step. ±: deviation over seeds."
+)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write beside, then rename."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows that `write_csv` wrote; every value is text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Column heads with units, and one row of cells a model: see `LEGEND`."""
+    columns = [
+        "model",
+        "params (M)",
+        "active (M)",
+        "MFLOPs",
+        "counted",
+        "heads on",
+        *(f"PPL {domain} ↓" for domain in domains(rows[0])),
+        "tokens/s ↑",
+    ]
+    cells = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        runs = [row for row in rows if row["model"] == name]
+        cells.append([
+            LABELS.get(name, name),
+            _mean(runs, "parameters", "{:.2f}", 1e-6),
+            _mean(runs, "active_parameters", "{:.2f}", 1e-6),
+            _mean(runs, "flops_per_token", "{:.2f}", 1e-6),
+            _mean(runs, "flops_per_token_counted", "{:.2f}", 1e-6),
+            _mean(runs, "active_heads", "{:.0f} %", 100),
+            *(_perplexity(runs, domain) for domain in domains(rows[0])),
+            _mean(runs, "tokens_per_second", "{:,.0f}"),
+        ])  # fmt: skip
+    return columns, cells
+
+
+def domains(row: Row) -> list[str]:
+    """The domains that a row has perplexities of."""
+    values = [key for key in row if key.startswith("perplexity_")]
+    return [key.removeprefix("perplexity_") for key in values if key[-3:] not in ("_q1", "_q3")]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The comparison as a Markdown table."""
+    columns, cells = comparison(rows)
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def for_terminal(rows: Sequence[Row]) -> Table:
+    """The comparison as a rich table."""
+    columns, cells = comparison(rows)
+    table = Table(
+        title="At equal FLOPs per token", caption=LEGEND, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for line in cells:
+        table.add_row(*(cell.replace(" (", "\n(") for cell in line))
+    return table
+
+
+def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
+    values = [float(row[key]) * scale for row in runs]
+    text = form.format(statistics.fmean(values))
+    if len(values) == 1 or min(values) == max(values):
+        return text
+    return f"{text} ± {form.format(statistics.stdev(values))}"
+
+
+def _perplexity(runs: Sequence[Row], domain: str) -> str:
+    low, high = (
+        statistics.fmean(float(row[f"perplexity_{domain}_{q}"]) for row in runs)
+        for q in ("q1", "q3")
+    )
+    return f"{_mean(runs, f'perplexity_{domain}', '{:.1f}')} ({low:.0f}–{high:.0f})"

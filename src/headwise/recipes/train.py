@@ -1,0 +1,171 @@
+"""Carrying out a run: text, models one after another, table, report. All of it resumes."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from headwise.data.text import END_OF_TEXT, Domain, MixedBlocks, load_text, tokenize
+from headwise.data.text import train_tokenizer as train_bpe
+from headwise.hf.trainer import SafeTrainer
+from headwise.recipes.directory import RunDirectory, write_whole
+from headwise.recipes.lm import LABELS, LanguageModelRun, build_model
+from headwise.recipes.results import Text, Trained, measure, read_result, report, write_result
+
+
+def train(run: LanguageModelRun) -> None:
+    """Train all models of the run, compare them, and write results and report.
+
+    Raises:
+        ValueError: For data or an output directory that cannot be used, before anything is written.
+        FloatingPointError: When a loss is not finite; checkpoints stay.
+    """
+    state = PartialState()
+    if run.batch_size % state.num_processes:
+        raise ValueError(
+            f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
+        )
+    directory = RunDirectory(run.output)
+    domains = load_text(run.data)
+    if state.is_main_process:
+        directory.claim(run, {domain.name: _fingerprint(domain) for domain in domains})
+    state.wait_for_everyone()
+    text = _tokens(run, directory, domains, state)
+    trained = [
+        _train_one(run, directory, text, name, seed, state)
+        for name in run.models
+        for seed in run.seeds
+    ]
+    if state.is_main_process:
+        report(run, directory, text, trained)
+
+
+def _tokens(
+    run: LanguageModelRun, directory: RunDirectory, domains: list[Domain], state: PartialState
+) -> Text:
+    with state.main_process_first():
+        if not directory.tokenizer.exists():
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=train_bpe(domains, vocab_size=run.vocab_size),
+                eos_token=END_OF_TEXT,
+                pad_token=END_OF_TEXT,
+            )
+            write_whole(directory.tokenizer, tokenizer.save_pretrained)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory.tokenizer)
+    bpe = tokenizer.backend_tokenizer
+    return Text(
+        tokenizer,
+        training={d.name: tokenize(bpe, d.training.values()) for d in domains},
+        validation={
+            d.name: {file: tokenize(bpe, [text]) for file, text in d.validation.items()}
+            for d in domains
+        },
+    )
+
+
+def _train_one(
+    run: LanguageModelRun,
+    directory: RunDirectory,
+    text: Text,
+    name: str,
+    seed: int,
+    state: PartialState,
+) -> Trained:
+    finished = directory.model(name, seed)
+    if (result := read_result(finished)) is not None:
+        return result
+    set_seed(seed)
+    model = build_model(run, name, vocab_size=len(text.tokenizer), seed=seed)
+    trainer = SafeTrainer(
+        model=model,
+        args=_arguments(run, directory, name, seed, state),
+        train_dataset=MixedBlocks(
+            text.training,
+            sequence_length=run.sequence_length,
+            num_blocks=run.steps * run.batch_size,
+            exponent=run.domain_exponent,
+            seed=seed,
+        ),
+        eval_dataset=_validation_blocks(run, text),
+        data_collator=default_data_collator,
+        title=f"{LABELS[name]}, seed {seed}",
+        tokens_per_step=run.batch_size * run.sequence_length,
+    )
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
+    trained = measure(run, text, trainer, name, seed)
+    if state.is_main_process:
+        write_whole(finished, lambda partial: _save(partial, trainer.model, text, trained))
+    state.wait_for_everyone()
+    return trained
+
+
+def _arguments(
+    run: LanguageModelRun, directory: RunDirectory, name: str, seed: int, state: PartialState
+) -> TrainingArguments:
+    on_cpu = state.device.type == "cpu"
+    return TrainingArguments(
+        output_dir=str(directory.checkpoints(name, seed)),
+        run_name=f"{directory.root.name}-{name}-seed{seed}",
+        max_steps=run.steps,
+        per_device_train_batch_size=run.batch_size // state.num_processes,
+        per_device_eval_batch_size=run.batch_size,
+        learning_rate=run.learning_rate,
+        warmup_steps=run.warmup_steps,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        weight_decay=run.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=run.precision == "bf16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=run.eval_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=run.save_every,
+        save_total_limit=2,
+        report_to=list(run.report_to) or "none",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def _validation_blocks(run: LanguageModelRun, text: Text) -> list[dict[str, torch.Tensor]]:
+    """The first block of up to 16 long enough held-out files of each domain, for the curve."""
+    blocks = [
+        torch.from_numpy(tokens[: run.sequence_length].astype(np.int64))
+        for files in text.validation.values()
+        for tokens in [x for x in files.values() if len(x) >= run.sequence_length][:16]
+    ]
+    if not blocks:
+        raise ValueError(
+            f"sequence_length is {run.sequence_length}, longer than every held-out file"
+        )
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def _save(directory: Path, model: PreTrainedModel, text: Text, trained: Trained) -> None:
+    model.save_pretrained(directory)
+    text.tokenizer.save_pretrained(directory)
+    write_result(directory, trained)
+
+
+def _fingerprint(domain: Domain) -> str:
+    digest = hashlib.sha256()
+    for part in (domain.training, domain.validation):
+        for name, content in part.items():
+            digest.update(f"{name}\0{content}\0".encode())
+    return digest.hexdigest()
