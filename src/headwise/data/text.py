@@ -44,6 +44,8 @@ def load_text(data: str | None = None) -> list[Domain]:
         return [_split(path.stem, _pieces(path))]
     if path.is_dir():
         return _domains_of_directory(path)
+    if path.is_absolute() or data.startswith((".", "~")) or path.suffix or data.count("/") > 1:
+        raise ValueError(f"data is {data!r}; there is no such file or directory")
     return [_split(data, _hugging_face(data))]
 
 

@@ -89,9 +89,7 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
 
 
 @functools.cache
-def routed_classes(
-    model_class: type[PreTrainedModel],
-) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
+def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
     """The classes of a converted model and of its config, made from transformers' own.
 
     Both are subclasses of the originals. The config's model_type is "headwise", so that a saved

@@ -44,8 +44,7 @@ def convert(
         model = AutoModelForCausalLM.from_pretrained(model_or_path)
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
-    original: type[PreTrainedModel] = type(model)
-    model_class, config_class = routed_classes(original)
+    model_class, config_class = routed_classes(type(model))
     base_model_type = model.config.model_type
     install(model, conversion)
     model.__class__ = model_class

@@ -1,0 +1,33 @@
+# The commands that set up all they need: python3 and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint tables clean
+
+demo: $(VENV)/core  ## train five small models on real text, compare them, draw a report
+	$(BIN)/headwise train lm --output runs/demo --overwrite
+
+test: $(VENV)/dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev  ## style, types, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+tables: $(VENV)/core  ## write the tables of README.md again, from results/
+	$(BIN)/python docs/tables.py
+
+$(VENV)/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,46 @@
+"""From routings to numbers, from numbers to figures, from figures to one HTML page.
+
+Only `plots` needs matplotlib; it and `report` are imported by name, never from here.
+"""
+
+from headwise.analysis.measure import (
+    LoadMeter,
+    count_experts,
+    count_heads,
+    expert_load,
+    head_load,
+    heads_on,
+    load_distance,
+    load_entropy,
+    unused_share,
+)
+from headwise.analysis.records import (
+    Curve,
+    ExpertLoads,
+    HeadLoads,
+    ModelRecord,
+    RoutedText,
+    RunRecord,
+    from_json,
+    to_json,
+)
+
+__all__ = [
+    "Curve",
+    "ExpertLoads",
+    "HeadLoads",
+    "LoadMeter",
+    "ModelRecord",
+    "RoutedText",
+    "RunRecord",
+    "count_experts",
+    "count_heads",
+    "expert_load",
+    "from_json",
+    "head_load",
+    "heads_on",
+    "load_distance",
+    "load_entropy",
+    "to_json",
+    "unused_share",
+]

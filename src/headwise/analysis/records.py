@@ -1,0 +1,200 @@
+"""What a comparison of models leaves behind: everything the report shows, as plain data."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+Layers = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss over training: one value for each of the optimizer steps, ascending."""
+
+    steps: list[int]
+    losses: list[float]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.losses):
+            raise ValueError(f"steps has {len(self.steps)} entries, losses {len(self.losses)}")
+
+
+@dataclass(frozen=True)
+class HeadLoads:
+    """How often each head is on.
+
+    Attributes:
+        shared_heads: Heads that are always on; they come first.
+        by_domain: For each domain [layer][head], share of the tokens in 0..1.
+    """
+
+    shared_heads: int
+    by_domain: dict[str, Layers]
+
+    def __post_init__(self) -> None:
+        _check_same_shape("by_domain", self.by_domain)
+
+    def routed(self, domain: str, layer: int) -> list[float]:
+        """The loads of the routed heads of one layer."""
+        return self.by_domain[domain][layer][self.shared_heads :]
+
+
+@dataclass(frozen=True)
+class ExpertLoads:
+    """How much of the work each expert gets.
+
+    Attributes:
+        layers: Indices of the layers that have experts.
+        by_domain: For each domain [layer with experts][expert], share of the assignments in 0..1.
+    """
+
+    layers: list[int]
+    by_domain: dict[str, Layers]
+
+    def __post_init__(self) -> None:
+        _check_same_shape("by_domain", self.by_domain)
+        for domain, loads in self.by_domain.items():
+            if len(loads) != len(self.layers):
+                raise ValueError(
+                    f"by_domain[{domain!r}] has {len(loads)} layers; layers names "
+                    f"{len(self.layers)}"
+                )
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A passage and the heads that were on while the model read it.
+
+    Attributes:
+        domain: Where the passage is from, as in the loads.
+        tokens: The passage, cut into tokens; joined they are the text.
+        heads_on: [layer][token], a list of the heads that are on, shared ones included.
+    """
+
+    domain: str
+    tokens: list[str]
+    heads_on: list[list[list[int]]]
+
+    def __post_init__(self) -> None:
+        for layer, tokens in enumerate(self.heads_on):
+            if len(tokens) != len(self.tokens):
+                raise ValueError(
+                    f"heads_on[{layer}] has {len(tokens)} tokens; the text has {len(self.tokens)}"
+                )
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One trained model.
+
+    Attributes:
+        name: Of the variant, the same for all seeds ("moh").
+        label: The same for people ("MoH attention").
+        seed: Of this run.
+        training, validation: Losses, in `RunRecord.loss_unit`.
+        heads: None where no head is routed.
+        experts: None where there are no experts.
+        texts: Passages for the viewer; they need `heads`.
+    """
+
+    name: str
+    label: str
+    seed: int
+    training: Curve
+    validation: Curve
+    heads: HeadLoads | None = None
+    experts: ExpertLoads | None = None
+    texts: list[RoutedText] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            return
+        if self.heads is None:
+            raise ValueError(f"{self.name} has texts but heads is None; give its head loads too")
+        layers = {len(loads) for loads in self.heads.by_domain.values()}
+        layers |= {len(text.heads_on) for text in self.texts}
+        if len(layers) != 1:
+            raise ValueError(f"heads and texts of {self.name} differ in layers: {sorted(layers)}")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A comparison of models.
+
+    Attributes:
+        title: Of the page.
+        facts: Device, versions, seeds, data, steps, …: what one needs to run it again.
+        table_columns: Names with units. An arrow at the end says which way is better
+            ("validation loss (nats) ↓") and lets the report mark the best; without, none is marked.
+            Give it to numbers that are exact or have a ±, so that no winner is named by chance.
+        table_rows: Formatted cells, one for each column ("1.47 ± 0.02").
+        notes: Sentences on what the numbers do and do not say.
+        models: All runs; those of one variant share a name and differ in the seed.
+        sample_model, sample_prompt, sample_text: A text that one of the models wrote.
+        loss_unit: Unit of all the curves.
+    """
+
+    title: str
+    facts: dict[str, str]
+    table_columns: list[str]
+    table_rows: list[list[str]]
+    notes: list[str]
+    models: list[ModelRecord]
+    sample_model: str = ""
+    sample_prompt: str = ""
+    sample_text: str = ""
+    loss_unit: str = "nats per token"
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.table_rows):
+            if len(row) != len(self.table_columns):
+                raise ValueError(
+                    f"table_rows[{index}] has {len(row)} cells; there are "
+                    f"{len(self.table_columns)} columns"
+                )
+
+    def variants(self) -> dict[str, list[ModelRecord]]:
+        """The runs of each variant, in the order in which they first appear."""
+        groups: dict[str, list[ModelRecord]] = {}
+        for model in self.models:
+            groups.setdefault(model.name, []).append(model)
+        return groups
+
+
+def to_json(record: RunRecord) -> str:
+    """The record as JSON text; `from_json` gives an equal record back."""
+    return json.dumps(asdict(record), ensure_ascii=False)
+
+
+def from_json(text: str) -> RunRecord:
+    """The record that `to_json` wrote.
+
+    Raises:
+        ValueError: If the text is not JSON, or a field is missing, unknown or inconsistent.
+    """
+    raw = json.loads(text)
+    try:
+        models = [model_from_dict(fields) for fields in raw["models"]]
+        return RunRecord(**{**raw, "models": models})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"this is not the record of a run: {error}") from error
+
+
+def model_from_dict(fields: dict) -> ModelRecord:
+    """The inverse of `dataclasses.asdict`."""
+    heads, experts = fields["heads"], fields["experts"]
+    return ModelRecord(
+        **{
+            **fields,
+            "training": Curve(**fields["training"]),
+            "validation": Curve(**fields["validation"]),
+            "heads": HeadLoads(**heads) if heads else None,
+            "experts": ExpertLoads(**experts) if experts else None,
+            "texts": [RoutedText(**text) for text in fields["texts"]],
+        }
+    )
+
+
+def _check_same_shape(name: str, by_domain: dict[str, Layers]) -> None:
+    shapes = {tuple(len(layer) for layer in layers) for layers in by_domain.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"the domains of {name} differ in layers or candidates: {shapes}")
