@@ -91,11 +91,8 @@ def loss_curves(record: RunRecord) -> Figure:
             markevery=(index % every, every),
             label=runs[0].label,
         )
-        if len(runs) > 1:
-            at = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
-            lowest = [min(losses[step] for losses in at) for step in mean.steps]
-            highest = [max(losses[step] for losses in at) for step in mean.steps]
-            axes.fill_between(mean.steps, lowest, highest, color=colour, alpha=0.18, linewidth=0)
+        lowest, highest = _range_at(mean.steps, curves)
+        axes.fill_between(mean.steps, lowest, highest, color=colour, alpha=0.18, linewidth=0)
         settled = [
             loss
             for step, loss in zip(mean.steps, mean.losses, strict=True)
@@ -271,6 +268,12 @@ def to_svg(figure: Figure, name: str) -> str:
     for colour, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--line")):
         svg = svg.replace(colour, f"var({variable}, {colour})")
     return svg
+
+
+def _range_at(steps: Sequence[int], curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
+    at = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
+    columns = [[losses[step] for losses in at] for step in steps]
+    return [min(column) for column in columns], [max(column) for column in columns]
 
 
 def _load_figure(candidates: int) -> tuple[Figure, Axes]:

@@ -44,7 +44,8 @@ def convert(
         model = AutoModelForCausalLM.from_pretrained(model_or_path)
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
-    model_class, config_class = routed_classes(type(model))
+    original: Any = type(model)
+    model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
     install(model, conversion)
     model.__class__ = model_class
