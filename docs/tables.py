@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from headwise.recipes.table import LEGEND, environment_line, markdown, read_csv
+from headwise.recipes.table import markdown, read_csv
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- table:lm -->\n", "<!-- /table -->"

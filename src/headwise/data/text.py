@@ -172,7 +172,13 @@ def _split(name: str, documents: dict[str, str]) -> Domain:
 
 
 def _domains_of_directory(path: Path) -> list[Domain]:
-    subdirectories = [p for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."]
+    entries = [p for p in sorted(path.iterdir()) if p.name[0] != "."]
+    subdirectories = [p for p in entries if p.is_dir()]
+    if subdirectories and len(subdirectories) < len(entries):
+        beside = next(p for p in entries if not p.is_dir())
+        raise ValueError(
+            f"{beside} lies beside directories, each of which is a domain; move it into one"
+        )
     return [
         _split(root.name, {str(p.relative_to(root)): _read(p) for p in _files(root)})
         for root in (subdirectories or [path])

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headwise.nn import QueryNormRouter, TwoStageRouter
-from headwise.ops import Routing, head_attention
+from headwise.ops import head_attention
 
 NAME = "headwise"
 
@@ -40,7 +40,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    routing: Routing | None = None,
+    routing: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
@@ -53,6 +53,8 @@ def attend(
             for heads that are never computed.
     """
     router = getattr(module, "router", None)
+    if isinstance(router, QueryNormRouter):
+        routing = router(rearrange(query, "b h t c -> b t h c"))
     if router is None or _always_all_on(router):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
@@ -63,8 +65,6 @@ def attend(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is True; routed heads do not keep attention weights")
     q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
-    if routing is None:
-        routing = router(q)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = is_causal and q.shape[1] > 1 and attention_mask is None
     if causal:

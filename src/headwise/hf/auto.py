@@ -1,6 +1,7 @@
 """Classes for converted models: what they add to transformers' own, and how they load again."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -67,15 +68,18 @@ class Routed(PreTrainedModel):
 
 
 def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(forward).parameters)[1:]
+
     # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
     @functools.wraps(forward)
     def with_routing_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
         labels = kwargs.get("labels")
         if labels is None or not self.training:
-            return forward(self, *args, **kwargs)
+            return forward(self, **kwargs)
         routings: dict[str, Routing] = {}
         with collect_routings(self, routings, kwargs.get("attention_mask")):
-            output = forward(self, *args, **kwargs)
+            output = forward(self, **kwargs)
         loss = self.routing_loss(routings)
         # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
         if (items := kwargs.get("num_items_in_batch")) is not None:

@@ -4,10 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from headwise.nn import Budget, HeadBudget, MHMoE, MoE, QueryNormRouter, TwoStageRouter
 from headwise.nn.mh_moe import ExpertRouterName
 from headwise.nn.moh import HeadRouterName, head_router
 from headwise.ops.activations import Activation
+from headwise.ops.choice import check_choice
 from headwise.ops.routing import HeadMode
 
 
@@ -38,10 +41,8 @@ class MoHConfig:
                 raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
         if type(self.shared) is type(self.active) and self.shared > self.active:
             raise ValueError(f"shared is {self.shared}, more than active = {self.active}")
-        if self.router not in ("two_stage", "query_norm"):
-            raise ValueError(f"router is {self.router!r}; it must be 'two_stage' or 'query_norm'")
-        if self.mode not in ("released", "paper"):
-            raise ValueError(f"mode is {self.mode!r}; it must be 'released' or 'paper'")
+        check_choice("router", self.router, HeadRouterName)
+        check_choice("mode", self.mode, HeadMode)
         _check_coefficient("balance_coefficient", self.balance_coefficient)
 
     def build_router(self, dim: int, num_heads: int) -> TwoStageRouter | QueryNormRouter:
@@ -69,12 +70,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "expert_dim"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be an int of at least 1")
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)"
-            )
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{field} is {value!r}; it must be an int")
+        # The layer knows what it takes; on the meta device it costs nothing to ask.
+        with torch.device("meta"):
+            self.build(getattr(self, "num_heads", 1))
         _check_coefficient("balance_coefficient", self.balance_coefficient)
         _check_coefficient("z_loss_coefficient", self.z_loss_coefficient)
 
@@ -96,11 +96,6 @@ class MHMoEConfig(MoEConfig):
     bias: bool = False
     head_layer: bool = True
     merge_layer: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be at least 1")
 
     def build(self, dim: int) -> MHMoE:
         """The layer for tokens of that width."""
@@ -149,11 +144,14 @@ class Conversion:
                 f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
             )
         attention, mlp = fields["attention"], fields["mlp"]
-        return cls(
-            attention=attention and MoHConfig(**attention),
-            mlp=mlp and _mlp_from_dict(**mlp),
-            every=fields["every"],
-        )
+        try:
+            return cls(
+                attention=attention and MoHConfig(**attention),
+                mlp=mlp and _mlp_from_dict(**mlp),
+                every=fields["every"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config.json's 'headwise' is not understood: {error}") from error
 
 
 FORMAT_VERSION = 1

@@ -1,6 +1,7 @@
 """Collecting the routings of one forward of a model, whatever its layers return."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,9 +32,10 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     routings: dict[str, Routing] = {}
     running: list[Any] = []
 
-    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routings.clear()
-        running.append(collect_routings(model, routings, kwargs.get("attention_mask")))
+        mask = named_arguments(model.forward, args, kwargs).get("attention_mask")
+        running.append(collect_routings(model, routings, mask))
         running[-1].__enter__()
 
     def end(*_: Any) -> None:
@@ -56,17 +58,15 @@ def collect_routings(
 ) -> Iterator[None]:
     """While inside, every router of the model writes what it decides `into` the dict."""
     with_grad = torch.is_grad_enabled()
-    padding = _padding_mask(attention_mask)
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], routing: Routing) -> None:
             if with_grad and not torch.is_grad_enabled():
                 raise RuntimeError(
                     f"{name} runs without gradients inside a forward with gradients, as reentrant "
-                    "activation checkpointing does; use "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    "activation checkpointing does; use use_reentrant=False"
                 )
-            into[name] = routing if padding is None else _mark_padding(routing, padding)
+            into[name] = routing
 
         return hook
 
@@ -77,17 +77,21 @@ def collect_routings(
     finally:
         for hook in hooks:
             hook.remove()
+    # A 4-D mask says what is seen, not what is padding. Marking happens here, not in the hooks: a
+    # checkpointed layer must do the same work when it is computed again without them.
+    if attention_mask is not None and attention_mask.ndim == 2:
+        into.update({name: _mark_padding(into[name], attention_mask.bool()) for name in into})
 
 
-def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    # A 4-D mask says what is seen, not what is padding.
-    if attention_mask is None or attention_mask.ndim != 2 or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()
+def named_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, those given by position included."""
+    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
 
 
-def _mark_padding(routing: Routing, padding: Tensor) -> Routing:
+def _mark_padding(routing: Routing, real: Tensor) -> Routing:
     # With a cache the mask covers the past too; the queries are its last columns.
-    mask = padding[:, -routing.indices.shape[1] :]
+    mask = real[:, -routing.indices.shape[1] :]
     extra = routing.indices.ndim - 1 - mask.ndim
     return routing.with_mask(mask.reshape(*mask.shape, *[1] * extra))

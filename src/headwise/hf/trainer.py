@@ -2,8 +2,10 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -37,6 +39,7 @@ class SafeTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
+        self.add_callback(_GradientCheck(self))
         self._saving_to: Path | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,18 +54,30 @@ class SafeTrainer(Trainer):
         output = Path(self.args.output_dir)
         return get_last_checkpoint(str(output)) if output.is_dir() else None
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises FloatingPointError at a loss that is not finite, before any weight takes it up."""
         self.speed.begin()
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            last = self.last_checkpoint()
-            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; {kept}. "
-                "A lower learning_rate or a longer warmup often helps"
-            )
+            self.stop_at(f"the loss is {loss.item()}")
         return loss
+
+    def stop_at(self, what: str) -> NoReturn:
+        """Raise FloatingPointError with the step and what is kept."""
+        last = self.last_checkpoint()
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; {kept}. "
+            "A lower learning_rate or a longer warmup often helps"
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to or super()._get_output_dir(trial))
@@ -90,6 +105,34 @@ class SafeTrainer(Trainer):
             partial.rename(output / name)
             partial.parent.rmdir()
             rotate_checkpoints(str(output), self.args.save_total_limit, use_mtime=False)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"{checkpoint} cannot be read ({error}); delete it to go on from the one before"
+        ) from error
+
+
+class _GradientCheck(TrainerCallback):
+    """A loss can be finite and its gradient not: stop before it reaches the weights."""
+
+    def __init__(self, trainer: SafeTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # With fp16 the gradient scaler meets such gradients on purpose and skips the step.
+        if args.fp16:
+            return
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self.trainer.stop_at(f"the gradient's norm is {norm.item()}")
 
 
 class _Speed:

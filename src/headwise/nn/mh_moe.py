@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from headwise.nn.routers import CosineRouter, LinearRouter
 from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
+from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import Impl
 
 ExpertRouterName = Literal["linear", "cosine"]
@@ -71,8 +72,13 @@ class MHMoE(nn.Module):
             raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}")
         if expert_dim < 1:
             raise ValueError(f"expert_dim is {expert_dim}; it must be at least 1")
-        if router not in ("linear", "cosine"):
-            raise ValueError(f"router is {router!r}; it must be 'linear' or 'cosine'")
+        if shared_expert_dim is not None and shared_expert_dim < 0:
+            raise ValueError(
+                f"shared_expert_dim is {shared_expert_dim}; it must be None or above 0"
+            )
+        check_choice("router", router, ExpertRouterName)
+        check_choice("activation", activation, Activation)
+        check_choice("impl", impl, Impl)
         self.num_heads, self.num_experts, self.expert_dim = num_heads, num_experts, expert_dim
         self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
         sub_dim = dim // num_heads

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import QueryNormRouter, TwoStageRouter
 from headwise.ops import Routing, head_attention
+from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import Impl
 from headwise.ops.routing import HeadMode
 
@@ -19,11 +20,11 @@ def head_router(
     router: HeadRouterName, dim: int, budget: HeadBudget, *, mode: HeadMode
 ) -> TwoStageRouter | QueryNormRouter:
     """The router of that name: "two_stage" learns from x, "query_norm" reads the queries."""
+    check_choice("router", router, HeadRouterName)
+    check_choice("mode", mode, HeadMode)
     if router == "two_stage":
         return TwoStageRouter(dim, budget, mode=mode)
-    if router == "query_norm":
-        return QueryNormRouter(budget)
-    raise ValueError(f"router is {router!r}; it must be 'two_stage' or 'query_norm'")
+    return QueryNormRouter(budget)
 
 
 class MoHAttention(nn.Module):
@@ -77,6 +78,7 @@ class MoHAttention(nn.Module):
             raise ValueError(
                 f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
             )
+        check_choice("impl", impl, Impl)
         self.budget, self.causal, self.impl = budget, causal, impl
         self.head_dim = head_dim if head_dim is not None else dim // num_heads
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)

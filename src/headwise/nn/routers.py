@@ -25,8 +25,6 @@ class TwoStageRouter(Router):
 
     def __init__(self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released"):
         super().__init__()
-        if mode not in ("released", "paper"):
-            raise ValueError(f"mode is {mode!r}; it must be 'released' or 'paper'")
         self.budget, self.mode = budget, mode
         shared, routed = budget.shared_heads, budget.routed_heads
         self.shared = nn.Linear(dim, shared, bias=False) if shared > 1 else None

@@ -6,6 +6,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from headwise.ops.choice import check_choice
+
 Activation = Literal["silu", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,8 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def activate(up: Tensor, activation: Activation, hidden: int) -> Tensor:
     """[..., U] → [..., hidden]: act(gate)·up where U = 2·hidden (gate first), else act(up)."""
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}")
+    check_choice("activation", activation, Activation)
     act = _ACTIVATIONS[activation]
     if up.shape[-1] == hidden:
         return act(up)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwise.ops.choice import check_choice
 from headwise.ops.routing import Routing
 
 BalanceForm = Literal["scaled", "plain", "first_choice"]
@@ -34,8 +35,7 @@ def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Ten
     Raises:
         ValueError: If the form is unknown.
     """
-    if form not in ("scaled", "plain", "first_choice"):
-        raise ValueError(f"form is {form!r}; it must be 'scaled', 'plain' or 'first_choice'")
+    check_choice("form", form, BalanceForm)
     candidates = routing.probabilities.shape[-1]
     chosen = routing.indices[..., :1] if form == "first_choice" else routing.indices
     share, probability = load_and_probability(routing._replace(indices=chosen))
@@ -63,8 +63,11 @@ def load_and_probability(
 def router_z_loss(routing: Routing) -> Float[Tensor, ""]:
     """Mean over tokens of logsumexp(logits)², which keeps a router's logits near 0.
 
-    **Source**: ST-MoE, arXiv 2202.08906, Eq. 5. Padding (`routing.mask`) is not counted.
+    **Source**: ST-MoE, arXiv 2202.08906, Eq. 5. Padding (`routing.mask`) is not counted. 0 for a
+    layer that routes nothing.
     """
+    if routing.logits.shape[-1] == 0:
+        return routing.logits.sum()
     squares = torch.logsumexp(routing.logits, dim=-1).square()
     if routing.mask is None:
         return squares.mean()

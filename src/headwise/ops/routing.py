@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headwise.ops.choice import check_choice
+
 HeadMode = Literal["released", "paper"]
 
 
@@ -65,8 +67,8 @@ def route_heads(
         paper:     [a1·s,           a2·p·m]
         released:  [2·a1·s·shared,  2·a2·top_k·p·m / sum(p·m)]
 
-    A group that is empty leaves the factor of the other at 1. In mode "released" the gates have
-    mean 1 over the heads that are on, and with top_k = 1 the routed weight is constantly 1, so
+    A group that is empty leaves the factor of the other at 1. In mode "released" all gates that are
+    on are 1 when the softmaxes are even, and with top_k = 1 the routed weight is constantly 1, so
     that only the balance loss trains that router.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6; mode "released": its code, commit 2cefd57.
@@ -80,7 +82,8 @@ def route_heads(
         mode: "released" (what the released weights need) or "paper".
 
     Returns:
-        A Routing with weights [..., shared + routed]; exactly shared + top_k of them are on.
+        A Routing with weights [..., shared + routed]; shared + top_k of them are on (fewer only
+        where a probability underflows to 0).
 
     Raises:
         ValueError: If top_k is out of range, the mode is unknown or stage_logits is missing.
@@ -88,8 +91,7 @@ def route_heads(
     Example (worked by hand): logits 0 for two shared heads, ln 3 and 0 for two routed ones, stage
     logits 0, top_k 1: paper gives [1/4, 1/4, 3/8, 0], released gives [1, 1, 1, 0].
     """
-    if mode not in ("released", "paper"):
-        raise ValueError(f"mode is {mode!r}; it must be 'released' or 'paper'")
+    check_choice("mode", mode, HeadMode)
     num_shared, num_routed = shared_logits.shape[-1], routed_logits.shape[-1]
     _check_top_k(top_k, num_routed, lowest=0)
     shared = _wide(shared_logits).softmax(-1)
@@ -125,8 +127,8 @@ def route_heads_by_query_norm(
     be taken before or after rotary embeddings.
 
     **Source**: MoH, arXiv 2410.11842, section 4.4, Eq. 9 and 10; scale_by_std: its LLaMA code.
-    **Deviates**: float32 whatever the model's dtype; a std of 0 is guarded (NaN in the released
-    code); a head that is off computes nothing, so no gradient reaches its gate.
+    **Deviates**: float32 whatever the model's dtype; where all norms are equal the std counts as 1
+    (NaN in the released code); a head that is off computes nothing, so its gate has no gradient.
 
     Args:
         q: Queries of all heads, the shared ones first.
@@ -195,9 +197,10 @@ def _multi_hot(indices: Tensor, like: Tensor) -> Tensor:
 
 
 def _guarded_std(norms: Tensor) -> Tensor:
-    info = torch.finfo(norms.dtype)
-    floor = info.eps * norms.detach().amax(-1, keepdim=True) + info.tiny
-    return torch.maximum(norms.std(-1, keepdim=True), floor)
+    """The deviation over the heads, or 1 where it is nothing but rounding."""
+    std = norms.std(-1, keepdim=True)
+    rounding = 4 * torch.finfo(norms.dtype).eps * norms.detach().amax(-1, keepdim=True)
+    return torch.where(std > rounding, std, 1)
 
 
 def _check_top_k(top_k: int, candidates: int, lowest: int) -> None:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, convert
 from headwise.nn import Budget, HeadBudget
+from headwise.ops.choice import check_choice
 from headwise.parity import count_flops, match_sparse_moe
 
 ModelName = Literal["dense", "moh", "moe", "mh_moe", "moh_mh_moe"]
@@ -99,6 +100,11 @@ class LanguageModelRun:
     def __post_init__(self) -> None:
         if not self.models or not self.seeds:
             raise ValueError("models and seeds must each hold at least one entry")
+        for field_name in ("models", "seeds"):
+            values = getattr(self, field_name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field_name} is {values}; each entry may occur once")
+        check_choice("precision", self.precision, Literal["fp32", "bf16"])
         for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "batch_size"):
             _check_at_least(1, name, getattr(self, name))
         for name in ("every", "log_every", "eval_every", "save_every", "eval_blocks_per_file"):
@@ -110,15 +116,18 @@ class LanguageModelRun:
             raise ValueError(
                 f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
             )
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
         if not 0 <= self.domain_exponent <= 1:
             raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both set; choose one")
         HeadBudget.resolve(self.num_heads, shared=self.shared_heads, active=self.active_heads)
         for name in self.models:
-            self.mixture(name)
+            check_choice("models", name, ModelName)
+            self.attention(name), self.mixture(name)
 
     def attention(self, name: str) -> MoHConfig | None:
         """What convert makes of the attention of that model."""

@@ -75,10 +75,22 @@ def domains(row: Row) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table."""
+    """The comparison as a Markdown table, its legend, and what it was measured on."""
     columns, cells = comparison(rows)
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """Training, seeds, device and versions of the rows."""
+    row = rows[0]
+    seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
+    versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
+    return (
+        f"{row['device']}, {row['threads']} threads, {row['precision']}; {row['steps']} steps, "
+        f"{int(row['tokens']):,} tokens a model, seeds {seeds}; {versions}"
+    )
 
 
 def for_terminal(rows: Sequence[Row]) -> Table:

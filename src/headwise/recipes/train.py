@@ -29,7 +29,8 @@ def train(run: LanguageModelRun) -> None:
         ValueError: For data or an output directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    state = PartialState()
+    # Without the hint, processes on CPUs do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if run.batch_size % state.num_processes:
         raise ValueError(
             f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.ops.activations import Activation
+from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import grouped, reference
 
 Impl = Literal["auto", "reference", "grouped"]
@@ -50,13 +51,17 @@ def expert_mlp(
     Example (worked by hand): one expert, relu without gate, up 2, down 3, weight 1/2: x = 1 gives
     1/2 · 3 · relu(2) = 3.
     """
-    if impl not in ("auto", *_IMPLEMENTATIONS):
-        raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {list(_IMPLEMENTATIONS)}")
-    hidden = down_proj.shape[2]
-    if up_proj.shape[1] not in (hidden, 2 * hidden) or up_proj.shape[2] != x.shape[1]:
+    check_choice("impl", impl, Impl)
+    experts, _, hidden = down_proj.shape
+    if (
+        up_proj.shape[0] != experts
+        or up_proj.shape[1] not in (hidden, 2 * hidden)
+        or up_proj.shape[2] != x.shape[1]
+    ):
         raise ValueError(
             f"up_proj has shape {list(up_proj.shape)}; with x {list(x.shape)} and down_proj "
-            f"{list(down_proj.shape)} it must be [E, {hidden} or {2 * hidden}, {x.shape[1]}]"
+            f"{list(down_proj.shape)} it must be "
+            f"[{experts}, {hidden} or {2 * hidden}, {x.shape[1]}]"
         )
     if weights.shape != indices.shape or weights.shape[0] != x.shape[0]:
         raise ValueError(

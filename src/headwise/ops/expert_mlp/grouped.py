@@ -78,6 +78,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
 grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
+@register_flop_formula(torch.ops.headwise.grouped_linear_weight_grad)
+def _weight_grad_flops(dy: torch.Size, x: torch.Size, *_: object, **__: object) -> int:
+    return 2 * dy[0] * dy[1] * x[1]
+
+
 @register_flop_formula(torch.ops.headwise.grouped_linear)
 def _grouped_linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * x[0] * weight[1] * weight[2]

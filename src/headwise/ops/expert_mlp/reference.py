@@ -23,4 +23,4 @@ def expert_mlp(
                 hidden = activate(up_proj[e] @ token, activation, down_proj.shape[2])
                 y = y + (weight * (down_proj[e] @ hidden)).to(x.dtype)
         rows.append(y)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros_like(x)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import dense, reference
 
 Impl = Literal["auto", "reference", "dense"]
@@ -55,10 +56,10 @@ def head_attention(
 
     Example (worked by hand): one head, q = 0, values 2 and 4, gate 1/2: y = 1/2 · (2 + 4)/2 = 1.5.
     """
-    if impl not in ("auto", *_IMPLEMENTATIONS):
-        raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {list(_IMPLEMENTATIONS)}")
+    check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask, bias = _four_dimensional(mask), _four_dimensional(bias)
     compute = _IMPLEMENTATIONS["dense" if impl == "auto" else impl]
     return compute(q, k, v, gate, causal=causal, mask=mask, bias=bias, scale=scale)
 
@@ -88,6 +89,10 @@ def _check(
                 f"{name} has shape {_shapes(tensor)}; it must be broadcastable to "
                 f"[B, H, T, S] = {list(scores)}"
             )
+
+
+def _four_dimensional(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
 def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:

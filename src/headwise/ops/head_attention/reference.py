@@ -33,7 +33,7 @@ def head_attention(
                     scores = scores + bias[b, h, t, seen]
                 y = scores.softmax(-1) @ v[b, seen, g]
                 rows.append((gate[b, t, h] * y).to(q.dtype))
-    return torch.stack(rows).reshape(q.shape)
+    return torch.stack(rows).reshape(q.shape) if rows else torch.zeros_like(q)
 
 
 def _visible(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:

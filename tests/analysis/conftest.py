@@ -1,0 +1,49 @@
+import pytest
+
+from headwise.analysis import (
+    Curve,
+    ExpertLoads,
+    HeadLoads,
+    ModelRecord,
+    RoutedText,
+    RunRecord,
+)
+
+HOSTILE = "<script>alert('&')</script>"
+
+
+def curve(end, steps=(10, 20, 30)):
+    return Curve(list(steps), [end + 3, end + 1, end])
+
+
+@pytest.fixture
+def record():
+    """Three variants, one of them with two seeds; two layers, one shared head and three routed."""
+    heads = HeadLoads(
+        1,
+        {
+            "code": [[1.0, 0.5, 0.25, 0.25], [1.0, 0.0, 0.5, 0.5]],
+            "prose": [[1.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.5, 0.5]],
+        },
+    )
+    experts = ExpertLoads([1], {"code": [[0.5, 0.5, 0, 0, 0]], "prose": [[0.0, 0.5, 0.5, 0, 0]]})
+    texts = [
+        RoutedText("code", ["\t", HOSTILE, "x", "\n\n  "], [[[0, 1], [0, 2], [0, 3], [0, 2]]] * 2),
+        RoutedText("prose", ["\x00", " naïve 蛇"], [[[0, 3], [0, 1]]] * 2),
+    ]
+    return RunRecord(
+        title=f"Title {HOSTILE}",
+        facts={"device": "CPU", "seeds": "0, 1 <both>"},
+        table_columns=["Model", "loss (nats) ↓", "speed (tokens/s) ↑"],
+        table_rows=[["dense", "1.50 ± 0.02", "1,200"], ["moh", "1.49", "900"], ["moe", "1.9", "–"]],
+        notes=["Bold & brave."],
+        models=[
+            ModelRecord("dense", "Dense", 0, curve(1.4), curve(1.5)),
+            ModelRecord("dense", "Dense", 1, curve(1.44), curve(1.54)),
+            ModelRecord("moh", "MoH $x$", 0, curve(1.39), curve(1.49), heads, None, texts),
+            ModelRecord("moe", "MoE", 0, curve(1.8), curve(1.9), None, experts),
+        ],
+        sample_model="moh",
+        sample_prompt="Once\x1b",
+        sample_text=" upon a\n<time>",
+    )

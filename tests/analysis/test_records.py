@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from headwise.analysis import (
+    Curve,
+    ExpertLoads,
+    HeadLoads,
+    ModelRecord,
+    RoutedText,
+    RunRecord,
+    from_json,
+    to_json,
+)
+
+
+def test_round_trip(record):
+    assert from_json(to_json(record)) == record
+
+
+def test_a_bare_record_round_trips():
+    bare = RunRecord("t", {}, [], [], [], [])
+    assert from_json(to_json(bare)) == bare
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{}]}', '{"models": [], "x": 1}'])
+def test_what_is_no_record_is_refused(text):
+    with pytest.raises(ValueError, match=r"not the record|Expecting"):
+        from_json(text)
+
+
+def test_unknown_fields_are_refused(record):
+    raw = json.loads(to_json(record))
+    raw["models"][0]["colour"] = "blue"
+    with pytest.raises(ValueError, match="colour"):
+        from_json(json.dumps(raw))
+
+
+def test_routed_loads_leave_the_shared_out(record):
+    assert record.models[2].heads.routed("code", 0) == [0.5, 0.25, 0.25]
+
+
+def test_variants_group_seeds(record):
+    seeds = {name: [run.seed for run in runs] for name, runs in record.variants().items()}
+    assert seeds == {"dense": [0, 1], "moh": [0], "moe": [0]}
+
+
+def test_what_does_not_fit_is_refused():
+    empty = Curve([], [])
+    heads = HeadLoads(1, {"code": [[1.0, 0.5]]})
+    text = RoutedText("code", ["a"], [[[0]]])
+    with pytest.raises(ValueError, match="steps has 2 entries, losses 1"):
+        Curve([1, 2], [0.5])
+    with pytest.raises(ValueError, match="differ in layers or candidates"):
+        HeadLoads(1, {"code": [[1.0]], "prose": [[1.0, 0.5]]})
+    with pytest.raises(ValueError, match="has 1 layers; layers names 2"):
+        ExpertLoads([1, 3], {"code": [[1.0]]})
+    with pytest.raises(ValueError, match=r"heads_on\[1\] has 0 tokens; the text has 1"):
+        RoutedText("code", ["a"], [[[0]], []])
+    with pytest.raises(ValueError, match="heads is None"):
+        ModelRecord("moh", "MoH", 0, empty, empty, texts=[text])
+    with pytest.raises(ValueError, match=r"differ in layers: \[1, 2\]"):
+        ModelRecord("moh", "MoH", 0, empty, empty, heads, texts=[RoutedText("c", [], [[], []])])
+    with pytest.raises(ValueError, match=r"table_rows\[0\] has 1 cells; there are 2 columns"):
+        RunRecord("t", {}, ["a", "b"], [["1"]], [], [])

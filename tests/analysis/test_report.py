@@ -1,0 +1,154 @@
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from headwise.analysis import Curve, ModelRecord, RunRecord, from_json, to_json
+from headwise.analysis.report import render_report, write_report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps ids, text and what scripts hold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.texts, self.scripts, self.attributes = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        else:
+            self.texts.append(data)
+
+
+@pytest.fixture
+def text(record):
+    return render_report(record)
+
+
+def test_the_page_parses(text):
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.scripts) == 2
+
+
+def test_the_page_asks_nobody(text):
+    assert not re.search(r"https?://|//cdn|@import|url\((?!#)", text)
+    policy = text[text.index("Content-Security-Policy") :].split(">")[0]
+    assert "default-src 'none'" in policy
+    sources = [value for name, value in Page(text).attributes if name in ("src", "href")]
+    assert all(source == "data:," or source.startswith("#") for source in sources)
+
+
+def test_hostile_text_stays_text(text):
+    page = Page(text)
+    assert "Title <script>alert('&')</script>" in page.texts
+    assert not any("alert" in script for script in page.scripts[1:])
+    # In the JSON the token cannot end its script element.
+    assert "\\u003cscript>" in page.scripts[0]
+    assert "0, 1 <both>" in page.texts
+    assert " upon a\n<time>" in page.texts
+
+
+def test_the_viewer_gets_the_passages(text):
+    (model,) = json.loads(Page(text).scripts[0])
+    assert (model["label"], model["shared"], model["heads"]) == ("MoH $x$, seed 0", 1, [4, 4])
+    code, prose = model["texts"]
+    assert code["tokens"] == ["\t", "<script>alert('&')</script>", "x", "\n\n  "]
+    assert code["on"][0] == [[0, 1], [0, 2], [0, 3], [0, 2]]
+    # Control characters are shown as pictures.
+    assert prose["tokens"] == ["␀", " naïve 蛇"]
+
+
+def test_the_page_has_its_sections(text):
+    texts = Page(text).texts
+    for heading in (
+        "Comparison",
+        "Losses",
+        "Which heads light up",
+        "Load of the routed heads",
+        "Load of the experts",
+        "A sample",
+        "How it was run",
+    ):
+        assert heading in texts
+    assert "Once␛" in texts
+    assert "<td><strong>1.50 ± 0.02</strong></td><td><strong>1,200</strong></td>" in text
+    assert "<td><strong>1.49</strong></td><td>900</td>" in text
+
+
+def test_the_same_record_gives_the_same_page(record, text):
+    assert render_report(from_json(to_json(record))) == text
+
+
+def test_a_page_of_nothing():
+    page = Page(render_report(RunRecord("t", {}, [], [], [], [])))
+    assert page.open == []
+    assert "Losses" not in page.texts
+
+
+def test_a_run_without_validation():
+    run = ModelRecord("a", "A", 0, Curve([1, 2], [2.0, 1.0]), Curve([], []))
+    text = render_report(RunRecord("t", {}, [], [], [], [run]))
+    assert "Validation loss at the end" not in text
+    assert "Loss while training" in text
+
+
+def test_writing_replaces(record, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    assert write_report(record, str(path)) == path
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_page(record, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full_disk(self, data, **_):
+        self.write_bytes(data[:9].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(record, path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_broken_characters_are_written(record, tmp_path):
+    path = write_report(replace(record, sample_text="a\ud800b"), tmp_path / "report.html")
+    assert "a?b" in path.read_text(encoding="utf-8")
+
+
+def test_numbers_need_no_matplotlib_and_figures_no_pyplot():
+    code = (
+        "import sys, headwise.analysis; assert 'matplotlib' not in sys.modules;"
+        "import headwise.analysis.report; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,76 @@
+from dataclasses import replace
+
+import pytest
+
+from headwise.analysis import Curve, HeadLoads, ModelRecord, RunRecord
+from headwise.analysis.summary import best_cells, head_distance, headline, tiles
+
+
+def run(name, seed, loss):
+    return ModelRecord(name, name, seed, Curve([], []), Curve([1], [loss]))
+
+
+def page(*models):
+    return RunRecord("t", {}, [], [], [], list(models))
+
+
+def test_an_order_within_the_seeds_is_no_finding():
+    text = headline(
+        page(run("a", 0, 1.50), run("a", 1, 1.54), run("b", 0, 1.55), run("b", 1, 1.53))
+    )
+    assert "between 1.520 (a) and 1.540 (b) nats per token" in text
+    assert text.endswith("their order is not a finding.")
+
+
+def test_an_order_beyond_the_seeds_is_told():
+    text = headline(
+        page(run("a", 0, 1.50), run("a", 1, 1.52), run("b", 0, 1.60), run("b", 1, 1.62))
+    )
+    assert text.endswith("the lead over b is 0.100, seeds differ by up to 0.020.")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_seed_is_no_finding(seeds):
+    text = headline(page(*[run("a", seed, 1.0) for seed in range(seeds)], run("b", 0, 9.0)))
+    assert text.endswith("their order is not a finding.")
+
+
+def test_headline_of_few():
+    assert headline(page()) == "0 runs, none with a validation loss."
+    assert (
+        headline(page(run("a", 0, 1.5))) == "a ends at a validation loss of 1.500 nats per token."
+    )
+
+
+def test_diverged_runs_are_told():
+    text = headline(page(run("a", 0, 1.5), run("a", 1, float("nan")), run("b", 0, float("inf"))))
+    assert text == "a ends at a validation loss of 1.500 nats per token. 2 runs diverged."
+
+
+def test_tiles(record):
+    found = {tile.caption: tile.value for tile in tiles(record)}
+    assert found == {
+        "runs of 3 variants": "4",
+        "heads on per token, MoH $x$": "2 of 4",
+        # Layer 0: ½(¼ + ¼ + 0) = ¼ of the routed choices, layer 1: none.
+        "of routed head choices differ between code and prose, MoH $x$": "12%",
+        "experts of all layers and models never used": "2 of 5",
+    }
+
+
+def test_heads_need_two_domains_to_differ():
+    assert head_distance(HeadLoads(0, {"code": [[0.5, 0.5]]})) is None
+    assert head_distance(HeadLoads(1, {"code": [[1.0]], "prose": [[1.0]]})) is None
+    assert head_distance(None) is None
+
+
+def test_best_cells(record):
+    columns, rows = record.table_columns, record.table_rows
+    assert best_cells(columns, rows) == {(0, 1), (1, 1), (0, 2)}
+    assert best_cells(["Model", "loss", "speed"], rows) == set()
+    assert best_cells(["a ↓"], [["−2"], ["1e3"], ["n/a"]]) == {(0, 0)}
+    assert best_cells(["a ↓"], [["1"], ["n/a"]]) == set()
+
+
+def test_facts_of_other_units(record):
+    assert "nats per image" in headline(replace(record, loss_unit="nats per image"))

@@ -1,0 +1,112 @@
+"""Compiles layers and a converted model; prints {case: "" or what went wrong} as JSON.
+
+Run by test_compile.py in a process of its own: dynamo cannot trace jaxtyping's checks.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headwise
+from headwise import MHMoE, MoE, MoHAttention
+
+B, T, D = 2, 7, 15
+HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
+EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "two_stage": lambda: MoHAttention(D, **HEADS, causal=True),
+    "two_stage paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
+    "query_norm": lambda: MoHAttention(D, **HEADS, router="query_norm", num_kv_heads=1),
+    "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),
+    "mh_moe cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
+    "moe": lambda: MoE(D, **EXPERTS),
+}
+LLAMA = {
+    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def half_mask() -> Tensor:
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, 4:] = False
+    return mask
+
+
+def gradients(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """y, the routing and the gradients of everything."""
+    module.zero_grad()
+    x = inputs[0].detach().requires_grad_()
+    y, routing = module(x, *inputs[1:])
+    (y.square().sum() + headwise.balance_loss(routing)).backward()
+    parameters = [p.grad for p in module.parameters() if p.grad is not None]
+    return [y, *(r for r in routing if r is not None), x.grad, *parameters]
+
+
+def layer(name: str, backend: str = "aot_eager", masked: bool = False) -> None:
+    module, x = LAYERS[name](), torch.randn(B, T, D)
+    inputs = (x, half_mask()) if masked else (x,)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert_close(gradients(compiled, *inputs), gradients(module, *inputs))
+
+
+def model(router: str) -> None:
+    """A training step of a converted model: the same loss and the same gradients."""
+    llama = headwise.convert(
+        LlamaForCausalLM(LlamaConfig(**LLAMA)),
+        attention=headwise.MoHConfig(router=router),
+        mlp=headwise.MHMoEConfig(num_heads=3, **EXPERTS),
+    ).train()
+    ids, mask = torch.randint(0, 31, (B, T)), half_mask().long()
+    results = []
+    for forward in (llama, torch.compile(llama, backend="aot_eager")):
+        llama.zero_grad()
+        loss = forward(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in llama.parameters())])
+    assert_close(*results)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "two_stage": lambda: layer("two_stage"),
+    "two_stage, mask": lambda: layer("two_stage", masked=True),
+    "two_stage, paper": lambda: layer("two_stage paper"),
+    "two_stage, inductor": lambda: layer("two_stage", backend="inductor"),
+    "query_norm": lambda: layer("query_norm"),
+    "query_norm, mask": lambda: layer("query_norm", masked=True),
+    "mh_moe": lambda: layer("mh_moe"),
+    "mh_moe, mask": lambda: layer("mh_moe", masked=True),
+    "mh_moe, cosine": lambda: layer("mh_moe cosine"),
+    "mh_moe, inductor": lambda: layer("mh_moe", backend="inductor"),
+    "moe": lambda: layer("moe"),
+    "moe, mask": lambda: layer("moe", masked=True),
+    "moe, inductor": lambda: layer("moe", backend="inductor"),
+    "model, two_stage": lambda: model("two_stage"),
+    "model, query_norm": lambda: model("query_norm"),
+}
+
+
+def outcome(case: str) -> str:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    try:
+        CASES[case]()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    # Dynamo looks at .grad of whatever crosses a graph break; inductor imports torch.jit.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")
+    print(json.dumps({case: outcome(case) for case in sys.argv[1:]}))

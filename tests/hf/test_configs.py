@@ -1,0 +1,91 @@
+"""MoHConfig, MoEConfig, MHMoEConfig, Conversion: checked, frozen, there and back again."""
+
+import dataclasses
+import json
+
+import pytest
+
+from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig
+from headwise.hf import Conversion
+from headwise.nn import QueryNormRouter, TwoStageRouter
+
+EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
+
+
+@pytest.mark.parametrize(
+    "conversion",
+    [
+        Conversion(attention=MoHConfig()),
+        Conversion(attention=MoHConfig(shared=2, active=5, mode="paper", balance_coefficient=0)),
+        Conversion(mlp=MoEConfig(**EXPERTS, z_loss_coefficient=0.1), every=3),
+        Conversion(
+            attention=MoHConfig(router="query_norm"),
+            mlp=MHMoEConfig(**EXPERTS, num_heads=3, router="cosine", bias=True, head_layer=False),
+        ),
+    ],
+)
+def test_a_conversion_survives_json(conversion):
+    again = Conversion.from_dict(json.loads(json.dumps(conversion.to_dict())))
+    assert again == conversion
+    assert type(again.mlp) is type(conversion.mlp)
+
+
+def test_a_newer_format_is_refused():
+    fields = Conversion(attention=MoHConfig()).to_dict() | {"format": 2}
+    with pytest.raises(ValueError, match=r"format 2.*up to 1.*upgrade"):
+        Conversion.from_dict(fields)
+
+
+def test_configs_build_what_they_name():
+    assert type(MoEConfig(**EXPERTS).build(15)) is MoE
+    assert type(MHMoEConfig(**EXPERTS, num_heads=3).build(15)) is MHMoE
+    assert isinstance(MoHConfig().build_router(15, 5), TwoStageRouter)
+    router = MoHConfig(router="query_norm", shared=1, active=0.6).build_router(15, 5)
+    assert isinstance(router, QueryNormRouter)
+    assert (router.budget.shared_heads, router.budget.active_heads) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (MoHConfig, {"shared": True}, "shared is True"),
+        (MoHConfig, {"active": "all"}, "active is 'all'"),
+        (MoHConfig, {"shared": -1}, "shared is -1"),
+        (MoHConfig, {"active": 1.5}, r"active is 1\.5.*0\.0\.\.1\.0"),
+        (MoHConfig, {"shared": 0.8, "active": 0.5}, r"shared is 0\.8, more than active = 0\.5"),
+        (MoHConfig, {"shared": 5, "active": 3}, "shared is 5, more than active = 3"),
+        (MoHConfig, {"router": "soft"}, "router is 'soft'"),
+        (MoHConfig, {"mode": "soft"}, "mode is 'soft'"),
+        (MoHConfig, {"balance_coefficient": -0.1}, r"balance_coefficient is -0\.1"),
+        (MoHConfig, {"balance_coefficient": float("nan")}, "balance_coefficient is nan"),
+        (MoEConfig, {"num_experts": 0}, "num_experts is 0"),
+        (MoEConfig, {"top_k": 8}, r"top_k is 8.*1\.\.7"),
+        (MoEConfig, {"top_k": True}, "top_k is True"),
+        (MoEConfig, {"expert_dim": 1.5}, r"expert_dim is 1\.5"),
+        (MoEConfig, {"z_loss_coefficient": -1}, "z_loss_coefficient is -1"),
+        (MHMoEConfig, {"num_heads": 0}, "num_heads is 0"),
+        (MHMoEConfig, {"num_heads": 3, "top_k": 0}, "top_k is 0"),
+        (Conversion, {}, "attention and mlp are both None"),
+        (Conversion, {"attention": MoHConfig(), "every": 0}, "every is 0"),
+    ],
+)
+def test_errors_name_the_field_and_the_value(config_class, fields, message):
+    defaults = EXPERTS if issubclass(config_class, MoEConfig) else {}
+    with pytest.raises(ValueError, match=message):
+        config_class(**defaults | fields)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation": "tanh"}, {"router": "hash"}, {"shared_expert_dim": -1}], ids=str
+)
+@pytest.mark.usefixtures("unchecked")
+def test_every_field_of_an_experts_config_is_checked(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        MoEConfig(**EXPERTS | changes)
+
+
+def test_configs_are_frozen_and_take_keywords_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoHConfig().active = 0.5
+    with pytest.raises(TypeError):
+        MoHConfig(0.4, 0.75)

@@ -1,0 +1,184 @@
+"""convert: what changes and what stays, generation, independence, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig, convert
+from headwise.hf.surgery import RoutedMLP
+
+MOE = MoEConfig(num_experts=7, top_k=2, expert_dim=11)
+MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+CONVERSIONS = {
+    "two_stage": {"attention": MoHConfig()},
+    "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
+    "moe": {"mlp": MOE},
+    "both": {"attention": MoHConfig(mode="paper"), "mlp": MH_MOE},
+}
+FAMILIES = ("llama", "mistral", "qwen3")
+
+
+@pytest.fixture(params=[(f, c) for f in FAMILIES for c in CONVERSIONS], ids="-".join)
+def converted(request, tiny):
+    family, conversion = request.param
+    return convert(tiny(family), **CONVERSIONS[conversion])
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_generate_with_a_cache_equals_without(converted, ids, padded):
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    without = converted.generate(ids, use_cache=False, **options)
+    assert without.shape == (2, 12)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(converted.generate(ids, cache_implementation=cache, **options), without)
+
+
+def test_a_prompt_in_pieces_gives_the_same_logits(converted, ids):
+    whole = converted(ids).logits
+    cache, pieces = None, []
+    for piece in (ids[:, :3], ids[:, 3:4], ids[:, 4:]):
+        output = converted(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_do_not_depend_on_later_tokens_batch_mates_or_padding(
+    converted, ids, attention_mask
+):
+    converted.double()
+    real = attention_mask.bool()
+    logits = converted(ids, attention_mask=attention_mask).logits
+    # What stands in the padding does not matter, nor that there is any.
+    changed = ids.masked_fill(~real, 5)
+    assert_close(converted(changed, attention_mask=attention_mask).logits[real], logits[real])
+    assert_close(converted(ids[:1, real[0]]).logits[0], logits[0, real[0]])
+    assert_close(converted(ids[1:]).logits[0], logits[1])
+    assert_close(converted(ids[1:, :4]).logits[0], logits[1, :4])
+
+
+def test_every_second_layer_starting_with_the_second(tiny):
+    model = convert(tiny(num_hidden_layers=5), mlp=MH_MOE, every=2)
+    kinds = [isinstance(layer.mlp, RoutedMLP) for layer in model.model.layers]
+    assert kinds == [False, True, False, True, False]
+    assert type(model.model.layers[1].mlp.layer) is MHMoE
+    assert type(convert(tiny(), mlp=MOE).model.layers[0].mlp.layer) is MoE
+
+
+def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
+    original = tiny()
+    before = copy.deepcopy(original.state_dict())
+    converted = convert(original, attention=MoHConfig(), mlp=MOE, every=2)
+    assert converted is original
+    after = converted.state_dict()
+    gone = {name for name in before if name not in after}
+    assert gone == {f"model.layers.1.mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in gone)
+    new = {name.removeprefix("model.layers.1.") for name in after if name not in before}
+    assert {name for name in new if name.startswith("mlp")} == {
+        "mlp.layer.router.weight", "mlp.layer.experts.up_proj", "mlp.layer.experts.down_proj"
+    }  # fmt: skip
+    assert {"self_attn.router.shared.weight", "self_attn.router.routed.weight"} <= new
+
+
+def test_the_class_and_the_conversion_can_be_asked(tiny):
+    original = tiny()
+    model_class = type(original)
+    model = convert(original, attention=MoHConfig(shared=2, active=5), mlp=MH_MOE, every=2)
+    assert isinstance(model, model_class)
+    assert type(model).__name__ == "RoutedLlamaForCausalLM"
+    assert model.config.model_type == "headwise"
+    assert model.config.base_model_type == "llama"
+    assert model.conversion.attention == MoHConfig(shared=2, active=5)
+    assert (model.conversion.mlp, model.conversion.every) == (MH_MOE, 2)
+
+
+def test_routers_and_experts_take_the_dtype_of_the_model(tiny, ids):
+    model = convert(tiny().bfloat16(), attention=MoHConfig(), mlp=MOE)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_experts_start_with_the_models_own_deviation(tiny):
+    model = convert(tiny(initializer_range=0.3), mlp=MH_MOE)
+    for weight in model.model.layers[0].mlp.layer.experts.parameters():
+        assert weight.std().item() == pytest.approx(0.3, rel=0.15)
+
+
+def test_a_path_is_loaded_first(tiny, tmp_path, ids):
+    tiny().save_pretrained(tmp_path)
+    model = convert(tmp_path, attention=MoHConfig(router="query_norm"))
+    assert_close(
+        model(ids).logits, convert(tiny(), attention=model.conversion.attention)(ids).logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"attention": MoHConfig(active=7)}, r"active_heads is 7.*0\.\.6"),
+        ({"attention": MoHConfig(shared=3, active=0.5)}, "shared_heads equals active_heads = 3"),
+        (
+            {"attention": MoHConfig(), "mlp": MHMoEConfig(num_heads=5, **vars(MOE))},
+            "num_heads is 5",
+        ),
+        ({"mlp": MOE, "every": 3}, "every is 3, but the model has 2 layers"),
+        ({"mlp": MOE, "every": 0}, "every is 0"),
+        ({}, "attention and mlp are both None"),
+    ],
+)
+def test_what_cannot_be_leaves_the_model_untouched(tiny, ids, wanted, message):
+    model, original = tiny(), tiny()
+    with pytest.raises(ValueError, match=message):
+        convert(model, **wanted)
+    assert_untouched(model, original)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+
+
+def test_another_layout_is_refused_by_name_and_left_untouched():
+    config = GPT2Config(
+        vocab_size=31,
+        n_embd=24,
+        n_layer=2,
+        n_head=6,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = GPT2LMHeadModel(config)
+    original = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot be converted.*self_attn"):
+        convert(model, attention=MoHConfig())
+    assert_untouched(model, original)
+
+
+def assert_untouched(model, original):
+    assert type(model) is type(original)
+    assert type(model.config) is type(original.config)
+    assert repr(model) == repr(original)
+    assert model.config.to_dict() == original.config.to_dict()
+    assert model.config._attn_implementation == original.config._attn_implementation
+    after, before = model.state_dict(), original.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_converting_twice_is_refused(tiny):
+    model = convert(tiny(), attention=MoHConfig())
+    with pytest.raises(ValueError, match="RoutedLlamaForCausalLM is converted already"):
+        convert(model, mlp=MOE)
+
+
+def test_attention_dropout_and_attention_weights_are_refused(tiny, ids):
+    model = convert(tiny(attention_dropout=0.1), attention=MoHConfig())
+    model(ids)
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
+        model.train()(ids)
+    model = convert(tiny(), attention=MoHConfig())
+    with pytest.raises(ValueError, match="output_attentions is True"):
+        model(ids, output_attentions=True)

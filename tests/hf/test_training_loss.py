@@ -1,0 +1,134 @@
+"""The training loss of a converted model: the model's own and the weighted balance losses."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from headwise import (
+    MHMoEConfig,
+    MoHConfig,
+    balance_loss,
+    convert,
+    record_routing,
+    router_z_loss,
+)
+
+BETA, ALPHA, ZETA = 0.3, 0.7, 0.11
+MLP = MHMoEConfig(
+    num_heads=3, num_experts=7, top_k=2, expert_dim=11,
+    balance_coefficient=ALPHA, z_loss_coefficient=ZETA,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["two_stage", "query_norm"])
+def model(request, tiny):
+    attention = MoHConfig(router=request.param, shared=2, active=4, balance_coefficient=BETA)
+    return convert(tiny(num_hidden_layers=3), attention=attention, mlp=MLP, every=2)
+
+
+def routing_share(model, ids, **kwargs):
+    """β · mean balance of attentions + mean of α · balance + ζ · z-loss of the experts."""
+    with record_routing(model) as routings:
+        model(input_ids=ids, **kwargs)
+    heads = [balance_loss(r) for name, r in routings.items() if "self_attn" in name]
+    experts = [r for name, r in routings.items() if "mlp" in name]
+    assert (len(heads), len(experts)) == (3, 1)
+    return (
+        BETA * sum(heads) / 3 + ALPHA * balance_loss(experts[0]) + ZETA * router_z_loss(experts[0])
+    )
+
+
+def test_training_loss_is_evaluation_loss_plus_balance(model, ids):
+    evaluation = model.eval()(input_ids=ids, labels=ids).loss
+    logits = model(ids).logits
+    plain = cross_entropy(logits[:, :-1].flatten(end_dim=1), ids[:, 1:].flatten())
+    assert_close(evaluation, plain)
+    share = routing_share(model, ids)
+    assert share > 0.5
+    assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation + share)
+
+
+def test_padding_does_not_count_in_the_balance(model, ids, attention_mask):
+    labels = ids.masked_fill(attention_mask == 0, -100)
+    inputs = {"attention_mask": attention_mask, "labels": labels}
+    evaluation = model.eval()(input_ids=ids, **inputs).loss
+    share = routing_share(model, ids, attention_mask=attention_mask)
+    assert not torch.isclose(share, routing_share(model, ids))
+    assert_close(model.train()(input_ids=ids, **inputs).loss, evaluation + share)
+
+
+def test_without_labels_training_gives_the_same_logits(model, ids):
+    logits = model.eval()(ids).logits
+    output = model.train()(ids)
+    assert output.loss is None
+    assert torch.equal(output.logits, logits)
+
+
+def test_a_tuple_has_the_loss_first(model, ids):
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    assert torch.equal(model(input_ids=ids, labels=ids, return_dict=False)[0], loss)
+
+
+def test_positional_labels_have_the_balance_too(model, ids):
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    # LlamaForCausalLM.forward(input_ids, attention_mask, position_ids, past, embeds, labels).
+    assert_close(model(ids, None, None, None, None, ids).loss, loss)
+
+
+def test_every_router_is_trained(model, ids):
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_accumulated_micro_batches_weigh_by_their_targets(model, ids):
+    """Both losses of a micro batch are its share n_i / N of the whole batch's N targets."""
+    labels = ids.clone()
+    labels[0, :4] = -100
+    items = (labels[:, 1:] != -100).sum()
+    model.train()
+    total = sum(
+        model(input_ids=ids[[i]], labels=labels[[i]], num_items_in_batch=items).loss
+        for i in range(2)
+    )
+    logits = model(ids).logits
+    plain = cross_entropy(logits[:, :-1].flatten(end_dim=1), labels[:, 1:].flatten())
+    shares = [routing_share(model, ids[[i]]) for i in range(2)]
+    assert items == 9
+    assert_close(total, plain + 3 / 9 * shares[0] + 6 / 9 * shares[1])
+
+
+def test_two_equal_micro_batches_give_the_gradient_of_the_whole(model, ids):
+    twice = ids[[0, 0]]
+    model.train()(input_ids=twice, labels=twice).loss.backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for _ in range(2):
+        model(
+            input_ids=ids[:1], labels=ids[:1], num_items_in_batch=torch.tensor(12)
+        ).loss.backward()
+    assert_close([p.grad for p in model.parameters()], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_coefficient_of_zero_leaves_the_loss_alone(tiny, ids):
+    model = convert(tiny(), attention=MoHConfig(balance_coefficient=0))
+    evaluation = model(input_ids=ids, labels=ids).loss
+    assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation)
+
+
+def test_a_layer_that_routes_nothing_adds_nothing(tiny, ids):
+    model = convert(tiny(), attention=MoHConfig(shared=1.0, active=1.0))
+    evaluation = model(input_ids=ids, labels=ids).loss
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    assert_close(loss, evaluation)
+    loss.backward()
+
+
+def test_all_heads_on_by_query_norm_trains(tiny, ids):
+    model = convert(tiny(), attention=MoHConfig(active=1.0, router="query_norm"))
+    evaluation = model(input_ids=ids, labels=ids).loss
+    # Where nothing is left to choose the balance is constant: each routed head's share is 1.
+    balance = 0.01 * model.model.layers[0].self_attn.router.budget.routed_heads
+    assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation + balance)

@@ -1,0 +1,183 @@
+"""MoHAttention: equal to plain attention with all heads on, budgets kept, tokens independent."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+from headwise import MoHAttention, balance_loss
+
+B, T, D, C = 2, 7, 15, 3
+HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
+
+
+def padding(left: bool) -> torch.Tensor:
+    """Row 0 has three tokens of padding, row 1 none."""
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, :3] = False
+    return mask if left else mask.flip(1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [5, 1])
+@pytest.mark.parametrize("shared", [0, 2, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_heads_on_is_plain_attention_bit_for_bit(causal, kv_heads, shared, masked):
+    layer = MoHAttention(
+        D, num_heads=5, shared_heads=shared, active_heads=5,
+        num_kv_heads=kv_heads, router="query_norm", causal=causal,
+    )  # fmt: skip
+    x = torch.randn(B, T, D)
+    mask = padding(left=False) if masked else None
+    y, routing = layer(x, mask)
+    q, k, v = (
+        p(x).unflatten(-1, (-1, C)).transpose(1, 2)
+        for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    seen = None
+    if masked:
+        seen = mask[:, None, None] & (torch.ones(T, T, dtype=bool).tril() if causal else True)
+    heads = scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=causal and not masked, enable_gqa=kv_heads != 5
+    )
+    plain = layer.o_proj(heads.transpose(1, 2).flatten(2))
+    real = torch.ones(B, T, dtype=bool) if mask is None else mask
+    assert torch.equal(y[real], plain[real])
+    assert (routing.weights[real] == 1).all()
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@pytest.mark.parametrize(
+    ("num_heads", "shared", "active"),
+    [(5, 2, 3), (5, 0, 2), (5, 1, 4), (5, 5, 5), (5, 4, 5), (1, 0, 1), (1, 1, 1), (5, 0.4, 0.6)],
+)
+def test_every_budget_runs_trains_and_is_kept(num_heads, shared, active, router):
+    layer = MoHAttention(
+        D, num_heads=num_heads, shared_heads=shared, active_heads=active, head_dim=C, router=router
+    )
+    y, routing = layer(torch.randn(B, T, D))
+    assert ((routing.weights != 0).sum(-1) == layer.budget.active_heads).all()
+    (y.square().sum() + balance_loss(routing)).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [5, 1])
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_implementations_agree_in_values_and_gradients(router, kv_heads, causal):
+    options = {"num_kv_heads": kv_heads, "router": router, "causal": causal}
+    layers = [
+        MoHAttention(D, **HEADS, **options, impl=impl).double() for impl in ("reference", "dense")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    mask = padding(left=True)
+    results = []
+    for layer in layers:
+        y, routing = layer(x, mask)
+        loss = y.square().sum() + balance_loss(routing)
+        results.append([y, *torch.autograd.grad(loss, list(layer.parameters()))])
+    assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+class TestIndependence:
+    def layer(self, router, **options):
+        return MoHAttention(D, **HEADS, router=router, **options).double()
+
+    def test_of_batch_mates(self, router):
+        layer, x = self.layer(router), torch.randn(B, T, D, dtype=torch.float64)
+        assert_close(layer(x)[0][:1], layer(x[:1])[0])
+
+    def test_of_later_tokens(self, router):
+        layer, x = self.layer(router, causal=True), torch.randn(B, T, D, dtype=torch.float64)
+        changed = x.clone()
+        changed[:, 4:] = 100 * torch.randn(B, 3, D)
+        assert torch.equal(layer(x)[0][:, :4], layer(changed)[0][:, :4])
+        assert_close(layer(x)[0][:, :4], layer(x[:, :4])[0])
+
+    @pytest.mark.parametrize("left", [False, True])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_of_padding(self, router, left, causal):
+        layer, mask = self.layer(router, causal=causal), padding(left)
+        x = torch.randn(B, T, D, dtype=torch.float64)
+        changed = x.masked_fill(~mask.unsqueeze(-1), 100)
+        y, routing = layer(x, mask)
+        assert torch.equal(y[mask], layer(changed, mask)[0][mask])
+        assert_close(y[0][mask[0]], layer(x[:1, mask[0]])[0][0])
+        assert y.isfinite().all()
+        assert (routing.weights[~mask] == 0).all()
+        assert (routing.indices[~mask] == -1).all()
+        assert_close(y[~mask], layer.o_proj.bias.expand(3, D))
+
+
+def test_equal_query_norms_train_without_nan():
+    layer = MoHAttention(D, **HEADS, router="query_norm")
+    torch.nn.init.zeros_(layer.q_proj.weight)
+    torch.nn.init.zeros_(layer.q_proj.bias)
+    y, routing = layer(torch.randn(B, T, D))
+    assert (routing.indices == 0).all()
+    (y.sum() + balance_loss(routing)).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_bfloat16_routes_in_float32(router):
+    layer, x = MoHAttention(D, **HEADS, router=router), torch.randn(B, T, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, autocast = layer(x)
+    assert y.dtype == torch.bfloat16
+    y, half = layer.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    for routing in (autocast, half):
+        assert routing.weights.dtype == routing.probabilities.dtype == torch.float32
+
+
+def test_autocast_does_not_change_what_the_learned_router_decides():
+    layer, x = MoHAttention(D, **HEADS), torch.randn(B, T, D)
+    _, plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, autocast = layer(x)
+    assert torch.equal(plain.weights, autocast.weights)
+
+
+def test_maps_exist_only_where_there_is_a_choice():
+    def names(shared, active):
+        layer = MoHAttention(D, num_heads=5, shared_heads=shared, active_heads=active)
+        return {name.split(".")[0] for name, _ in layer.router.named_parameters()}
+
+    assert names(2, 3) == {"shared", "routed", "stage"}
+    assert names(1, 3) == {"routed", "stage"}
+    assert names(0, 3) == {"routed"}
+    assert names(5, 5) == {"shared"}
+
+
+def test_repr_says_what_was_rounded():
+    layer = MoHAttention(D, num_heads=5, shared_heads=0.5, active_heads=4)
+    assert "3 shared + 1 of 2 routed = 4 active" in repr(layer)
+    assert "shared_heads 0.5 of 5 = 2.5 rounded to 3" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"active_heads": 6}, r"active_heads is 6.*0\.\.5"),
+        ({"shared_heads": 4}, "shared_heads is 4, more than active_heads = 3"),
+        ({"num_heads": 4}, "dim is 15.*num_heads = 4"),
+        ({"num_kv_heads": 2}, "num_kv_heads is 2.*num_heads = 5"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0"),
+        ({"router": "soft"}, "router is 'soft'"),
+        ({"mode": "soft"}, "mode is 'soft'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_errors_name_the_field_and_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MoHAttention(D, **HEADS | changes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("options", [{"impl": "flash"}, {"router": "query_norm", "mode": "soft"}])
+def test_a_wrong_name_is_refused_by_the_constructor(options):
+    with pytest.raises(ValueError, match=r"flash|soft"):
+        MoHAttention(D, **HEADS, **options)

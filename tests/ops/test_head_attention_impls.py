@@ -1,0 +1,147 @@
+"""Every implementation of head_attention against the reference: values, gradients, accuracy."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+from headwise.ops import head_attention
+
+IMPLS = ("dense",)
+B, C = 2, 11
+
+
+def case(T=5, S=7, H=3, kv_heads=3, on=0.6, mask=None, bias=None, **options):
+    """Leaf tensors (all gradients wanted) and the options of a call, in float64."""
+    q = torch.randn(B, T, H, C, dtype=torch.float64)
+    k, v = (torch.randn(B, S, kv_heads, C, dtype=torch.float64) for _ in range(2))
+    gate = torch.rand(B, T, H, dtype=torch.float64) + 0.1
+    gate[torch.rand(B, T, H) > on] = 0
+    leaves = {"q": q, "k": k, "v": v, "gate": gate}
+    if bias is not None:
+        leaves["bias"] = torch.randn(bias, dtype=torch.float64)
+    if mask is not None:
+        options["mask"] = torch.rand(mask) > 0.4
+        options["mask"][..., -1, :] = False
+    return {name: x.requires_grad_() for name, x in leaves.items()}, options
+
+
+CASES = {
+    "plain": {},
+    "grouped": {"H": 6, "kv_heads": 2},
+    "causal": {"T": 5, "S": 5, "causal": True},
+    "causal, more keys": {"T": 5, "S": 7, "causal": True, "kv_heads": 1},
+    "causal, fewer keys": {"T": 7, "S": 5, "causal": True},
+    "mask": {"mask": (B, 3, 5, 7)},
+    "mask of keys": {"mask": (B, 1, 5, 7), "scale": 0.7},
+    "bias": {"bias": (1, 3, 5, 7)},
+    "bias without batch": {"bias": (5, 7)},
+    "everything": {
+        "mask": (B, 1, 5, 7), "bias": (B, 3, 1, 7), "causal": True, "kv_heads": 1, "scale": 0.2
+    },
+    "one token": {"T": 1, "S": 1, "causal": True},
+    "one query": {"T": 1, "S": 13, "causal": True},
+    "all on": {"on": 1},
+    "few on": {"on": 0.1, "T": 11},
+}  # fmt: skip
+
+
+def value_and_gradients(leaves, options, impl):
+    y = head_attention(**leaves, **options, impl=impl)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    return y, torch.autograd.grad(y, list(leaves.values()), upstream)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_in_values_and_all_gradients(name, impl):
+    leaves, options = case(**CASES[name])
+    want = value_and_gradients(leaves, options, "reference")
+    got = value_and_gradients(leaves, options, impl)
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+    off = leaves["gate"] == 0
+    for y, gradients in (got, want):
+        assert (y[off] == 0).all()
+        assert (gradients[0][off] == 0).all()
+        assert (gradients[3][off] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(impl, bias):
+    leaves, _ = case(on=1, bias=(5, 7) if bias else None)
+    mask = torch.ones(B, 1, 5, 7, dtype=torch.bool)
+    mask[1, :, 3] = False
+    y, gradients = value_and_gradients(leaves, {"mask": mask}, impl)
+    assert (y[1, 3] == 0).all()
+    assert (gradients[0][1, 3] == 0).all()
+    assert (gradients[3][1, 3] == 0).all()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient(impl):
+    leaves, options = case()
+    with torch.no_grad():
+        leaves["gate"][:, :, 1] = 0
+    _, (_, dk, dv, _) = value_and_gradients(leaves, options, impl)
+    assert (dk[:, :, 1] == 0).all()
+    assert (dv[:, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_head_chosen_by_all(impl):
+    leaves, options = case(causal=True, S=5)
+    with torch.no_grad():
+        leaves["gate"].zero_()[:, :, 2] = 0.7
+    assert_close(
+        value_and_gradients(leaves, options, impl),
+        value_and_gradients(leaves, options, "reference"),
+        rtol=1e-10, atol=1e-10,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_all_heads_off_gives_zero(impl):
+    leaves, options = case()
+    with torch.no_grad():
+        leaves["gate"].zero_()
+    assert (head_attention(**leaves, **options, impl=impl) == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_gradcheck(impl):
+    leaves, options = case(T=2, S=3, H=2, kv_heads=1, mask=(2, 3), bias=(2, 3), causal=True)
+    pattern = (leaves["gate"] != 0).double()
+    with torch.no_grad():
+        leaves["gate"] += 0.5
+
+    def call(q, k, v, gate, bias):
+        return head_attention(q, k, v, gate * pattern, bias=bias, **options, impl=impl)
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_error_is_at_most_twice_that_of_plain_attention(impl, dtype, causal):
+    leaves, _ = case(T=31, S=31, causal=causal)
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+    q, k, v, gate = leaves.values()
+    ours = value_and_gradients(leaves, {"causal": causal}, impl)
+    heads = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
+    ).transpose(1, 2)
+    y = heads * gate.unsqueeze(-1)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape)
+    plain = y, torch.autograd.grad(y, (q, k, v, gate), upstream)
+    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    exact = value_and_gradients(wide, {"causal": causal}, "dense")
+    on = gate != 0
+    pairs = zip((ours[0], *ours[1]), (plain[0], *plain[1]), (exact[0], *exact[1]), strict=True)
+    for got, torch_s, true in pairs:
+        # The plain gradient of a gate that is off is not 0; ours is, by definition.
+        if got.shape == gate.shape:
+            got, torch_s, true = got[on], torch_s[on], true[on]
+        assert (got.double() - true).norm() <= 2 * (torch_s.double() - true).norm()

@@ -1,0 +1,122 @@
+"""The command line: help, wrong input, and directories that it must not touch."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+import headwise
+from headwise.cli import main
+from headwise.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """The command quiets transformers for good; other tests shall not feel it."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Calls a command that ends with that status; stderr as one line, without frames."""
+
+    def call(status: int, *arguments: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert (end.value.code, printed.out) == (status, "")
+        return " ".join(printed.err.replace("│", " ").split())
+
+    return call
+
+
+def test_installed_command_and_module_are_the_same():
+    script = Path(sys.executable).with_name("headwise")
+    for command in ([script], [sys.executable, "-m", "headwise"]):
+        printed = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        assert (printed.returncode, printed.stderr) == (0, "")
+        assert printed.stdout == f"headwise {headwise.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_usage_lists_every_command(capsys, arguments):
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert all(f"headwise {command}" in printed for command in ("train", "generate", "report"))
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--help"]])
+def test_train_lists_every_recipe(capsys, arguments):
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_a_recipe_explains_every_field(capsys, recipe):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", recipe, "--help"])
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(RECIPES[recipe]()):
+        assert f"--{field.name.replace('_', '-')}" in printed
+    assert "MH-MoE: sub-tokens of a token." in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "report"])
+def test_help_of_a_command(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: headwise {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "lm"], "unknown command 'trian'; did you mean 'train'?"),
+        (["zzz"], "unknown command 'zzz'; there are train, generate, report"),
+        (["train", "lms"], "unknown recipe 'lms'; did you mean 'lm'?"),
+        (["train", "zzz"], "unknown recipe 'zzz'; there are lm"),
+        (["train", "lm", "--stepz", "3"], "--steps"),
+        (["train", "lm", "--steps", "few"], "--steps: invalid literal for int()"),
+        (["train", "lm", "--models", "mohh"], "mohh"),
+        (["train", "lm", "--shared-heads", "9"], "shared_heads is 9; it must lie in 0..8"),
+        (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
+        (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
+        (["generate", "/no/such", "--prompt", "x"], "/no/such holds no model"),
+        (["report", "/no/such"], "/no/such holds no finished run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
+    assert message in fails(2, *arguments)
+
+
+def test_broken_model_is_named(fails, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert f"the model in {tmp_path} cannot be loaded" in fails(
+        2, "generate", tmp_path, "--prompt", "x"
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="the message does not name the file")
+@pytest.mark.parametrize("content", ["", "{}", "not json"])
+def test_broken_record_is_named(fails, tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    assert str(tmp_path) in fails(2, "report", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_output_that_is_a_file_stays(fails, tmp_path, flags):
+    text = "".join(f"line {i}\n" for i in range(20))
+    (tmp_path / "text.txt").write_text(text)
+    output = ("--output", tmp_path / "text.txt", "--data", tmp_path / "text.txt")
+    message = fails(2, "train", "lm", *output, *flags)
+    assert f"output is {tmp_path / 'text.txt'}, a file" in message
+    assert (tmp_path / "text.txt").read_text() == text
