@@ -109,7 +109,11 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     file = directory / "record.json"
     if not file.is_file():
         raise ValueError(f"{directory} holds no finished run (no record.json)")
-    print(write_report(from_json(file.read_text()), directory / "report.html"))
+    try:
+        record = from_json(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    print(write_report(record, directory / "report.html"))
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ from transformers import (
     default_data_collator,
 )
 
-from headwise import MHMoEConfig, MoHConfig, convert
 from headwise.hf.trainer import SafeTrainer
 
 ROWS = torch.randint(0, 31, (64, 7), generator=torch.Generator().manual_seed(0))
@@ -141,11 +141,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_checkpoints(tmp_path):
     assert all(p.isfinite().all() for p in saved.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="a finite loss with a nan gradient is stepped on and saved")
-def test_last_good_checkpoint_is_good(tmp_path):
+def test_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
+    # With weights of 1e30 the loss is still finite (log 31): the norms make zeros of them.
     model = llama()
     run = trainer(tmp_path, model, explodes_after(2, model))
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 4"):
         run.train()
     saved = AutoModelForCausalLM.from_pretrained(run.last_checkpoint())
     assert all(p.isfinite().all() for p in saved.parameters())
@@ -171,48 +171,23 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path, file):
     assert again.state.global_step == 6
 
 
-@pytest.mark.xfail(strict=True, reason="SafetensorError, which does not name the file")
-def test_broken_checkpoint_is_an_error_that_names_it(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ],
+)
+def test_broken_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, name):
     trainer(tmp_path).train()
-    file = tmp_path / "checkpoint-6" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
+    broken = tmp_path / "checkpoint-6"
+    (broken / name).write_bytes((broken / name).read_bytes()[:100])
     again = trainer(tmp_path, max_steps=8)
-    with pytest.raises((OSError, ValueError), match="checkpoint-6"):
+    with pytest.raises(ValueError, match=f"{broken} cannot be read .*; delete it"):
         again.train(resume_from_checkpoint=again.last_checkpoint())
-
-
-def test_two_micro_batches_equal_one_batch_of_double_size(tmp_path):
-    sizes = {"num_experts": 5, "top_k": 2, "expert_dim": 8, "balance_coefficient": 0.0}
-    results = []
-    for batch, accumulation in ((4, 1), (2, 2)):
-        model = convert(
-            llama(),
-            attention=MoHConfig(balance_coefficient=0.0),
-            mlp=MHMoEConfig(num_heads=2, **sizes),
-        )
-        run = trainer(
-            tmp_path / str(batch),
-            model,
-            (torch.optim.SGD(model.parameters(), lr=1.0), None),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=2,
-        )
-        run.train()
-        losses = torch.tensor([x["loss"] for x in run.state.log_history if "loss" in x])
-        results.append((losses, weights(model)))
-    assert_close(*results)
-
-
-def test_balance_loss_is_averaged_over_micro_batches(tmp_path):
-    losses = []
-    for coefficient in (0.0, 1.0):
-        attention = MoHConfig(balance_coefficient=coefficient)
-        model = convert(llama(), attention=attention)
-        run = trainer(
-            tmp_path / str(coefficient), model, max_steps=1, gradient_accumulation_steps=2
-        )
-        run.train()
-        losses.append(run.state.log_history[0]["loss"])
-    # Untrained routers choose almost evenly, where a balance loss is 1.
-    assert losses[1] - losses[0] == pytest.approx(1, abs=0.1)
+    shutil.rmtree(broken)
+    again.train(resume_from_checkpoint=again.last_checkpoint())
+    assert again.state.global_step == 8

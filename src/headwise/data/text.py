@@ -78,6 +78,8 @@ def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
     )
     documents = (text for domain in domains for text in domain.training.values())
     tokenizer.train_from_iterator(documents, trainer)
+    # A document that talks of the end of a text does not end there.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

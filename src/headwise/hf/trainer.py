@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 _PARTIAL = ".partial"
@@ -42,10 +43,19 @@ class SafeTrainer(Trainer):
         self.add_callback(_GradientCheck(self))
         self._saving_to: Path | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; the bar is taken down also when training fails."""
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        """transformers' own; the bar is taken down also when training fails.
+
+        Raises:
+            ValueError: If the checkpoint to resume from is broken.
+            FloatingPointError: When a loss or a gradient is not finite.
+            OSError: When a checkpoint cannot be written; the ones before stay.
+        """
+        if resume_from_checkpoint is not None:
+            with _reading(resume_from_checkpoint):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
         finally:
             self.progress.stop()
 
@@ -61,6 +71,10 @@ class SafeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises FloatingPointError at a loss that is not finite, before any weight takes it up."""
@@ -111,7 +125,7 @@ class SafeTrainer(Trainer):
 def _reading(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{checkpoint} cannot be read ({error}); delete it to go on from the one before"
         ) from error

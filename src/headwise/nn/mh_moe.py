@@ -33,7 +33,8 @@ class MHMoE(nn.Module):
         num_experts: All experts.
         top_k: Experts that a sub-token goes to.
         expert_dim: Hidden width of an expert.
-        normalize_top_k: Let the weights of a sub-token sum to 1.
+        normalize_top_k: Let the weights of a sub-token sum to 1. With top_k = 1 the weight is then
+            constantly 1, and only the balance loss trains the router.
         shared_expert_dim: Hidden width of an expert for the whole token; None or 0 for none.
         inner_residual: Add the sub-token to what its experts say.
         bias: Biases in head and merge layer (first paper: yes; second: no).

@@ -16,15 +16,13 @@ class RunDirectory:
     """Layout of a run.
 
     run.json                  the resolved configuration and a fingerprint of the text
-    tokenizer/                trained on the text
-    models/NAME-seedS/        finished models, loadable with AutoModelForCausalLM
+    models/NAME-seedS/        finished models and tokenizer, as AutoModel takes them
     checkpoints/NAME-seedS/   Trainer's checkpoints
     results.csv record.json report.html
     """
 
     def __init__(self, root: Path):
         self.root = root
-        self.tokenizer = root / "tokenizer"
 
     def model(self, name: str, seed: int) -> Path:
         """Where a finished model lies."""
@@ -34,44 +32,52 @@ class RunDirectory:
         """Where Trainer keeps checkpoints of a model."""
         return self.root / "checkpoints" / f"{name}-seed{seed}"
 
-    def claim(self, run: Any, fingerprint: dict[str, str]) -> None:
-        """Make the directory this run's, or go on with the same run.
+    def check(self, run: Any) -> None:
+        """Whether the run may have the directory; nothing is touched.
 
         Raises:
-            ValueError: If the directory holds something else, or another run than the one to
-                resume; nothing is touched then.
+            ValueError: If it holds something else, or another run than the one to resume.
         """
         file = self.root / RUN_FILE
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"output is {self.root}, a file; it must be a directory")
         if run.resume:
-            self._check_same_run(run, fingerprint)
-            return
-        if file.exists() and not run.overwrite:
+            self._check_same_run(run)
+        elif file.exists() and not run.overwrite:
             raise ValueError(
                 f"output {self.root} already holds a run; choose another, --resume to go on with "
                 "it, or --overwrite to delete it"
             )
-        if not file.exists() and self.root.is_dir() and any(self.root.iterdir()):
+        elif not file.exists() and self.root.is_dir() and any(self.root.iterdir()):
             raise ValueError(f"output {self.root} holds files that are no run; choose another")
+
+    def claim(self, run: Any, fingerprint: dict[str, str]) -> None:
+        """Make the directory this run's, or go on with the same run on the same text.
+
+        Raises:
+            ValueError: As `check`, or if the text to resume with has changed; nothing is touched.
+        """
+        self.check(run)
+        file = self.root / RUN_FILE
+        if run.resume:
+            if json.loads(file.read_text())["fingerprint"] != fingerprint:
+                raise ValueError(f"the text has changed since the run in {self.root} began")
+            return
         if file.exists():
             shutil.rmtree(self.root)
-        self.root.mkdir(parents=True, exist_ok=True)
         write_json(file, {"run": resolved(run), "fingerprint": fingerprint})
 
-    def _check_same_run(self, run: Any, fingerprint: dict[str, str]) -> None:
+    def _check_same_run(self, run: Any) -> None:
         file = self.root / RUN_FILE
         if not file.exists():
             raise ValueError(f"output {self.root} holds no run to resume; start without --resume")
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text())["run"]
         for field, value in resolved(run).items():
-            if field not in _FREE_TO_CHANGE and saved["run"].get(field) != value:
+            if field not in _FREE_TO_CHANGE and saved.get(field) != value:
                 raise ValueError(
-                    f"{field} is {value}, but the run in {self.root} has "
-                    f"{saved['run'].get(field)}; resume with the same fields"
+                    f"{field} is {value}, but the run in {self.root} has {saved.get(field)}; "
+                    "resume with the same fields"
                 )
-        if saved["fingerprint"] != fingerprint:
-            raise ValueError(f"the text has changed since the run in {self.root} began")
 
 
 def resolved(run: Any) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class LanguageModelRun:
                 num_experts=self.num_experts,
                 top_k=self.top_k,
                 expert_dim=self.mlp_dim,
+                normalize_top_k=self.top_k > 1,  # of a single choice the weight would always be 1
                 balance_coefficient=self.balance_coefficient,
             )
         if name not in ("mh_moe", "moh_mh_moe"):
@@ -163,6 +164,7 @@ class LanguageModelRun:
             num_experts=match.num_experts,
             top_k=self.mh_top_k,
             expert_dim=match.expert_dim,
+            normalize_top_k=self.mh_top_k > 1,
             balance_coefficient=self.balance_coefficient,
         )
 

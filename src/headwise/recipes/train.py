@@ -14,12 +14,20 @@ from transformers import (
     set_seed,
 )
 
-from headwise.data.text import END_OF_TEXT, Domain, MixedBlocks, load_text, tokenize
-from headwise.data.text import train_tokenizer as train_bpe
+from headwise.data.text import (
+    END_OF_TEXT,
+    Domain,
+    MixedBlocks,
+    load_text,
+    tokenize,
+    train_tokenizer,
+)
 from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.directory import RunDirectory, write_whole
 from headwise.recipes.lm import LABELS, LanguageModelRun, build_model
 from headwise.recipes.results import Text, Trained, measure, read_result, report, write_result
+
+_CURVE_FILES = 16  # of each domain
 
 
 def train(run: LanguageModelRun) -> None:
@@ -36,11 +44,13 @@ def train(run: LanguageModelRun) -> None:
             f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
         )
     directory = RunDirectory(run.output)
-    domains = load_text(run.data)
     if state.is_main_process:
-        directory.claim(run, {domain.name: _fingerprint(domain) for domain in domains})
+        directory.check(run)
+    text = _tokens(run, load_text(run.data))
+    _blocks(run, text, run.seeds[0])
+    if state.is_main_process:
+        directory.claim(run, _fingerprint(text))
     state.wait_for_everyone()
-    text = _tokens(run, directory, domains, state)
     trained = [
         _train_one(run, directory, text, name, seed, state)
         for name in run.models
@@ -50,21 +60,10 @@ def train(run: LanguageModelRun) -> None:
         report(run, directory, text, trained)
 
 
-def _tokens(
-    run: LanguageModelRun, directory: RunDirectory, domains: list[Domain], state: PartialState
-) -> Text:
-    with state.main_process_first():
-        if not directory.tokenizer.exists():
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=train_bpe(domains, vocab_size=run.vocab_size),
-                eos_token=END_OF_TEXT,
-                pad_token=END_OF_TEXT,
-            )
-            write_whole(directory.tokenizer, tokenizer.save_pretrained)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory.tokenizer)
-    bpe = tokenizer.backend_tokenizer
+def _tokens(run: LanguageModelRun, domains: list[Domain]) -> Text:
+    bpe = train_tokenizer(domains, vocab_size=run.vocab_size)
     return Text(
-        tokenizer,
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT),
         training={d.name: tokenize(bpe, d.training.values()) for d in domains},
         validation={
             d.name: {file: tokenize(bpe, [text]) for file, text in d.validation.items()}
@@ -86,17 +85,12 @@ def _train_one(
         return result
     set_seed(seed)
     model = build_model(run, name, vocab_size=len(text.tokenizer), seed=seed)
+    training, validation = _blocks(run, text, seed)
     trainer = SafeTrainer(
         model=model,
         args=_arguments(run, directory, name, seed, state),
-        train_dataset=MixedBlocks(
-            text.training,
-            sequence_length=run.sequence_length,
-            num_blocks=run.steps * run.batch_size,
-            exponent=run.domain_exponent,
-            seed=seed,
-        ),
-        eval_dataset=_validation_blocks(run, text),
+        train_dataset=training,
+        eval_dataset=validation,
         data_collator=default_data_collator,
         title=f"{LABELS[name]}, seed {seed}",
         tokens_per_step=run.batch_size * run.sequence_length,
@@ -144,18 +138,31 @@ def _arguments(
     )
 
 
-def _validation_blocks(run: LanguageModelRun, text: Text) -> list[dict[str, torch.Tensor]]:
-    """The first block of up to 16 long enough held-out files of each domain, for the curve."""
+def _blocks(
+    run: LanguageModelRun, text: Text, seed: int
+) -> tuple[MixedBlocks, list[dict[str, torch.Tensor]]]:
+    """What to train on, and for the validation curve the first block of some held-out files."""
+    training = MixedBlocks(
+        text.training,
+        sequence_length=run.sequence_length,
+        num_blocks=run.steps * run.batch_size,
+        exponent=run.domain_exponent,
+        seed=seed,
+    )
+    long_enough = [
+        [tokens for tokens in files.values() if len(tokens) >= run.sequence_length]
+        for files in text.validation.values()
+    ]
     blocks = [
         torch.from_numpy(tokens[: run.sequence_length].astype(np.int64))
-        for files in text.validation.values()
-        for tokens in [x for x in files.values() if len(x) >= run.sequence_length][:16]
+        for domain in long_enough
+        for tokens in domain[:_CURVE_FILES]
     ]
     if not blocks:
         raise ValueError(
             f"sequence_length is {run.sequence_length}, longer than every held-out file"
         )
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    return training, [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def _save(directory: Path, model: PreTrainedModel, text: Text, trained: Trained) -> None:
@@ -164,9 +171,11 @@ def _save(directory: Path, model: PreTrainedModel, text: Text, trained: Trained)
     write_result(directory, trained)
 
 
-def _fingerprint(domain: Domain) -> str:
-    digest = hashlib.sha256()
-    for part in (domain.training, domain.validation):
-        for name, content in part.items():
-            digest.update(f"{name}\0{content}\0".encode())
-    return digest.hexdigest()
+def _fingerprint(text: Text) -> dict[str, str]:
+    """Of all tokens: what a run that resumes must find again."""
+    digests = {domain: hashlib.sha256(tokens.tobytes()) for domain, tokens in text.training.items()}
+    for domain, files in text.validation.items():
+        for file, tokens in files.items():
+            digests[domain].update(file.encode())
+            digests[domain].update(tokens.tobytes())
+    return {domain: digest.hexdigest() for domain, digest in digests.items()}

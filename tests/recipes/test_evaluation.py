@@ -1,0 +1,96 @@
+"""Perplexity file by file, worked out another way."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headwise import MoHConfig, convert
+from headwise.recipes.evaluation import (
+    FileLoss,
+    RoutingStatistics,
+    file_losses,
+    perplexity,
+    routed_text,
+)
+
+T = 8
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2,
+    )  # fmt: skip
+    return convert(LlamaForCausalLM(config), attention=MoHConfig(shared=2, active=4)).eval()
+
+
+@pytest.fixture
+def files():
+    generator = np.random.default_rng(0)
+    sizes = {"long": 100, "short": 5, "one token": 1, "empty": 0, "two blocks": 11}
+    return {name: generator.integers(0, 31, n).astype(np.int32) for name, n in sizes.items()}
+
+
+def test_loss_of_a_file_is_that_of_its_blocks(model, files):
+    losses = file_losses(model, files, sequence_length=T, max_blocks=99)
+    assert [loss.tokens for loss in losses] == [12 * 7 + 3, 4, 7 + 2]
+    for name, loss in zip(("long", "short", "two blocks"), losses, strict=True):
+        nats = 0.0
+        for block in np.split(files[name], range(T, len(files[name]), T)):
+            ids = torch.from_numpy(block.astype(np.int64)).unsqueeze(0)
+            nats += model(ids, labels=ids).loss.item() * (len(block) - 1)
+        assert loss.nats == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_loss_does_not_depend_on_the_batch(model, files, batch_size):
+    options = {"sequence_length": T, "max_blocks": 5}
+    losses = file_losses(model, files, batch_size=batch_size, **options)
+    np.testing.assert_allclose(losses, file_losses(model, files, **options), rtol=1e-5)
+
+
+def test_at_most_max_blocks_spread_over_the_file(model, files):
+    (loss,) = file_losses(model, {"long": files["long"]}, sequence_length=T, max_blocks=3)
+    assert loss.tokens == 7 + 7 + 3  # the first block, one in the middle, the last of 4 tokens
+
+
+def test_perplexity_by_hand():
+    # e^1, e^2 and e^4 with 1, 1 and 2 tokens: all tokens exp(11 / 4); quartiles between files.
+    losses = [FileLoss(1.0, 1), FileLoss(2.0, 1), FileLoss(8.0, 2)]
+    value, low, high = perplexity(losses)
+    assert value == pytest.approx(math.exp(11 / 4))
+    assert low == pytest.approx((math.e + math.e**2) / 2)
+    assert high == pytest.approx((math.e**2 + math.e**4) / 2)
+
+
+def test_loads_count_real_tokens_only(model, files):
+    loads = []
+    for batch_size in (1, 64):
+        statistics = RoutingStatistics(model)
+        file_losses(
+            model, files, sequence_length=T, max_blocks=99, batch_size=batch_size,
+            observe=lambda routings, seen=statistics: seen.add("text", routings),
+        )  # fmt: skip
+        loads.append(np.array(statistics.head_loads().by_domain["text"]))
+        assert statistics.expert_loads() is None
+    assert loads[0].shape == (2, 6)
+    np.testing.assert_allclose(loads[0][:, :2], 1)  # shared heads
+    np.testing.assert_allclose(loads[0].sum(axis=1), 4)
+    np.testing.assert_allclose(*loads, atol=0.01)
+
+
+def test_routed_text_names_the_heads_of_every_token(model):
+    class Letters:
+        """A tokenizer's decode."""
+
+        def decode(self, ids):
+            return chr(97 + ids[0])
+
+    text = routed_text(model, Letters(), "letters", np.arange(5, dtype=np.int32))
+    assert "".join(text.tokens) == "abcde"
+    assert [len(layer) for layer in text.heads_on] == [5, 5]
+    assert all(len(on) == 4 and on[:2] == [0, 1] for layer in text.heads_on for on in layer)

@@ -1,0 +1,126 @@
+"""The language-model recipe: equal cost, checked fields, and a step of every model."""
+
+import csv
+import dataclasses
+import re
+from typing import get_args
+
+import pytest
+import torch
+
+from headwise.analysis.records import from_json
+from headwise.hf.auto import Routed
+from headwise.parity import count_flops
+from headwise.recipes import RECIPES, LanguageModelRun, lm
+from headwise.recipes.lm import LABELS, ModelName, build_model
+from headwise.recipes.train import train
+
+NAMES = get_args(ModelName)
+TINY = {
+    "lm": {
+        "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
+        "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
+        "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    file.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(1000)))
+    return str(file)
+
+
+def test_every_recipe_has_tiny_fields_here():
+    assert TINY.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
+    run = dataclasses.replace(RECIPES[recipe](), output=tmp_path / "run", data=text, **TINY[recipe])
+    train(run)
+    with (run.output / "results.csv").open() as file:
+        assert [row["model"] for row in csv.DictReader(file)] == list(run.models)
+    record = from_json((run.output / "record.json").read_text())
+    assert [model.label for model in record.models] == [LABELS[name] for name in run.models]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_moves_every_parameter(name):
+    run = LanguageModelRun(**TINY["lm"])
+    model = build_model(run, name, vocab_size=31, seed=0).train()
+    assert isinstance(model, Routed) == (name != "dense")
+    ids = torch.randint(0, 31, (8, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_models_cost_what_dense_does(name):
+    def flops(name: str) -> float:
+        model = build_model(lm(), name, vocab_size=lm().vocab_size, seed=0)
+        return sum(count_flops(model, sequence_length=lm().sequence_length).values())
+
+    assert flops(name) == pytest.approx(flops("dense"), rel=0.005)
+
+
+def test_build_follows_the_seed_alone():
+    run = LanguageModelRun(**TINY["lm"])
+    states = []
+    for seed in (1, 1, 2):
+        torch.rand(7)
+        states.append(build_model(run, "moh_mh_moe", vocab_size=31, seed=seed).state_dict())
+    first, same, other = states
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    assert not torch.equal(*(s["model.embed_tokens.weight"] for s in (first, other)))
+
+
+def test_mixtures_have_the_papers_parity():
+    run = lm()
+    sparse, split = run.mixture("moe"), run.mixture("mh_moe")
+    assert (sparse.num_experts, sparse.top_k, sparse.expert_dim) == (8, 1, 344)
+    # f = (344 - 2·128/3) / 2 = 129.3 → 128;  E = (344·8 - 2·128/3) · 2 / 128 = 41.7 → 42
+    assert (split.num_heads, split.top_k, split.expert_dim, split.num_experts) == (2, 2, 128, 42)
+    assert run.mixture("dense") is run.mixture("moh") is None
+    assert run.attention("moe") is run.attention("dense") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"models": ()}, "models and seeds must each hold at least one entry"),
+        ({"seeds": ()}, "models and seeds must each hold at least one entry"),
+        ({"dim": 0}, "dim is 0; it must be at least 1"),
+        ({"steps": -3}, "steps is -3; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"save_every": 0}, "save_every is 0; it must be at least 1"),
+        ({"every": 0}, "every is 0; it must be at least 1"),
+        ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
+        ({"vocab_size": 256}, "vocab_size is 256; it must be at least 257"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
+        ({"num_heads": 3}, "num_heads is 3; dim = 128 must be an even multiple of it"),
+        ({"num_heads": 128}, "num_heads is 128; dim = 128 must be an even multiple of it"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0"),
+        ({"domain_exponent": 1.5}, "domain_exponent is 1.5; it must lie in 0..1"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite are both set"),
+        ({"shared_heads": 9}, "shared_heads is 9; it must lie in 0..8"),
+        ({"shared_heads": 4, "active_heads": 4}, "shared_heads equals active_heads = 4"),
+        ({"top_k": 9}, "top_k is 9; it must lie in 1..8"),
+        ({"mlp_dim": 85}, "expert_dim is 85; head and merge layer alone cost as much"),
+        ({"mh_heads": 3}, "heads is 3; it must divide dim = 128"),
+        ({"balance_coefficient": -1.0}, "balance_coefficient is -1.0; it must be at least 0"),
+        ({"models": ("moh",), "balance_coefficient": -1.0}, "balance_coefficient is -1.0"),
+        ({"models": ("moh", "moh")}, "models is ('moh', 'moh'); each entry may occur once"),
+        ({"seeds": (0, 0)}, "seeds is (0, 0); each entry may occur once"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"models": ("mohh",)}, "models is 'mohh'"),
+        ({"precision": "fp16"}, "precision is 'fp16'"),
+    ],
+)
+def test_impossible_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LanguageModelRun(**fields)

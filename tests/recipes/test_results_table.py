@@ -1,0 +1,35 @@
+"""The comparison table, by hand: means and deviations over seeds, quartiles, Markdown."""
+
+from headwise.recipes.table import comparison, domains, markdown, read_csv, write_csv
+
+
+def row(model: str, seed: int, perplexity: float, speed: int = 1234) -> dict[str, object]:
+    return {
+        "model": model, "seed": seed, "parameters": 1_500_000, "active_parameters": 1_250_000,
+        "flops_per_token": 3_000_000, "flops_per_token_counted": 3_100_000, "active_heads": 0.75,
+        "perplexity_code": perplexity, "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0,
+        "tokens_per_second": speed, "steps": 400, "tokens": 819_200, "precision": "fp32",
+        "device": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "python": "3",
+    }  # fmt: skip
+
+
+ROWS = [row("moh", 0, 10.0), row("moh", 1, 14.0), row("dense", 0, 11.0, 999)]
+
+
+def test_one_line_a_model_with_deviation_over_seeds():
+    columns, (moh, dense) = comparison(ROWS)
+    assert columns[5:] == ["heads on", "PPL code ↓", "tokens/s ↑"]
+    # mean 12, deviation sqrt(((10 - 12)² + (14 - 12)²) / 1) = 2.8
+    assert moh == ["MoH", "1.50", "1.25", "3.00", "3.10", "75 %", "12.0 ± 2.8 (8–30)", "1,234"]
+    assert dense[-2:] == ["11.0 (8–30)", "999"]
+
+
+def test_domains_are_those_with_perplexities():
+    assert domains(ROWS[0]) == ["code"]
+
+
+def test_table_is_the_same_after_a_file(tmp_path):
+    write_csv(tmp_path / "lm.csv", ROWS)
+    assert markdown(read_csv(tmp_path / "lm.csv")) == markdown(ROWS)
+    assert markdown(ROWS).splitlines()[1].startswith("| --- | ---: |")
+    assert [line[:9] for line in markdown(ROWS).splitlines()[2:4]] == ["| MoH | 1", "| dense |"]
