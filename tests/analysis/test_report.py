@@ -97,7 +97,7 @@ def test_the_page_has_its_sections(text):
     ):
         assert heading in texts
     assert "Once␛" in texts
-    assert "<td><strong>1.50 ± 0.02</strong></td><td><strong>1,200</strong></td>" in text
+    assert "<td><strong>1.50 ± 0.02</strong></td><td><strong>1,200 ± 30</strong></td>" in text
     assert "<td><strong>1.49</strong></td><td>900</td>" in text
 
 

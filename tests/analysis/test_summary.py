@@ -68,7 +68,8 @@ def test_best_cells(record):
     columns, rows = record.table_columns, record.table_rows
     assert best_cells(columns, rows) == {(0, 1), (1, 1), (0, 2)}
     assert best_cells(["Model", "loss", "speed"], rows) == set()
-    assert best_cells(["a ↓"], [["−2"], ["1e3"], ["n/a"]]) == {(0, 0)}
+    assert best_cells(["a ↓"], [["−2 ± 0.5"], ["1e3"], ["n/a"]]) == {(0, 0)}
+    assert best_cells(["a ↓"], [["−2"], ["1e3"]]) == set()
     assert best_cells(["a ↓"], [["1"], ["n/a"]]) == set()
 
 

@@ -124,7 +124,7 @@ def best_cells(columns: list[str], rows: list[list[str]]) -> set[tuple[int, int]
     """Cells (row, column) to mark in columns that end in ↓ or ↑.
 
     Marked are the best number and all within the column's largest "± x" of it, so that no winner
-    is named inside the spread.
+    is named inside the spread. A column without any "±" has no known spread: nothing is marked.
 
     Example: of "1.50 ± 0.02", "1.51 ± 0.01" and "1.60" under "loss ↓" the first two are marked.
     """
@@ -133,10 +133,10 @@ def best_cells(columns: list[str], rows: list[list[str]]) -> set[tuple[int, int]
         sign = {"↓": 1, "↑": -1}.get(column.strip()[-1:])
         values = {row: _number(cells[index]) for row, cells in enumerate(rows)}
         known = {row: value for row, value in values.items() if value is not None}
-        if sign is None or len(known) < 2:
+        spread = max((spread for _, spread in known.values()), default=0)
+        if sign is None or len(known) < 2 or not spread:
             continue
         best = min(sign * value for value, _ in known.values())
-        spread = max(spread for _, spread in known.values())
         marked |= {
             (row, index)
             for row, (value, _) in known.items()
