@@ -119,3 +119,10 @@ def test_output_that_is_a_file_stays(fails, tmp_path, flags):
     message = fails(2, "train", "lm", *output, *flags)
     assert f"output is {tmp_path / 'text.txt'}, a file" in message
     assert (tmp_path / "text.txt").read_text() == text
+
+
+def test_tracker_that_is_not_installed_is_refused_before_anything_is_written(fails, tmp_path):
+    message = fails(2, "train", "lm", "--report-to", "tensorbord", "--output", tmp_path / "run")
+    assert "report_to names 'tensorbord'" in message
+    assert "tensorboard" in message
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 Layers return (y, routing); losses, statistics and plots are functions of the routing.
 """
 
-from headwise import ops
+from headwise import ops, parity
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, convert, record_routing
 from headwise.nn import MHMoE, MoE, MoHAttention
 from headwise.ops import Routing, balance_loss, router_z_loss
@@ -23,6 +23,7 @@ __all__ = [
     "convert",
     "load_released",
     "ops",
+    "parity",
     "record_routing",
     "router_z_loss",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import tyro
+from safetensors import SafetensorError
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _nearest("command", command, _COMMANDS)(rest)
     except ValueError as error:
         _fail(2, error)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, SafetensorError) as error:
         _fail(1, error)
     except KeyboardInterrupt:
         _fail(130, "interrupted; the same command with --resume goes on from the last checkpoint")

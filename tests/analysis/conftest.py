@@ -35,7 +35,11 @@ def record():
         title=f"Title {HOSTILE}",
         facts={"device": "CPU", "seeds": "0, 1 <both>"},
         table_columns=["Model", "loss (nats) ↓", "speed (tokens/s) ↑"],
-        table_rows=[["dense", "1.50 ± 0.02", "1,200 ± 30"], ["moh", "1.49", "900"], ["moe", "1.9", "–"]],
+        table_rows=[
+            ["dense", "1.50 ± 0.02", "1,200 ± 30"],
+            ["moh", "1.49", "900"],
+            ["moe", "1.9", "–"],
+        ],
         notes=["Bold & brave."],
         models=[
             ModelRecord("dense", "Dense", 0, curve(1.4), curve(1.5)),

@@ -97,12 +97,19 @@ def for_terminal(rows: Sequence[Row]) -> Table:
     """The comparison as a rich table."""
     columns, cells = comparison(rows)
     table = Table(
-        title="At equal FLOPs per token", caption=LEGEND, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="At equal FLOPs per token",
+        caption=LEGEND,
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
     )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    for line in cells:
-        table.add_row(*(cell.replace(" (", "\n(") for cell in line))
+    broken = [[cell.replace(" ±", "\n±").replace(" (", "\n(") for cell in line] for line in cells]
+    table.add_column(columns[0])
+    for index, column in enumerate(columns[1:], start=1):
+        width = max(len(part) for line in broken for part in line[index].split("\n"))
+        table.add_column(column, justify="right", min_width=width)
+    for line in broken:
+        table.add_row(*line)
     return table
 
 

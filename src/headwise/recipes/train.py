@@ -13,6 +13,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from headwise.data.text import (
     END_OF_TEXT,
@@ -43,6 +44,7 @@ def train(run: LanguageModelRun) -> None:
         raise ValueError(
             f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
         )
+    _check_trackers(run.report_to)
     directory = RunDirectory(run.output)
     if state.is_main_process:
         directory.check(run)
@@ -58,6 +60,16 @@ def train(run: LanguageModelRun) -> None:
     ]
     if state.is_main_process:
         report(run, directory, text, trained)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to names {name!r}; it must be a tracker that is installed, of which there "
+                f"are here: {', '.join(available) or 'none'}"
+            )
 
 
 def _tokens(run: LanguageModelRun, domains: list[Domain]) -> Text:
