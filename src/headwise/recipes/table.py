@@ -106,8 +106,8 @@ def for_terminal(rows: Sequence[Row]) -> Table:
     broken = [[cell.replace(" ±", "\n±").replace(" (", "\n(") for cell in line] for line in cells]
     table.add_column(columns[0])
     for index, column in enumerate(columns[1:], start=1):
-        width = max(len(part) for line in broken for part in line[index].split("\n"))
-        table.add_column(column, justify="right", min_width=width)
+        parts = [part for line in broken for part in line[index].split("\n")]
+        table.add_column(column, justify="right", width=max(map(len, parts + column.split())))
     for line in broken:
         table.add_row(*line)
     return table
