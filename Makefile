@@ -21,11 +21,13 @@ tables: $(VENV)/core  ## write the tables of README.md again, from results/
 	$(BIN)/python docs/tables.py
 
 $(VENV)/core: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
+	@echo "Installing what the tests need"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

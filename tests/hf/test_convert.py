@@ -182,3 +182,13 @@ def test_attention_dropout_and_attention_weights_are_refused(tiny, ids):
     model = convert(tiny(), attention=MoHConfig())
     with pytest.raises(ValueError, match="output_attentions is True"):
         model(ids, output_attentions=True)
+
+
+def test_another_attention_function_is_refused(tiny, ids):
+    model = convert(tiny(), attention=MoHConfig(shared=1, active=3))
+    with pytest.raises(ValueError, match="attn_implementation is 'sdpa'"):
+        model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "headwise"
+    convert(tiny(), mlp=MoEConfig(num_experts=3, top_k=1, expert_dim=5)).set_attn_implementation(
+        "eager"
+    )

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from headwise.hf import attention
 from headwise.hf.configs import Conversion
 from headwise.hf.recorder import collect_routings
 from headwise.hf.surgery import install
@@ -42,6 +43,15 @@ class Routed(PreTrainedModel):
         if wrong:
             raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
         return (model, info) if want_info else model
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, but not away from routed heads: another function would ignore them."""
+        if self.conversion.attention is not None and attn_implementation != attention.NAME:
+            raise ValueError(
+                f"attn_implementation is {attn_implementation!r}; a model with routed heads takes "
+                f"{attention.NAME!r} only"
+            )
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     def conversion(self) -> Conversion:
