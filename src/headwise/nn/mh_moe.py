@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from headwise.nn.routers import CosineRouter, LinearRouter
+from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.choice import check_choice
@@ -80,7 +81,8 @@ class MHMoE(nn.Module):
         check_choice("router", router, ExpertRouterName)
         check_choice("activation", activation, Activation)
         check_choice("impl", impl, Impl)
-        self.num_heads, self.num_experts, self.expert_dim = num_heads, num_experts, expert_dim
+        self.dim, self.num_heads = dim, num_heads
+        self.num_experts, self.expert_dim = num_experts, expert_dim
         self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
         sub_dim = dim // num_heads
         self.head_proj = nn.Linear(dim, dim, bias=bias) if head_layer else None
@@ -120,7 +122,11 @@ class MHMoE(nn.Module):
 
         Returns:
             y, and the routing with weights and indices [B, T, num_heads, top_k].
+
+        Raises:
+            ValueError: If x or mask has another shape or dtype.
         """
+        check_tokens(x, mask, dim=self.dim, dtype=self.experts.up_proj.dtype)
         u = x if self.head_proj is None else self.head_proj(x)
         u = rearrange(u, "b t (h s) -> b t h s", h=self.num_heads)
         routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import QueryNormRouter, TwoStageRouter
+from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
 from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import Impl
@@ -79,7 +80,7 @@ class MoHAttention(nn.Module):
                 f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
             )
         check_choice("impl", impl, Impl)
-        self.budget, self.causal, self.impl = budget, causal, impl
+        self.dim, self.budget, self.causal, self.impl = dim, budget, causal, impl
         self.head_dim = head_dim if head_dim is not None else dim // num_heads
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
@@ -98,7 +99,11 @@ class MoHAttention(nn.Module):
 
         Returns:
             y, and the routing with weights [B, T, H]; exactly active_heads of a token's are not 0.
+
+        Raises:
+            ValueError: If x or mask has another shape or dtype.
         """
+        check_tokens(x, mask, dim=self.dim, dtype=self.q_proj.weight.dtype)
         q, k, v = (
             rearrange(proj(x), "b t (h c) -> b t h c", c=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
