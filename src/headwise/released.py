@@ -32,8 +32,10 @@ def load_released(kind: str, source: Source, config: Mapping[str, Any] | None = 
     """
     if kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
-    if config is None:
-        raise ValueError(f"config is None; {kind!r} needs one")
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config is {config!r}; {kind!r} needs a dict of the layer's sizes (dim, num_heads, …)"
+        )
     layer_class, rename = _KINDS[kind]
     try:
         layer = layer_class(**config)

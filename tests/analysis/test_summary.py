@@ -32,7 +32,7 @@ def test_an_order_beyond_the_seeds_is_told():
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_one_seed_is_no_finding(seeds):
     text = headline(page(*[run("a", seed, 1.0) for seed in range(seeds)], run("b", 0, 9.0)))
-    assert text.endswith("their order is not a finding.")
+    assert text.endswith("not a finding.")
 
 
 def test_headline_of_few():

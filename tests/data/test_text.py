@@ -193,3 +193,13 @@ def test_every_document_ends_with_the_end_of_text(bpe):
 def test_more_documents_than_a_batch(bpe):
     documents = [f"{i}" for i in range(1000)]
     assert bpe.decode(tokenize(bpe, documents).tolist()) == "".join(documents)
+
+
+def test_a_subdirectory_with_one_file_is_cut_into_runs_of_lines(tmp_path):
+    for name in ("x/a", "x/b", "y/only"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(f"line {i}\n" for i in range(60)))
+    x, y = load_text(str(tmp_path))
+    assert (x.name, y.name) == ("x", "y")
+    assert len(y.training) > 20
+    assert y.validation

@@ -59,13 +59,14 @@ def _order(record: RunRecord) -> str:
         f"{last.mean:.3f} ({last.label}) {record.loss_unit}"
     )
     second = losses[1]
+    lowest = f"{best.label} and {second.label}"
     gap = second.mean - best.mean
     spread = max(best.highest - best.lowest, second.highest - second.lowest)
     if best.runs == 1 and second.runs == 1:
-        return text + "; with one seed for each of the first two, their order is not a finding."
+        return text + f"; with one seed each, the order of {lowest} is not a finding."
     if best.runs == 1 or second.runs == 1 or gap <= spread:
         return (
-            text + f"; the first two are {gap:.3f} apart, seeds of a variant up to {spread:.3f}, "
+            text + f"; {lowest} are {gap:.3f} apart, seeds of a variant up to {spread:.3f}, "
             "so their order is not a finding."
         )
     return (

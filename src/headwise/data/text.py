@@ -161,8 +161,8 @@ def _split(name: str, documents: dict[str, str]) -> Domain:
     documents = {key: text for key, text in documents.items() if text.strip()}
     if len(documents) < 2:
         raise ValueError(
-            f"data {name!r} has {len(documents)} documents with text; it takes at least 2, one to "
-            "train on and one to validate with"
+            f"data {name!r} has {len(documents)} documents with text; it takes at least 2 files, "
+            "or one of several lines: a tenth of them is held out to validate with"
         )
     ranked = sorted(documents, key=lambda key: hashlib.sha256(key.encode()).digest())
     held_out = set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
@@ -181,10 +181,14 @@ def _domains_of_directory(path: Path) -> list[Domain]:
         raise ValueError(
             f"{beside} lies beside directories, each of which is a domain; move it into one"
         )
-    return [
-        _split(root.name, {str(p.relative_to(root)): _read(p) for p in _files(root)})
-        for root in (subdirectories or [path])
-    ]
+    return [_domain(root) for root in (subdirectories or [path])]
+
+
+def _domain(root: Path) -> Domain:
+    files = _files(root)
+    if len(files) == 1:
+        return _split(root.name, _pieces(files[0]))
+    return _split(root.name, {str(p.relative_to(root)): _read(p) for p in files})
 
 
 def _files(root: Path) -> list[Path]:

@@ -119,6 +119,10 @@ class Conversion:
     def __post_init__(self) -> None:
         if self.attention is None and self.mlp is None:
             raise ValueError("attention and mlp are both None; give at least one to convert")
+        for field, kind in (("attention", MoHConfig), ("mlp", MoEConfig)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{field} is {value!r}; it must be a headwise.{kind.__name__}")
         if self.every < 1:
             raise ValueError(f"every is {self.every}; it must be at least 1")
 

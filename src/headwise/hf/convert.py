@@ -40,6 +40,10 @@ def convert(
     """
     conversion = Conversion(attention=attention, mlp=mlp, every=every)
     model: Any = model_or_path
+    if not isinstance(model, PreTrainedModel | str | os.PathLike):
+        raise ValueError(
+            f"model_or_path is a {type(model).__name__}; it must be a transformers model or a path"
+        )
     if not isinstance(model, PreTrainedModel):
         model = AutoModelForCausalLM.from_pretrained(model_or_path)
     if isinstance(model, Routed):

@@ -116,6 +116,8 @@ class LanguageModelRun:
             raise ValueError(
                 f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
             )
+        if self.mh_heads < 1 or self.dim % self.mh_heads:
+            raise ValueError(f"mh_heads is {self.mh_heads}; it must divide dim = {self.dim}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not self.weight_decay >= 0:

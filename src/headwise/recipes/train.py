@@ -48,15 +48,18 @@ def train(run: LanguageModelRun) -> None:
     directory = RunDirectory(run.output)
     if state.is_main_process:
         directory.check(run)
-    text = _tokens(run, load_text(run.data))
+    domains = load_text(run.data)
+    if state.is_main_process:
+        print("Training a tokenizer on the text", flush=True)
+    text = _tokens(run, domains)
     _blocks(run, text, run.seeds[0])
     if state.is_main_process:
         directory.claim(run, _fingerprint(text))
     state.wait_for_everyone()
+    models = [(name, seed) for name in run.models for seed in run.seeds]
     trained = [
-        _train_one(run, directory, text, name, seed, state)
-        for name in run.models
-        for seed in run.seeds
+        _train_one(run, directory, text, name, seed, state, count=f"{index}/{len(models)}")
+        for index, (name, seed) in enumerate(models, start=1)
     ]
     if state.is_main_process:
         report(run, directory, text, trained)
@@ -91,6 +94,7 @@ def _train_one(
     name: str,
     seed: int,
     state: PartialState,
+    count: str,
 ) -> Trained:
     finished = directory.model(name, seed)
     if (result := read_result(finished)) is not None:
@@ -104,7 +108,7 @@ def _train_one(
         train_dataset=training,
         eval_dataset=validation,
         data_collator=default_data_collator,
-        title=f"{LABELS[name]}, seed {seed}",
+        title=f"{count}  {LABELS[name]}, seed {seed}",
         tokens_per_step=run.batch_size * run.sequence_length,
     )
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
