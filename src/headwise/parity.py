@@ -136,9 +136,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _module_flops(module: nn.Module, keys: float) -> float:
-    if isinstance(module, nn.Linear):
-        return 2 * module.weight.numel()
-    if isinstance(module, LinearRouter):
+    if isinstance(module, nn.Linear | LinearRouter):
         return 2 * module.weight.numel()
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
