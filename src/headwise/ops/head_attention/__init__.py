@@ -7,11 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
-from headwise.ops.head_attention import dense, reference
+from headwise.ops.head_attention import dense, gathered, reference
 
-Impl = Literal["auto", "reference", "dense"]
+Impl = Literal["auto", "reference", "dense", "gathered"]
 
-_IMPLEMENTATIONS = {"reference": reference.head_attention, "dense": dense.head_attention}
+_IMPLEMENTATIONS = {
+    "reference": reference.head_attention,
+    "dense": dense.head_attention,
+    "gathered": gathered.head_attention,
+}
 
 
 def head_attention(

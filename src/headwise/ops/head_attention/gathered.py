@@ -1,0 +1,156 @@
+"""Attention of the heads that are on, gathered: what is off is neither computed nor read.
+
+Rows that are on are gathered into tiles (`ragged`), the causal triangle over them is cut into
+rectangles and edges (`pieces`), torch's attention runs on each (`rectangle`), and results for the
+same rows are merged by their log-sum-exp. The backward computes the scores again, piece by piece.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.ops.head_attention.pieces import Piece
+from headwise.ops.head_attention.ragged import Rows, Tile
+from headwise.ops.head_attention.rectangle import attend, attend_backward
+
+
+def head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return gathered_attention(q, k, v, gate, causal, mask, bias, scale)[0]
+
+
+@torch.library.custom_op("headwise::gathered_attention", mutates_args=())
+def gathered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
+    rows = Rows(gate, k, causal, mask, bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
+    for tile in rows.tiles:
+        tile_q, tile_out, tile_lse = (tile.of(x) for x in (q_rows, out, lse))
+        pieces = rows.pieces(tile, q.dtype)
+        merged = tile_out if len(pieces) == 1 else torch.empty_like(tile_out, dtype=wide)
+        for piece in pieces:
+            part, part_lse = attend(
+                tile_q[:, :, piece.rows],
+                tile.keys(k)[:, :, piece.keys],
+                tile.keys(v)[:, :, piece.keys],
+                added=rows.added(tile, piece, q.dtype),
+                causal=piece.kind == "square",
+                scale=scale,
+                blind=mask is not None,
+            )
+            _merge(merged[:, :, piece.rows], tile_lse[:, :, piece.rows], part, part_lse, piece)
+        if merged is not tile_out:
+            tile_out.copy_(merged)
+    out[:-1] *= rows.gather(gate.to(q.dtype)).unsqueeze(-1)
+    return rows.scatter(out), rows.scatter(lse)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, piece: Piece) -> None:
+    """out and lse of rows over more keys, in place: averages weighted by exp(lse)."""
+    if piece.kind != "rectangle":
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
+    weight = torch.sigmoid(part_lse - lse)
+    out.lerp_(part.to(out.dtype), weight.unsqueeze(-1).to(out.dtype))
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+@torch.library.custom_op("headwise::gathered_attention_backward", mutates_args=())
+def gathered_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
+    rows = Rows(gate, k, causal, mask, bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # Nothing flows back through rows that only fill up a tile.
+    dy, gates = rows.gather(dy), rows.gather_once(gate.to(wide)).unsqueeze(-1)
+    out = rows.gather(y) / torch.where(gates == 0, 1, gates)
+    dgate = rows.empty(gate)
+    dgate[:-1] = (dy * out).sum(-1)
+    dout, out = (dy * gates).to(q.dtype), out.to(q.dtype)
+    q_rows, lse = rows.gather(q), rows.gather(lse)
+    dq, dk, dv = rows.empty(q, wide).zero_(), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dbias = torch.zeros_like(bias, dtype=wide) if needs_bias else q.new_empty(0)
+    for tile in rows.tiles:
+        tile_q, tile_dq, tile_dout, tile_out, tile_lse = (
+            tile.of(x) for x in (q_rows, dq, dout, out, lse)
+        )
+        for piece in rows.pieces(tile, q.dtype):
+            part = attend_backward(
+                *(x[:, :, piece.rows] for x in (tile_dout, tile_q)),
+                *(tile.keys(x)[:, :, piece.keys] for x in (k, v)),
+                *(x[:, :, piece.rows] for x in (tile_out, tile_lse)),
+                added=rows.added(tile, piece, q.dtype),
+                causal=piece.kind == "square",
+                scale=scale,
+                scores_gradient=needs_bias,
+            )
+            tile_dq[:, :, piece.rows] += part.q
+            tile.keys(dk)[:, :, piece.keys] += part.k
+            tile.keys(dv)[:, :, piece.keys] += part.v
+            if part.scores is not None:
+                rows.add_to_bias(dbias, tile, piece, part.scores)
+    dq, dk, dv = rows.scatter(dq).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv, rows.scatter(dgate), dbias
+
+
+@gathered_attention.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+@gathered_attention_backward.register_fake
+def _(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias):  # type: ignore[no-untyped-def]
+    dbias = bias.new_empty(bias.shape, dtype=lse.dtype) if needs_bias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape), dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gate, ctx.causal, mask, bias, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, gate, *output, mask, bias)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gate, y, lse, mask, bias = ctx.saved_tensors
+    needs_bias = ctx.needs_input_grad[6]
+    *gradients, dbias = gathered_attention_backward(
+        dy, q, k, v, gate, y, lse, ctx.causal, mask, bias, ctx.scale, needs_bias
+    )
+    return *gradients, None, None, dbias.to(bias.dtype) if needs_bias else None, None
+
+
+gathered_attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,88 @@
+"""Plain attention of some rows to some keys, with the log-sum-exp that lets results be merged.
+
+All tensors are [b, h, n, C] for rows and [b, h, s, C] for keys. On CPUs torch's own flash kernels do
+the work (bfloat16 products, float32 sums); elsewhere matrix products and a softmax do.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Gradients(NamedTuple):
+    """What one rectangle adds to the gradients; `scores` [b, h, n, s] only where asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    added: Tensor | None,
+    causal: bool,
+    scale: float,
+    blind: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention output and log-sum-exp [b, h, n]; 0 and -inf for a row that sees no key.
+
+    There are such rows only if `blind`.
+    """
+    if q.device.type == "cpu":
+        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    else:
+        scores = _scores(q, k, added, causal, scale)
+        lse = scores.logsumexp(-1)
+        out = (scores - _finite(lse).unsqueeze(-1)).exp().to(v.dtype) @ v
+    if blind and added is not None:
+        # The kernel reports 0 for a row without keys.
+        lse = lse.masked_fill(added.amax(-1) == float("-inf"), float("-inf"))
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    added: Tensor | None,
+    causal: bool,
+    scale: float,
+    scores_gradient: bool,
+) -> Gradients:
+    """Gradients through one rectangle, given the output and log-sum-exp over *all* keys."""
+    lse = _finite(lse)
+    if q.device.type == "cpu" and not scores_gradient:
+        return Gradients(
+            *_flash_backward(
+                dout, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale
+            )
+        )
+    p = (_scores(q, k, added, causal, scale) - lse.unsqueeze(-1)).exp()
+    delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(-1, keepdim=True)
+    ds = p * ((dout @ v.mT).to(p.dtype) - delta)
+    down = (ds * scale).to(q.dtype)
+    return Gradients(down @ k, down.mT @ q, p.to(q.dtype).mT @ dout, ds)
+
+
+def _scores(q: Tensor, k: Tensor, added: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores if added is None else scores + added
+
+
+def _finite(lse: Tensor) -> Tensor:
+    return lse.masked_fill(lse == float("-inf"), 0)
