@@ -46,8 +46,10 @@ def gathered_attention(
     q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
     for tile in rows.tiles:
         tile_q, tile_out, tile_lse = (tile.of(x) for x in (q_rows, out, lse))
-        pieces = rows.pieces(tile, q.dtype)
+        pieces = rows.pieces(tile)
+        # Sums of several pieces are kept in float32 or wider.
         merged = tile_out if len(pieces) == 1 else torch.empty_like(tile_out, dtype=wide)
+        merged = tile_out if tile_out.dtype == wide else merged
         for piece in pieces:
             part, part_lse = attend(
                 tile_q[:, :, piece.rows],
@@ -94,20 +96,21 @@ def gathered_attention_backward(
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
     rows = Rows(gate, k, causal, mask, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Nothing flows back through rows that only fill up a tile.
-    dy, gates = rows.gather(dy), rows.gather_once(gate.to(wide)).unsqueeze(-1)
-    out = rows.gather(y) / torch.where(gates == 0, 1, gates)
+    # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
+    gates = rows.gather_once(gate.to(wide)).unsqueeze(-1)
+    dout = rows.gather(dy).mul_(gates)
+    out = rows.gather(y).div_(torch.where(gates == 0, 1, gates))
     dgate = rows.empty(gate)
-    dgate[:-1] = (dy * out).sum(-1)
-    dout, out = (dy * gates).to(q.dtype), out.to(q.dtype)
+    dgate[:-1] = (dout * out).sum(-1, dtype=wide) / torch.where(gates == 0, 1, gates).squeeze(-1)
     q_rows, lse = rows.gather(q), rows.gather(lse)
-    dq, dk, dv = rows.empty(q, wide).zero_(), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dq = rows.empty(q, wide).zero_()
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     dbias = torch.zeros_like(bias, dtype=wide) if needs_bias else q.new_empty(0)
     for tile in rows.tiles:
         tile_q, tile_dq, tile_dout, tile_out, tile_lse = (
             tile.of(x) for x in (q_rows, dq, dout, out, lse)
         )
-        for piece in rows.pieces(tile, q.dtype):
+        for piece in rows.pieces(tile):
             part = attend_backward(
                 *(x[:, :, piece.rows] for x in (tile_dout, tile_q)),
                 *(tile.keys(x)[:, :, piece.keys] for x in (k, v)),

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-_KEY_BLOCK = 64
+# torch's CPU kernel takes rows and keys in blocks, and is faster where blocks are not cut.
+_ROW_BLOCK, _KEY_BLOCK = 64, 64
 
 
 class Piece(NamedTuple):
@@ -50,7 +51,7 @@ def causal_pieces(limits: Tensor, keys: int, edge_rows: int) -> list[Piece]:
     Args:
         limits: Last visible key of each row, [b, h, N], ascending in N, at least 0.
         keys: How many keys there are.
-        edge_rows: How many rows an edge has, but for the last one.
+        edge_rows: Fewest rows of an edge, but for a multiple of 64 and where there are fewer in all.
     """
     starts, splits, ends = _splits(limits, keys, edge_rows)
     pieces = [
@@ -66,12 +67,12 @@ def _splits(limits: Tensor, keys: int, edge_rows: int) -> tuple[list[int], list[
     """Where the edges start among the rows, the keys before which all of an edge's rows see
     everything, and the keys at which an edge ends."""
     count = limits.shape[2]
-    starts = [i * edge_rows for i in range(max(1, round(count / edge_rows)))] + [count]
+    edges = max(1, count // edge_rows)
+    starts = [count * i // edges // _ROW_BLOCK * _ROW_BLOCK for i in range(edges)] + [count]
     last = torch.tensor(starts[1:], device=limits.device) - 1
     first = torch.tensor(starts[:-1], device=limits.device)
     seen = limits[:, :, first].flatten(0, 1).amin(0).tolist()
     ends = limits[:, :, last].flatten(0, 1).amax(0).tolist()
-    # torch's kernel takes keys in blocks, and is faster where blocks are not cut.
     splits = [key // _KEY_BLOCK * _KEY_BLOCK for key in seen]
     return starts, splits, [min(keys, (end // _KEY_BLOCK + 1) * _KEY_BLOCK) for end in ends]
 

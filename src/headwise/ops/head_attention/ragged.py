@@ -9,7 +9,9 @@ router does not make every head pay for the busiest.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.ops.head_attention.pieces import (
@@ -20,15 +22,14 @@ from headwise.ops.head_attention.pieces import (
     staircase,
 )
 
+Numbers = NDArray[np.int64]
+
 # Checkpoints along the rows at which the paces of two lists are compared.
 _CHECKPOINTS = 8
 # Lists share a tile while they differ by no more rows than this, or this share of their length.
 _SLACK_ROWS, _SLACK_SHARE = 48, 0.125
-# A tile with more than this share of its rows on is computed whole: gathering, splitting and merging
-# would cost more than the rows that are off.
-_WHOLE = 0.9
-# Rows of an edge by dtype: fewer waste less on keys beyond a row, more keep the products busy.
-_EDGE_ROWS = {torch.float64: 128, torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Rows of an edge. torch's CPU kernel works on 64 rows at a time from 192 rows on, on 32 below.
+_EDGE_ROWS = 192
 # Rows at a time where each has its own mask: memory must not grow with T · S.
 _MASKED_ROWS = 256
 
@@ -41,14 +42,12 @@ class Tile(NamedTuple):
         heads: Key heads.
         shape: Of its rows: batch entries, key heads, rows of the longest list.
         start: Where its rows start among those of all tiles.
-        whole: Whether it holds every row, on or not.
     """
 
     batch: slice
     heads: slice
     shape: tuple[int, int, int]
     start: int
-    whole: bool
 
     def of(self, x: Tensor) -> Tensor:
         """The tile's part [b, h, N, ...] of the rows of all tiles."""
@@ -71,42 +70,47 @@ class Rows:
         self, gate: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
     ):
         self.shape, self.causal, self.mask, self.bias = gate.shape, causal, mask, bias
-        (batch, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
+        (_, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
         self.per_key_head = heads // kv_heads
         # The last query sees the last key.
         self.offset = self.keys - queries
-        on = (gate != 0).unflatten(2, (kv_heads, self.per_key_head)).permute(0, 2, 1, 3).flatten(2)
+        on = (gate != 0).cpu().numpy()
         if causal and self.offset < 0:
-            on[:, :, : -self.offset * self.per_key_head] = False
+            on[:, : -self.offset] = False
         if self.keys == 0:
-            on.zero_()
-        counts, self.tiles = cut_into_tiles(on)
+            on[:] = False
+        # The order of rows: batch entry, key head, token, query head of the group.
+        grouped = on.reshape(*on.shape[:2], kv_heads, self.per_key_head).transpose(0, 2, 1, 3)
+        lists, rows = np.divmod(np.flatnonzero(grouped), queries * self.per_key_head)
+        counts, self.tiles = cut_into_tiles(lists, rows, (len(on), kv_heads, grouped[0, 0].size))
         self.count = self.tiles[-1].stop if self.tiles else 0
-        self._number_rows(on, counts)
+        self._number_rows(lists, rows, counts, gate.device)
 
-    def _number_rows(self, on: Tensor, counts: Tensor) -> None:
+    def _number_rows(
+        self, lists: Numbers, rows: Numbers, counts: Numbers, device: torch.device
+    ) -> None:
         """Find each row's place among the tiles' and its place in a flattened [B, T, H]."""
-        (_, queries, heads), device = self.shape, on.device
-        lists, rows = on.flatten(0, 1).nonzero().unbind(1)
-        base, whole = _starts(self.tiles, counts.shape)
-        first = counts.flatten().cumsum(0) - counts.flatten()
-        places = torch.arange(len(rows), device=device) + (base - first).to(device)[lists]
-        if whole.any():
-            places = torch.where(whole.to(device)[lists], base.to(device)[lists] + rows, places)
-        key_heads = torch.arange(counts.numel(), device=device)
-        corner = key_heads // on.shape[1] * queries * heads
-        corner = corner + key_heads % on.shape[1] * self.per_key_head
-        tokens = rows if self.per_key_head == 1 else rows // self.per_key_head
-        flat = tokens * heads + corner[lists]
-        if self.per_key_head > 1:
-            flat += rows % self.per_key_head
-        self._index = flat.new_zeros(self.count).index_copy_(0, places, flat)
-        self._places = flat.new_full((self.shape.numel(),), self.count).index_copy_(0, flat, places)
+        (batch, queries, heads), kv_heads = self.shape, counts.shape[1]
         # What fills up a short list comes after all its rows.
-        self._numbers = rows.new_full((self.count,), on.shape[2] - 1).index_copy_(0, places, rows)
+        numbers = np.full(self.count, queries * self.per_key_head - 1)
+        first_place = np.zeros(counts.shape, dtype=np.int64)
         for tile in self.tiles:
-            if tile.whole:
-                tile.of(self._numbers)[:] = torch.arange(on.shape[2], device=device)
+            starts = tile.start + np.arange(math.prod(tile.shape[:2])) * tile.shape[2]
+            first_place[tile.batch, tile.heads] = starts.reshape(tile.shape[:2])
+        first_place = first_place.reshape(-1) - (np.cumsum(counts) - counts.reshape(-1))
+        places = np.arange(len(rows)) + first_place[lists]
+        numbers[places] = rows
+        entries, groups = np.divmod(np.arange(counts.size), kv_heads)
+        corners = entries * (queries * heads) + groups * self.per_key_head
+        tokens, members = np.divmod(rows, self.per_key_head) if self.per_key_head > 1 else (rows, 0)
+        flat = corners[lists] + tokens * heads + members
+        index = np.zeros(self.count, dtype=np.int64)
+        index[places] = flat
+        back = np.full(batch * queries * heads, self.count)
+        back[flat] = places
+        self._numbers, self._index, self._places = (
+            torch.from_numpy(x).to(device) for x in (numbers, index, back)
+        )
 
     def empty(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a value of each row, shaped like x [B, T, H, ...]; the last is for heads off."""
@@ -127,17 +131,17 @@ class Rows:
         """Back to [B, T, H, ...] from `empty`'s room; 0 where a head is off."""
         return x.index_select(0, self._places).unflatten(0, self.shape)
 
-    def pieces(self, tile: Tile, dtype: torch.dtype) -> list[Piece]:
+    def pieces(self, tile: Tile) -> list[Piece]:
         """What to compute for a tile."""
         count, plain = tile.shape[2], self.mask is None and self.bias is None
         if not self.causal:
             return full_pieces(count, self.keys, count if plain else _MASKED_ROWS)
-        if tile.whole and plain and self.per_key_head == 1 and self.offset == 0:
+        if count == self.keys == self.shape[1] and plain and self.per_key_head == 1:
             return [Piece(slice(0, count), slice(0, count), "square")]
         limits = self._limits(tile)
         if not plain:
             return edge_pieces(limits, self.keys, _MASKED_ROWS)
-        return causal_pieces(limits, self.keys, _EDGE_ROWS[dtype])
+        return causal_pieces(limits, self.keys, _EDGE_ROWS)
 
     def added(self, tile: Tile, piece: Piece, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores of a piece, [b, h, n, s], if anything."""
@@ -192,51 +196,39 @@ class Rows:
         return tokens + self.offset
 
 
-def cut_into_tiles(on: Tensor) -> tuple[Tensor, list[Tile]]:
-    """Cut `on` [B, Hkv, M], True for the rows to compute, into tiles.
+def cut_into_tiles(
+    lists: Numbers, rows: Numbers, shape: tuple[int, int, int]
+) -> tuple[Numbers, list[Tile]]:
+    """Cut the rows that are on into tiles.
+
+    Args:
+        lists: List b·Hkv + h of each row.
+        rows: Its number in the list.
+        shape: Batch entries, key heads, rows of a list, on or not.
 
     Returns:
         How many rows of each list are on, [B, Hkv], and the tiles, without empty ones.
     """
-    paces, found, start = _paces(on), [], 0
-    counts = paces[..., -1]
-    for batch, heads in _cut(paces, slice(0, on.shape[0]), slice(0, on.shape[1])):
-        inside = counts[batch, heads]
-        whole = bool(inside.sum() >= _WHOLE * inside.numel() * on.shape[2])
-        length = on.shape[2] if whole else int(inside.max())
+    batch, heads, length = shape
+    checkpoints = lists * _CHECKPOINTS + rows * _CHECKPOINTS // max(1, length)
+    passed = np.bincount(checkpoints, minlength=batch * heads * _CHECKPOINTS)
+    paces = passed.reshape(batch, heads, _CHECKPOINTS).cumsum(2)
+    found: list[Tile] = []
+    for batch_part, heads_part in _cut(paces, slice(0, batch), slice(0, heads)):
+        inside = paces[batch_part, heads_part, -1]
         if inside.any():
-            tile = Tile(batch, heads, (*inside.shape, length), start, whole)
-            found.append(tile)
-            start = tile.stop
-    return counts, found
+            start = found[-1].stop if found else 0
+            found.append(Tile(batch_part, heads_part, (*inside.shape, int(inside.max())), start))
+    return paces[..., -1], found
 
 
-def _starts(tiles: list[Tile], shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Of every list [B·Hkv]: where it starts among the rows of all tiles, whether it is whole."""
-    starts = torch.zeros(shape, dtype=torch.long)
-    whole = torch.zeros(shape, dtype=torch.bool)
-    for tile in tiles:
-        batch, heads, length = tile.shape
-        inside = torch.arange(batch * heads).view(batch, heads) * length
-        starts[tile.batch, tile.heads] = inside + tile.start
-        whole[tile.batch, tile.heads] = tile.whole
-    return starts.flatten(), whole.flatten()
-
-
-def _paces(on: Tensor) -> Tensor:
-    """Rows that are on up to each checkpoint, [B, Hkv, checkpoints], on the CPU."""
-    step = max(1, -(-on.shape[2] // _CHECKPOINTS))
-    parts = [part.sum(2) for part in on.split(step, dim=2)]
-    return torch.stack(parts, dim=2).cumsum(2).cpu()
-
-
-def _cut(paces: Tensor, batch: slice, heads: slice) -> list[tuple[slice, slice]]:
+def _cut(paces: Numbers, batch: slice, heads: slice) -> list[tuple[slice, slice]]:
     """Cut where neighbours differ most, until the lists of every tile keep the same pace."""
     inside = paces[batch, heads]
-    spread = int((inside.amax((0, 1)) - inside.amin((0, 1))).max())
-    if spread <= max(_SLACK_ROWS, _SLACK_SHARE * float(inside[..., -1].double().mean())):
+    spread = np.ptp(inside, axis=(0, 1)).max(initial=0)
+    if spread <= max(_SLACK_ROWS, _SLACK_SHARE * inside[..., -1].mean()):
         return [(batch, heads)]
-    over_batch, over_heads = _widest_step(inside), _widest_step(inside.transpose(0, 1))
+    over_batch, over_heads = _widest_step(inside), _widest_step(inside.swapaxes(0, 1))
     if over_batch[0] > over_heads[0]:
         middle = batch.start + over_batch[1]
         parts = [(slice(batch.start, middle), heads), (slice(middle, batch.stop), heads)]
@@ -246,9 +238,9 @@ def _cut(paces: Tensor, batch: slice, heads: slice) -> list[tuple[slice, slice]]
     return [tile for part in parts for tile in _cut(paces, *part)]
 
 
-def _widest_step(paces: Tensor) -> tuple[int, int]:
+def _widest_step(paces: Numbers) -> tuple[int, int]:
     """The largest difference between neighbours along the first dimension, and where it lies."""
-    if paces.shape[0] == 1:
+    if len(paces) == 1:
         return -1, 0
-    steps = paces.diff(dim=0).abs().flatten(1).amax(1)
+    steps = np.abs(np.diff(paces, axis=0)).max(axis=(1, 2))
     return int(steps.max()), int(steps.argmax()) + 1
