@@ -4,11 +4,33 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
+from headwise.ops.head_attention import gathered, pieces, ragged
 
-IMPLS = ("dense",)
 B, C = 2, 11
+# The share of heads that may be on for "gathered" to gather: always, never, and in small parts.
+ALWAYS, NEVER = 2.0, 0.0
+
+
+@pytest.fixture(params=["dense", "gathered", "gathered in small parts", "gathered, whole"])
+def impl(request, monkeypatch):
+    """An implementation; what it decides by size is decided here, so that small inputs do."""
+    name, _, how = request.param.partition(" ")
+    share = NEVER if how == "whole" else ALWAYS
+    monkeypatch.setattr(gathered, "largest_share", lambda *_: share)
+    if how == "in small parts":
+        make_parts_small(monkeypatch)
+    return name.rstrip(",")
+
+
+def make_parts_small(monkeypatch):
+    monkeypatch.setattr(ragged, "_EDGE_ROWS", 2)
+    monkeypatch.setattr(ragged, "_MASKED_ROWS", 2)
+    monkeypatch.setattr(ragged, "_SLACK_ROWS", 1)
+    monkeypatch.setattr(pieces, "_ROW_BLOCK", 1)
+    monkeypatch.setattr(pieces, "_KEY_BLOCK", 2)
 
 
 def case(T=5, S=7, H=3, kv_heads=3, on=0.6, mask=None, bias=None, **options):
@@ -43,6 +65,9 @@ CASES = {
     "one query": {"T": 1, "S": 13, "causal": True},
     "all on": {"on": 1},
     "few on": {"on": 0.1, "T": 11},
+    "long": {"T": 37, "S": 41, "H": 6, "kv_heads": 3, "causal": True},
+    "long, full": {"T": 37, "S": 41, "H": 6, "kv_heads": 3},
+    "long, one head of keys": {"T": 41, "S": 41, "H": 3, "kv_heads": 1, "causal": True},
 }  # fmt: skip
 
 
@@ -52,7 +77,6 @@ def value_and_gradients(leaves, options, impl):
     return y, torch.autograd.grad(y, list(leaves.values()), upstream)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_all_gradients(name, impl):
     leaves, options = case(**CASES[name])
@@ -66,7 +90,6 @@ def test_equals_the_reference_in_values_and_all_gradients(name, impl):
         assert (gradients[3][off] == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(impl, bias):
     leaves, _ = case(on=1, bias=(5, 7) if bias else None)
@@ -79,7 +102,6 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(impl, bias):
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient(impl):
     leaves, options = case()
     with torch.no_grad():
@@ -89,7 +111,6 @@ def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient(impl):
     assert (dv[:, :, 1] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_one_head_chosen_by_all(impl):
     leaves, options = case(causal=True, S=5)
     with torch.no_grad():
@@ -101,7 +122,6 @@ def test_one_head_chosen_by_all(impl):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_all_heads_off_gives_zero(impl):
     leaves, options = case()
     with torch.no_grad():
@@ -109,7 +129,11 @@ def test_all_heads_off_gives_zero(impl):
     assert (head_attention(**leaves, **options, impl=impl) == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_no_keys_gives_zero(impl):
+    leaves, options = case(S=0)
+    assert (head_attention(**leaves, **options, impl=impl) == 0).all()
+
+
 def test_gradcheck(impl):
     leaves, options = case(T=2, S=3, H=2, kv_heads=1, mask=(2, 3), bias=(2, 3), causal=True)
     pattern = (leaves["gate"] != 0).double()
@@ -122,7 +146,6 @@ def test_gradcheck(impl):
     assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
 def test_error_is_at_most_twice_that_of_plain_attention(impl, dtype, causal):
@@ -145,3 +168,88 @@ def test_error_is_at_most_twice_that_of_plain_attention(impl, dtype, causal):
         if got.shape == gate.shape:
             got, torch_s, true = got[on], torch_s[on], true[on]
         assert (got.double() - true).norm() <= 2 * (torch_s.double() - true).norm()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_shared_heads_and_a_skewed_router(impl, causal):
+    leaves, options = case(T=43, S=43, H=5, kv_heads=5, causal=causal)
+    with torch.no_grad():
+        gate = leaves["gate"]
+        gate[:, :, 0] = 1.3  # shared
+        gate[:, 1::2, 1] = 0.4  # half of the tokens
+        gate[1, 20:] = 0  # padding
+    assert_close(
+        value_and_gradients(leaves, options, impl),
+        value_and_gradients(leaves, options, "reference"),
+        rtol=1e-10, atol=1e-10,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["heads first", "sliced"])
+def test_layouts_that_are_not_contiguous(impl, layout):
+    leaves, options = case(T=7, causal=True)
+    want = value_and_gradients(leaves, options, "reference")[0]
+    for name in ("q", "k", "v"):
+        x = leaves[name].detach()
+        if layout == "heads first":
+            leaves[name] = x.transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            leaves[name] = torch.stack([x, -x], dim=3)[:, :, :, 0]
+    assert_close(head_attention(**leaves, **options, impl=impl), want)
+
+
+DECODED = ["one query", "causal, more keys", "mask", "bias", "everything", "grouped", "all on"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", DECODED)
+def test_decode_equals_the_reference(name, threads):
+    leaves, options = case(**CASES[name])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            got = head_attention(**leaves, **options, impl="decode")
+            want = head_attention(**leaves, **options, impl="reference")
+    finally:
+        torch.set_num_threads(before)
+    assert_close(got, want)
+
+
+def test_decode_does_not_read_a_group_that_is_off():
+    leaves, _ = case(T=1, H=6, kv_heads=3)
+    with torch.no_grad():
+        leaves["gate"][0, :, 2:4] = 0
+        leaves["gate"][1, :, 4:] = 0
+        for name in ("k", "v"):
+            leaves[name][0, :, 1] = torch.nan
+            leaves[name][1, :, 2] = torch.nan
+        assert head_attention(**leaves, impl="decode").isfinite().all()
+
+
+def test_decode_refuses_gradients():
+    leaves, _ = case(T=1)
+    with pytest.raises(ValueError, match=r"impl is .decode., which has no backward"):
+        head_attention(**leaves, impl="decode")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_custom_op_contract(monkeypatch, causal, whole):
+    monkeypatch.setattr(gathered, "largest_share", lambda *_: NEVER if whole else ALWAYS)
+    leaves, _ = case(T=7, S=7, kv_heads=1, bias=(1, 3, 7, 7))
+    q, k, v, gate, bias = leaves.values()
+    arguments = (q, k, v, gate, causal, None, bias, 0.3)
+    torch.library.opcheck(gathered.gathered_attention, arguments)
+
+
+def test_flops_count_the_rows_that_are_on(monkeypatch):
+    leaves, _ = case(T=5, S=5, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, :3] = 0  # the last two tokens stay: they see 4 and 5 keys
+    for share, pairs in ((ALWAYS, B * 3 * (4 + 5)), (NEVER, B * 3 * 15)):
+        monkeypatch.setattr(gathered, "largest_share", lambda *_, share=share: share)
+        with FlopCounterMode(display=False) as counter:
+            y = head_attention(**leaves, causal=True, impl="gathered")
+            y.sum().backward()
+        assert counter.get_total_flops() == 4 * C * pairs * 7 // 2

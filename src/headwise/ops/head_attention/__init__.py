@@ -1,20 +1,44 @@
-"""Attention with heads gated per query token: signature, checks, choice of implementation."""
+"""Attention with heads gated per query token: signature, checks, choice of implementation.
 
-from typing import Literal
+reference   Eq. 4 with loops: the specification.
+dense       Every head by torch's own attention, then the gate: skips nothing.
+gathered    Only heads that are on, by torch's kernels on gathered queries. Forward and backward.
+decode      A few queries against a long cache, of which only what is on is read. Forward only.
+triton      Fused kernels for CUDA devices. Forward, backward, decode.
+"""
+
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
-from headwise.ops.head_attention import dense, gathered, reference
+from headwise.ops.head_attention import decode, dense, gathered, reference
 
-Impl = Literal["auto", "reference", "dense", "gathered"]
+Impl = Literal["auto", "reference", "dense", "gathered", "decode", "triton"]
+
+# Below this many keys, finding out which heads are on costs more than computing all of them.
+_FEWEST_KEYS = 128
+# Below this size of the keys, a decode step waits for Python rather than for memory.
+_SMALLEST_CACHE = 8 * 2**20
+# Above this many query tokens per key head, arithmetic costs more than reading the cache.
+_MOST_DECODED = 16
+
+
+def _triton(*args: Tensor, **options: Any) -> Tensor:
+    # Triton is on machines with a GPU, and `import headwise` does without.
+    from headwise.ops.head_attention import triton
+
+    return triton.head_attention(*args, **options)
+
 
 _IMPLEMENTATIONS = {
     "reference": reference.head_attention,
     "dense": dense.head_attention,
     "gathered": gathered.head_attention,
+    "decode": decode.head_attention,
+    "triton": _triton,
 }
 
 
@@ -50,7 +74,7 @@ def head_attention(
         mask: True where a key may be seen; broadcastable to [B, H, T, S].
         bias: Added to the scores; broadcastable to [B, H, T, S].
         scale: Factor of the scores, 1/√C by default.
-        impl: "auto" chooses; a named implementation is that one.
+        impl: "auto" chooses by device and shape (`choose`); a named one is that one or an error.
 
     Returns:
         The gated heads in q's dtype. A query whose mask is False everywhere gives 0, never NaN.
@@ -62,10 +86,32 @@ def head_attention(
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
+    if q.numel() == 0 or k.numel() == 0:
+        return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask, bias = _four_dimensional(mask), _four_dimensional(bias)
-    compute = _IMPLEMENTATIONS["dense" if impl == "auto" else impl]
+    compute = _IMPLEMENTATIONS[choose(q, k, v, gate, bias) if impl == "auto" else impl]
     return compute(q, k, v, gate, causal=causal, mask=mask, bias=bias, scale=scale)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None) -> Impl:
+    """The implementation that "auto" stands for.
+
+    CUDA: triton; gathered where a bias is added or the head width has no kernel. CPU: decode for a
+    few queries on a long cache without gradients, dense for short inputs, gathered otherwise, which
+    computes a whole layer densely where too few heads are off (`gathered.largest_share`). Other
+    devices: dense.
+    """
+    if q.device.type == "cuda":
+        kernel = bias is None and q.shape[3] % 16 == 0 and 32 <= q.shape[3] <= 256
+        return "triton" if kernel and q.dtype != torch.float64 else "gathered"
+    if q.device.type != "cpu":
+        return "dense"
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
+    if q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns:
+        cache = k.numel() * k.element_size()
+        return "decode" if cache >= _SMALLEST_CACHE else "dense"
+    return "gathered" if k.shape[1] >= _FEWEST_KEYS else "dense"
 
 
 def _check(

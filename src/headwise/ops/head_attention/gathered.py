@@ -5,14 +5,33 @@ rectangles and edges (`pieces`), torch's attention runs on each (`rectangle`), a
 same rows are merged by their log-sum-exp. The backward computes the scores again, piece by piece.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from headwise.ops.head_attention import whole
 from headwise.ops.head_attention.pieces import Piece
-from headwise.ops.head_attention.ragged import Rows, Tile
+from headwise.ops.head_attention.ragged import Rows
 from headwise.ops.head_attention.rectangle import attend, attend_backward
+
+
+def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:
+    """Share of heads that may be on for gathering to be faster than computing all of them.
+
+    Measured (results/performance.csv): gathering costs a nearly constant time per row, splitting a
+    triangle costs more, and torch's own kernel is fastest in half precision.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    at_1024, per_doubling = {
+        (False, False): (0.83, 0.1),
+        (False, True): (0.57, 0.1),
+        (True, False): (0.70, 0.25),
+        (True, True): (0.38, 0.1),
+    }[half, causal]
+    return min(0.95, at_1024 + per_doubling * math.log2(max(keys, 1) / 1024))
 
 
 def head_attention(
@@ -41,7 +60,10 @@ def gathered_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
-    rows = Rows(gate, k, causal, mask, bias)
+    limit = largest_share(q.dtype, causal, k.shape[1])
+    if _share(gate) >= limit:
+        return whole.forward(q, k, v, gate, causal, mask, bias, scale)
+    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
     wide = torch.promote_types(q.dtype, torch.float32)
     q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
     for tile in rows.tiles:
@@ -65,6 +87,10 @@ def gathered_attention(
             tile_out.copy_(merged)
     out[:-1] *= rows.gather(gate.to(q.dtype)).unsqueeze(-1)
     return rows.scatter(out), rows.scatter(lse)
+
+
+def _share(gate: Tensor) -> float:
+    return int(gate.count_nonzero()) / max(1, gate.numel())
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, piece: Piece) -> None:
@@ -94,7 +120,10 @@ def gathered_attention_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
-    rows = Rows(gate, k, causal, mask, bias)
+    limit = largest_share(q.dtype, causal, k.shape[1])
+    if _share(gate) >= limit:
+        return whole.backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
+    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
     wide = torch.promote_types(q.dtype, torch.float32)
     # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
     gates = rows.gather_once(gate.to(wide)).unsqueeze(-1)
@@ -105,7 +134,7 @@ def gathered_attention_backward(
     q_rows, lse = rows.gather(q), rows.gather(lse)
     dq = rows.empty(q, wide).zero_()
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    dbias = torch.zeros_like(bias, dtype=wide) if needs_bias else q.new_empty(0)
+    dbias = q.new_zeros(bias.shape if needs_bias and bias is not None else 0, dtype=wide)
     for tile in rows.tiles:
         tile_q, tile_dq, tile_dout, tile_out, tile_lse = (
             tile.of(x) for x in (q_rows, dq, dout, out, lse)
@@ -138,7 +167,7 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @gathered_attention_backward.register_fake
 def _(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias):  # type: ignore[no-untyped-def]
     dbias = bias.new_empty(bias.shape, dtype=lse.dtype) if needs_bias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape), dbias
+    return *(x.new_empty(x.shape) for x in (q, k, v, gate)), dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,3 +186,20 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gathered_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.headwise.gathered_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
+    """4·C for each pair of a row and a key that it sees; a head computed for all counts whole."""
+    computed = gate != 0
+    if _share(gate) >= largest_share(q.dtype, causal, k.shape[1]):
+        computed = torch.ones_like(computed)
+    seen = torch.full((q.shape[1],), k.shape[1], device=q.device)
+    if causal:
+        seen = (seen - q.shape[1] + 1 + torch.arange(q.shape[1], device=q.device)).clamp_min(0)
+    return 4 * q.shape[3] * int((computed.sum((0, 2)) * seen).sum())
+
+
+@register_flop_formula(torch.ops.headwise.gathered_attention_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **options: Any) -> int:
+    return _flops(*args[:4], args[6]) * 5 // 2

@@ -1,8 +1,8 @@
 """A causal triangle as rectangles without a mask and narrow edges with one.
 
 The lower triangle of rows r_0 < r_1 < … splits into a rectangle (later rows, earlier keys) and two
-smaller triangles, again and again. Rectangles need no mask, so torch's own attention runs on them at
-full speed; only the last triangles, the edges, are masked. Rows of a tile are split at the same
+smaller triangles, again and again. Rectangles need no mask, so torch's own attention runs on them
+at full speed; only the last triangles, the edges, are masked. Rows of a tile are split at the same
 ranks, keys at a position that all its lists have reached.
 """
 
@@ -51,7 +51,7 @@ def causal_pieces(limits: Tensor, keys: int, edge_rows: int) -> list[Piece]:
     Args:
         limits: Last visible key of each row, [b, h, N], ascending in N, at least 0.
         keys: How many keys there are.
-        edge_rows: Fewest rows of an edge, but for a multiple of 64 and where there are fewer in all.
+        edge_rows: About the fewest rows of an edge.
     """
     starts, splits, ends = _splits(limits, keys, edge_rows)
     pieces = [

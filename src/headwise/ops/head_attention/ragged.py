@@ -27,7 +27,7 @@ Numbers = NDArray[np.int64]
 # Checkpoints along the rows at which the paces of two lists are compared.
 _CHECKPOINTS = 8
 # Lists share a tile while they differ by no more rows than this, or this share of their length.
-_SLACK_ROWS, _SLACK_SHARE = 48, 0.125
+_SLACK_ROWS, _SLACK_SHARE = 64, 0.15
 # Rows of an edge. torch's CPU kernel works on 64 rows at a time from 192 rows on, on 32 below.
 _EDGE_ROWS = 192
 # Rows at a time where each has its own mask: memory must not grow with T · S.
@@ -42,12 +42,14 @@ class Tile(NamedTuple):
         heads: Key heads.
         shape: Of its rows: batch entries, key heads, rows of the longest list.
         start: Where its rows start among those of all tiles.
+        whole: Whether it holds every row of its lists, on or not.
     """
 
     batch: slice
     heads: slice
     shape: tuple[int, int, int]
     start: int
+    whole: bool
 
     def of(self, x: Tensor) -> Tensor:
         """The tile's part [b, h, N, ...] of the rows of all tiles."""
@@ -67,22 +69,32 @@ class Rows:
     """The rows of one call, in tiles, with the way there and back."""
 
     def __init__(
-        self, gate: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
+        self,
+        gate: Tensor,
+        k: Tensor,
+        causal: bool,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        *,
+        largest_share: float,
     ):
         self.shape, self.causal, self.mask, self.bias = gate.shape, causal, mask, bias
         (_, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
         self.per_key_head = heads // kv_heads
+        plain = causal and mask is None and bias is None
+        self._square = plain and queries == self.keys and heads == kv_heads
         # The last query sees the last key.
         self.offset = self.keys - queries
         on = (gate != 0).cpu().numpy()
         if causal and self.offset < 0:
             on[:, : -self.offset] = False
-        if self.keys == 0:
-            on[:] = False
         # The order of rows: batch entry, key head, token, query head of the group.
         grouped = on.reshape(*on.shape[:2], kv_heads, self.per_key_head).transpose(0, 2, 1, 3)
         lists, rows = np.divmod(np.flatnonzero(grouped), queries * self.per_key_head)
-        counts, self.tiles = cut_into_tiles(lists, rows, (len(on), kv_heads, grouped[0, 0].size))
+        # Only a square tile has a kernel of its own; others gain nothing from being whole.
+        whole_from = largest_share if self._square else math.inf
+        shape = (len(on), kv_heads, queries * self.per_key_head)
+        counts, self.tiles = cut_into_tiles(lists, rows, shape, whole_from)
         self.count = self.tiles[-1].stop if self.tiles else 0
         self._number_rows(lists, rows, counts, gate.device)
 
@@ -92,21 +104,25 @@ class Rows:
         """Find each row's place among the tiles' and its place in a flattened [B, T, H]."""
         (batch, queries, heads), kv_heads = self.shape, counts.shape[1]
         # What fills up a short list comes after all its rows.
-        numbers = np.full(self.count, queries * self.per_key_head - 1)
-        first_place = np.zeros(counts.shape, dtype=np.int64)
+        numbers: Numbers = np.full(self.count, queries * self.per_key_head - 1)
+        starts: Numbers = np.zeros_like(counts)
+        whole = np.zeros(counts.shape, dtype=bool)
         for tile in self.tiles:
-            starts = tile.start + np.arange(math.prod(tile.shape[:2])) * tile.shape[2]
-            first_place[tile.batch, tile.heads] = starts.reshape(tile.shape[:2])
-        first_place = first_place.reshape(-1) - (np.cumsum(counts) - counts.reshape(-1))
-        places = np.arange(len(rows)) + first_place[lists]
+            inside = tile.start + np.arange(math.prod(tile.shape[:2])) * tile.shape[2]
+            starts[tile.batch, tile.heads] = inside.reshape(tile.shape[:2])
+            whole[tile.batch, tile.heads] = tile.whole
+            if tile.whole:
+                numbers[tile.start : tile.stop].reshape(tile.shape)[:] = np.arange(tile.shape[2])
+        ranks = np.arange(len(rows)) - (np.cumsum(counts) - counts.reshape(-1))[lists]
+        places = starts.reshape(-1)[lists] + np.where(whole.reshape(-1)[lists], rows, ranks)
         numbers[places] = rows
         entries, groups = np.divmod(np.arange(counts.size), kv_heads)
         corners = entries * (queries * heads) + groups * self.per_key_head
         tokens, members = np.divmod(rows, self.per_key_head) if self.per_key_head > 1 else (rows, 0)
         flat = corners[lists] + tokens * heads + members
-        index = np.zeros(self.count, dtype=np.int64)
+        index: Numbers = np.zeros(self.count, dtype=np.int64)
         index[places] = flat
-        back = np.full(batch * queries * heads, self.count)
+        back: Numbers = np.full(batch * queries * heads, self.count)
         back[flat] = places
         self._numbers, self._index, self._places = (
             torch.from_numpy(x).to(device) for x in (numbers, index, back)
@@ -136,7 +152,7 @@ class Rows:
         count, plain = tile.shape[2], self.mask is None and self.bias is None
         if not self.causal:
             return full_pieces(count, self.keys, count if plain else _MASKED_ROWS)
-        if count == self.keys == self.shape[1] and plain and self.per_key_head == 1:
+        if tile.whole:
             return [Piece(slice(0, count), slice(0, count), "square")]
         limits = self._limits(tile)
         if not plain:
@@ -156,7 +172,11 @@ class Rows:
             parts.append(torch.where(seen, zero, float("-inf")))
         if not parts:
             return None
-        shape = (*tile.shape[:2], piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start)
+        shape = (
+            *tile.shape[:2],
+            piece.rows.stop - piece.rows.start,
+            piece.keys.stop - piece.keys.start,
+        )
         return sum(parts[1:], start=parts[0]).expand(shape)
 
     def add_to_bias(self, dbias: Tensor, tile: Tile, piece: Piece, dscores: Tensor) -> None:
@@ -175,10 +195,11 @@ class Rows:
 
     def _score_index(self, x: Tensor, tile: Tile, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         """Batch entry, query head and token of a piece's rows, 0 where x is broadcast."""
-        return tuple(
+        batch, head, token = (
             i if size > 1 else torch.zeros_like(i)
             for i, size in zip(self._coordinates(tile, piece.rows), x.shape, strict=False)
         )
+        return batch, head, token
 
     def _coordinates(self, tile: Tile, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Batch entry, query head and token of rows, each broadcastable to [b, h, n]."""
@@ -197,7 +218,7 @@ class Rows:
 
 
 def cut_into_tiles(
-    lists: Numbers, rows: Numbers, shape: tuple[int, int, int]
+    lists: Numbers, rows: Numbers, shape: tuple[int, int, int], whole_from: float
 ) -> tuple[Numbers, list[Tile]]:
     """Cut the rows that are on into tiles.
 
@@ -205,6 +226,7 @@ def cut_into_tiles(
         lists: List b·Hkv + h of each row.
         rows: Its number in the list.
         shape: Batch entries, key heads, rows of a list, on or not.
+        whole_from: Share of rows that are on from which a tile is computed whole.
 
     Returns:
         How many rows of each list are on, [B, Hkv], and the tiles, without empty ones.
@@ -217,8 +239,11 @@ def cut_into_tiles(
     for batch_part, heads_part in _cut(paces, slice(0, batch), slice(0, heads)):
         inside = paces[batch_part, heads_part, -1]
         if inside.any():
+            whole = bool(inside.mean() >= whole_from * length)
+            rows_of_tile = length if whole else int(inside.max())
             start = found[-1].stop if found else 0
-            found.append(Tile(batch_part, heads_part, (*inside.shape, int(inside.max())), start))
+            tile = Tile(batch_part, heads_part, (*inside.shape, rows_of_tile), start, whole)
+            found.append(tile)
     return paces[..., -1], found
 
 

@@ -1,7 +1,7 @@
 """Plain attention of some rows to some keys, with the log-sum-exp that lets results be merged.
 
-All tensors are [b, h, n, C] for rows and [b, h, s, C] for keys. On CPUs torch's own flash kernels do
-the work (bfloat16 products, float32 sums); elsewhere matrix products and a softmax do.
+All tensors are [b, h, n, C] for rows and [b, h, s, C] for keys. On CPUs torch's own flash kernels
+do the work (bfloat16 products, float32 sums); elsewhere matrix products and a softmax do.
 """
 
 from typing import NamedTuple
@@ -65,9 +65,7 @@ def attend_backward(
     lse = _finite(lse)
     if q.device.type == "cpu" and not scores_gradient:
         return Gradients(
-            *_flash_backward(
-                dout, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale
-            )
+            *_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
         )
     p = (_scores(q, k, added, causal, scale) - lse.unsqueeze(-1)).exp()
     delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(-1, keepdim=True)

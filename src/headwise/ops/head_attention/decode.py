@@ -1,0 +1,127 @@
+"""One or a few query tokens against a long cache: only key heads that are on are read.
+
+Here reading keys and values is the cost, not arithmetic. Heads 0, 2, 4 of a cache are a strided
+view of it, so an evenly spaced run of heads goes to torch's kernel in one call, without a copy. The
+kernel gives whole heads to threads; where heads do not share out evenly, their keys are split.
+Forward only.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from headwise.ops.head_attention.rectangle import attend
+
+
+def head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate)):
+        raise ValueError(
+            'impl is "decode", which has no backward, and gradients are on; use "gathered" or '
+            "torch.no_grad()"
+        )
+    added = _added(q, k, causal, mask, bias)
+    return decode_attention(q, k, v, gate, added, scale)
+
+
+@torch.library.custom_op("headwise::decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, added: Tensor | None, scale: float
+) -> Tensor:
+    """y [B, T, H, C]; `added` [B|1, Hkv|1, T·R|1, S] is added to the scores."""
+    groups = k.shape[2]
+    rows = rearrange(q, "b t (g r) c -> b g (t r) c", g=groups)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    out = torch.zeros_like(rows)
+    on = (gate != 0).unflatten(2, (groups, -1)).any(3).any(1)
+    for b, heads_on in enumerate(on.tolist()):
+        for heads in _runs([head for head, is_on in enumerate(heads_on) if is_on]):
+            own = slice(b, b + 1)
+            part = None if added is None else _part(added, own, heads)
+            out[b, heads] = _attend_split(rows[own, heads], k[b, heads], v[b, heads], part, scale)
+    y = rearrange(out, "b g (t r) c -> b t (g r) c", t=q.shape[1])
+    return y * gate.to(y.dtype).unsqueeze(-1)
+
+
+@decode_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _attend_split(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """Attention of q [1, h, n, C] to keys [h, S, C], with work for every thread: [h, n, C]."""
+    heads, keys = k.shape[:2]
+    splits = min(math.lcm(heads, torch.get_num_threads()) // heads, keys)
+    if splits == 1:
+        return _attend(q, k[None], v[None], added, scale)[0][0]
+    length = keys // splits
+
+    def split(x: Tensor) -> Tensor:
+        return x[:, : splits * length].unflatten(1, (splits, length)).transpose(0, 1)
+
+    part = None if added is None else split(added[0].transpose(1, 2)).transpose(2, 3)
+    out, lse = _attend(q.expand(splits, -1, -1, -1), split(k), split(v), part, scale)
+    if splits * length < keys:
+        rest = slice(splits * length, keys)
+        part = None if added is None else added[..., rest]
+        more = _attend(q, k[None, :, rest], v[None, :, rest], part, scale)
+        out, lse = torch.cat([out, more[0]]), torch.cat([lse, more[1]])
+    # A row that sees no key at all has only weights of 0/0.
+    weights = lse.softmax(0).nan_to_num(0).unsqueeze(-1)
+    return (out * weights).sum(0)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, added=added, causal=False, scale=scale, blind=added is not None)
+
+
+def _runs(heads: list[int]) -> Iterator[slice]:
+    """Ascending numbers as evenly spaced slices: 0, 1, 2, 5, 7 gives 0:3:1 and 5:8:2."""
+    while heads:
+        step = heads[1] - heads[0] if len(heads) > 1 else 1
+        length = 1
+        for one, next_one in pairwise(heads):
+            if next_one - one != step:
+                break
+            length += 1
+        run, heads = heads[:length], heads[length:]
+        yield slice(run[0], run[-1] + 1, step)
+
+
+def _added(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Mask, bias and causality as one tensor to add, its query heads folded into rows."""
+    queries, keys = q.shape[1], k.shape[1]
+    if causal and queries > 1:
+        lower = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        mask = lower[None, None] if mask is None else mask & lower
+    if mask is None and bias is None:
+        return None
+    added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
+    added = added if mask is None else torch.where(mask, added, float("-inf"))
+    if added.shape[1] == 1 and added.shape[2] == 1:
+        return added.expand(-1, -1, -1, keys)
+    added = added.expand(-1, q.shape[2], queries, keys)
+    return rearrange(added, "b (g r) t s -> b g (t r) s", g=k.shape[2])
+
+
+def _part(added: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Its entries for one batch entry and some key heads, each of which may be broadcast."""
+    added = added[batch] if added.shape[0] > 1 else added
+    return added[:, heads] if added.shape[1] > 1 else added
