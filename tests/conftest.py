@@ -1,5 +1,6 @@
 """What every test shares: one thread, one seed, a way around the checks of types and shapes."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Without a GPU the kernels run in Triton's interpreter, which reads this as triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

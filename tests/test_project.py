@@ -17,7 +17,8 @@ from headwise.recipes.table import markdown, read_csv
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TABLES = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL))
-HEAVY = ("matplotlib", "triton", "diffusers", "sklearn")
+# torch itself imports triton where it is installed; our kernels are another matter.
+HEAVY = ("matplotlib", "headwise.ops.head_attention.triton", "diffusers", "sklearn")
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval")
 PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",

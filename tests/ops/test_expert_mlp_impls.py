@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import expert_mlp
-from headwise.ops.expert_mlp.grouped import grouped_linear, grouped_linear_weight_grad
+from headwise.ops.expert_mlp.grouped import grouped_mlp
 
 IMPLS = ("grouped",)
 D, HIDDEN = 5, 7
@@ -119,45 +119,47 @@ def test_error_is_at_most_twice_that_of_plain_ffns(impl, dtype):
         assert (got.double() - true).norm() <= 2 * (torch_s.double() - true).norm()
 
 
-BOUNDS = {"full": [0, 2, 7, 13], "empty expert": [0, 7, 7, 13], "rows outside": [3, 5, 5, 11]}
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_torch_s_grouped_product_equals_the_loop(routing, gated):
+    """grouped_mm has no float64, and wants widths in multiples of 16 bytes."""
+    indices, dim, hidden = ROUTINGS[routing](), 12, 20
+    tokens, top_k = indices.shape
+    shapes = {
+        "x": (tokens, dim),
+        "weights": (tokens, top_k),
+        "up_proj": (11, 2 * hidden if gated else hidden, dim),
+        "down_proj": (11, dim, hidden),
+    }
+    tensors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    got = value_and_gradients(tensors, indices, "grouped_mm")
+    assert_close(got, value_and_gradients(tensors, indices, "grouped"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_custom_ops_keep_their_contract(bounds, dtype):
-    bounds = torch.tensor(bounds)
-    x, dy = torch.randn(13, D, dtype=dtype), torch.randn(13, HIDDEN, dtype=dtype)
-    weight = torch.randn(3, HIDDEN, D, dtype=dtype)
-    leaf_x, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    torch.library.opcheck(grouped_linear, (leaf_x, leaf_weight, bounds))
-    torch.library.opcheck(grouped_linear, (x, weight.transpose(1, 2).contiguous().mT, bounds))
-    torch.library.opcheck(grouped_linear_weight_grad, (dy, x, bounds))
+@pytest.mark.parametrize(("dim", "dtype"), [(10, torch.float32), (12, torch.float64)])
+def test_torch_s_grouped_product_names_what_it_does_not_take(dim, dtype):
+    x, down = torch.randn(3, dim, dtype=dtype), torch.randn(2, dim, 8, dtype=dtype)
+    up, choice = torch.randn(2, 16, dim, dtype=dtype), torch.zeros(3, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"widths {dim} and 8 in {dtype}.*multiples of 16 bytes"):
+        expert_mlp(x, torch.ones(3, 1), choice, up, down, impl="grouped_mm")
 
 
-def test_custom_ops_are_matrix_products_over_runs_of_rows():
-    bounds = torch.tensor([3, 5, 5, 11])
-    x, dy, weight = torch.randn(13, D), torch.randn(13, HIDDEN), torch.randn(3, HIDDEN, D)
-    runs = [slice(3, 5), slice(5, 5), slice(5, 11)]
-    y = torch.zeros(13, HIDDEN)
-    for e, rows in enumerate(runs):
-        y[rows] = x[rows] @ weight[e].T
-    assert_close(grouped_linear(x, weight, bounds), y)
-    grad = torch.stack([dy[rows].T @ x[rows] for rows in runs])
-    assert_close(grouped_linear_weight_grad(dy, x, bounds), grad)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_custom_op_keeps_its_contract(gated, activation):
+    tensors = leaves(gated=gated)
+    x, weights, up, down = tensors.values()
+    arguments = (x, weights, some_padding(), up, down, activation)
+    torch.library.opcheck(grouped_mlp, arguments)
 
 
-def count_flops(gradients: bool) -> int:
-    tensors, indices = leaves(N=13, K=3), torch.randint(11, (13, 3))
+def test_flops_count_the_choices_that_go_somewhere():
+    tensors, indices = leaves(), some_padding()
+    rows = int((indices >= 0).sum())
+    up, down = 2 * 2 * HIDDEN * D, 2 * HIDDEN * D
     with FlopCounterMode(display=False) as counter:
-        y = expert_mlp(**tensors, indices=indices)
-        if gradients:
-            y.sum().backward()
-    return counter.get_total_flops()
-
-
-def test_flops_of_the_forward_are_counted():
-    assert count_flops(gradients=False) == 2 * 13 * 3 * (D * 2 * HIDDEN + HIDDEN * D)
-
-
-def test_flops_of_forward_and_backward_are_three_times_the_forward():
-    assert count_flops(gradients=True) == 3 * count_flops(gradients=False)
+        y = expert_mlp(**tensors, indices=indices, impl="grouped")
+    assert counter.get_total_flops() == rows * (up + down)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == rows * (3 * up + 2 * down)

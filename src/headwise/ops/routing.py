@@ -43,12 +43,23 @@ class Routing(NamedTuple):
         )
 
 
+# Up to this share of the candidates, finding one maximum after the other is faster than sorting.
+_FEW = 1 / 8
+
+
 def top_k_lowest_first(scores: Float[Tensor, "*batch E"], k: int) -> Int[Tensor, "*batch K"]:
     """Indices of the `k` largest scores, best first; of equal scores the lowest index wins.
 
-    torch.topk leaves the order of ties to the backend, so two devices could route differently.
+    torch.topk leaves the order of ties to the backend, so two devices could route differently;
+    torch.max and a stable sort do not. Scores must be finite.
     """
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    if not 0 < k <= _FEW * scores.shape[-1]:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    best = [scores.max(-1, keepdim=True).indices]
+    while len(best) < k:
+        scores = scores.scatter(-1, best[-1], float("-inf"))
+        best.append(scores.max(-1, keepdim=True).indices)
+    return torch.cat(best, dim=-1)
 
 
 def route_heads(

@@ -1,4 +1,9 @@
-"""A mixture of expert MLPs on flat tokens: signature, checks and choice of implementation."""
+"""A mixture of expert MLPs on flat tokens: signature, checks and choice of implementation.
+
+reference   A loop over tokens and choices: the specification.
+grouped     One expert after the other over its rows, activations kept in the caches: for CPUs.
+grouped_mm  torch's grouped matrix product: for GPUs.
+"""
 
 from typing import Literal
 
@@ -7,11 +12,15 @@ from torch import Tensor
 
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
-from headwise.ops.expert_mlp import grouped, reference
+from headwise.ops.expert_mlp import grouped, grouped_mm, reference
 
-Impl = Literal["auto", "reference", "grouped"]
+Impl = Literal["auto", "reference", "grouped", "grouped_mm"]
 
-_IMPLEMENTATIONS = {"reference": reference.expert_mlp, "grouped": grouped.expert_mlp}
+_IMPLEMENTATIONS = {
+    "reference": reference.expert_mlp,
+    "grouped": grouped.expert_mlp,
+    "grouped_mm": grouped_mm.expert_mlp,
+}
 
 
 def expert_mlp(
@@ -40,7 +49,8 @@ def expert_mlp(
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
-        impl: "auto" chooses; a named implementation is that one.
+        impl: "auto" is grouped_mm on CUDA devices where it takes the widths and dtype, grouped
+            elsewhere; a named implementation is that one or an error.
 
     Returns:
         y in x's dtype; 0 for a token whose choices are all -1.
@@ -68,5 +78,8 @@ def expert_mlp(
             f"weights and indices have shapes {list(weights.shape)} and {list(indices.shape)}; "
             f"both must be [{x.shape[0]}, K]"
         )
-    compute = _IMPLEMENTATIONS["grouped" if impl == "auto" else impl]
+    if impl == "auto":
+        on_gpu = x.device.type == "cuda" and grouped_mm.takes(x, down_proj)
+        impl = "grouped_mm" if on_gpu else "grouped"
+    compute = _IMPLEMENTATIONS[impl]
     return compute(x, weights, indices, up_proj, down_proj, activation=activation)

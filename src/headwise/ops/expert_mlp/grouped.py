@@ -1,13 +1,22 @@
-"""Sort the assignments once, then one matrix product per expert over its contiguous run of rows."""
+"""Sort the assignments once, then one expert after the other over its contiguous run of rows.
 
+An expert's rows, its hidden activations and their gradients are small enough to stay in the caches:
+nothing of size N · K · F is ever stored. The backward computes the hidden activations again.
+"""
+
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.activations import Activation, activate
+from headwise.ops.activations import Activation, activate, activate_backward
+
+# Matrix products compile for each number of rows that they see; multiples of this keep those few.
+_ROW_BLOCK = 16
 
 
 def expert_mlp(
@@ -19,70 +28,126 @@ def expert_mlp(
     *,
     activation: Activation,
 ) -> Tensor:
-    top_k = indices.shape[1]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
-    experts, order = torch.sort(indices.flatten(), stable=True)
-    bounds = torch.searchsorted(experts, torch.arange(up_proj.shape[0] + 1, device=experts.device))
-    rows = x[order // top_k]
-    hidden = activate(grouped_linear(rows, up_proj, bounds), activation, down_proj.shape[2])
-    y = grouped_linear(hidden, down_proj, bounds)
-    unsorted = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, top_k))
-    return (unsorted * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+    return grouped_mlp(x, weights, indices, up_proj, down_proj, activation)
 
 
-@torch.library.custom_op("headwise::grouped_linear", mutates_args=())
-def grouped_linear(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
-    """Rows bounds[e]..bounds[e+1] of x [M, I] times weight[e].T [I, O]; rows outside give 0."""
-    edges = bounds.tolist()
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    y[: edges[0]], y[edges[-1] :] = 0, 0
-    for e, (start, end) in enumerate(pairwise(edges)):
-        torch.mm(x[start:end], weight[e].T, out=y[start:end])
-    return y
+@torch.library.custom_op("headwise::grouped_mlp", mutates_args=())
+def grouped_mlp(
+    x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """y [N, D] of `ops.expert_mlp`."""
+    y = x.new_zeros(x.shape, dtype=_wide(x))
+    for run in _runs(weights, indices, up.shape[0]):
+        raised = x.index_select(0, run.tokens) @ up[run.expert].T
+        hidden = activate(raised, activation, down.shape[2])
+        out = (hidden @ down[run.expert].T)[: run.size]
+        y.index_add_(0, run.tokens[: run.size], out * run.weights[: run.size])
+    return y.to(x.dtype)
 
 
-@torch.library.custom_op("headwise::grouped_linear_weight_grad", mutates_args=())
-def grouped_linear_weight_grad(dy: Tensor, x: Tensor, bounds: Tensor) -> Tensor:
-    """dW[e] = dy.T x over the rows of expert e: [E, O, I], 0 for an expert without rows."""
-    edges = bounds.tolist()
-    grad = x.new_empty(len(edges) - 1, dy.shape[1], x.shape[1])
-    for e, (start, end) in enumerate(pairwise(edges)):
-        torch.mm(dy[start:end].T, x[start:end], out=grad[e])
-    return grad
+@torch.library.custom_op("headwise::grouped_mlp_backward", mutates_args=())
+def grouped_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up and down; 0 for an expert without rows."""
+    dx = x.new_zeros(x.shape, dtype=_wide(x))
+    dweights = x.new_zeros(weights.numel(), dtype=_wide(x))
+    dup, ddown = torch.zeros_like(up), torch.zeros_like(down)
+    for run in _runs(weights, indices, up.shape[0]):
+        e, size = run.expert, run.size
+        rows, dout = (tensor.index_select(0, run.tokens) for tensor in (x, dy))
+        raised = rows @ up[e].T
+        hidden = activate(raised, activation, down.shape[2])
+        # dy·(W h) = (Wᵀ dy)·h: the weight's gradient needs no output of the expert.
+        dhidden = dout @ down[e]
+        dweights[run.places[:size]] = (dhidden * hidden).sum(-1, dtype=_wide(x))[:size]
+        # Rows that fill up the block have weight 0, and nothing flows back through them.
+        dhidden = (dhidden * run.weights).to(x.dtype)
+        torch.mm((dout * run.weights).to(x.dtype).T, hidden, out=ddown[e])
+        draised = activate_backward(dhidden, raised, activation, down.shape[2])
+        torch.mm(draised.T, rows, out=dup[e])
+        dx.index_add_(0, run.tokens[:size], (draised @ up[e])[:size].to(dx.dtype))
+    return dx.to(x.dtype), dweights.view(weights.shape).to(weights.dtype), dup, ddown
 
 
-@grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
+class _Run(NamedTuple):
+    """What one expert computes: `size` rows, filled up to a multiple of the row block.
+
+    `places` are positions in the flattened choices [N·K], `tokens` rows of x; `weights` [rows, 1]
+    are float32 or wider, and 0 for rows that only fill up.
+    """
+
+    expert: int
+    size: int
+    places: Tensor
+    tokens: Tensor
+    weights: Tensor
 
 
-@grouped_linear_weight_grad.register_fake
-def _(dy: Tensor, x: Tensor, bounds: Tensor) -> Tensor:
-    return x.new_empty(bounds.shape[0] - 1, dy.shape[1], x.shape[1])
+def _runs(weights: Tensor, indices: Tensor, num_experts: int) -> Iterator[_Run]:
+    choices = indices.flatten()
+    if choices.numel() == 0:
+        return
+    experts, order = torch.sort(choices, stable=True)
+    edges = torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device))
+    order = pad(order, (0, _ROW_BLOCK))
+    tokens = order // indices.shape[1]
+    weights = weights.flatten().to(_wide(weights)).index_select(0, order).unsqueeze(1)
+    for e, (start, end) in enumerate(pairwise(edges.tolist())):
+        if start < end:
+            stop = start + -(-(end - start) // _ROW_BLOCK) * _ROW_BLOCK
+            own = weights[start:stop].clone()
+            own[end - start :] = 0
+            yield _Run(e, end - start, order[start:stop], tokens[start:stop], own)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, weight, bounds = ctx.saved_tensors
-    dy = dy.contiguous()
-    dx = grouped_linear(dy, weight.transpose(1, 2), bounds) if ctx.needs_input_grad[0] else None
-    dw = grouped_linear_weight_grad(dy, x, bounds) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+@grouped_mlp.register_fake
+def _(
+    x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-grouped_linear.register_autograd(_backward, setup_context=_save)
+@grouped_mlp_backward.register_fake
+def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped-def]
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
 
 
-@register_flop_formula(torch.ops.headwise.grouped_linear_weight_grad)
-def _weight_grad_flops(dy: torch.Size, x: torch.Size, *_: object, **__: object) -> int:
-    return 2 * dy[0] * dy[1] * x[1]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
 
 
-@register_flop_formula(torch.ops.headwise.grouped_linear)
-def _grouped_linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    return 2 * x[0] * weight[1] * weight[2]
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweights, dup, ddown = grouped_mlp_backward(dy, *ctx.saved_tensors, ctx.activation)
+    return dx, dweights, None, dup, ddown, None
+
+
+grouped_mlp.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.headwise.grouped_mlp, get_raw=True)
+def _flops(
+    x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, *_: Any, **__: Any
+) -> int:
+    return 2 * int((indices >= 0).sum()) * (up[0].numel() + down[0].numel())
+
+
+@register_flop_formula(torch.ops.headwise.grouped_mlp_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
+    """Twice the forward, and the first product once more."""
+    x, weights, indices, up, down, *_rest = args
+    return 2 * _flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()

@@ -26,11 +26,20 @@ _SMALLEST_CACHE = 8 * 2**20
 _MOST_DECODED = 16
 
 
-def _triton(*args: Tensor, **options: Any) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
     # Triton is on machines with a GPU, and `import headwise` does without.
     from headwise.ops.head_attention import triton
 
-    return triton.head_attention(*args, **options)
+    if _is_decoding(q, k, v, gate) and options["bias"] is None:
+        del options["bias"]
+        return triton.decode_attention(q, k, v, gate, **options)
+    return triton.head_attention(q, k, v, gate, **options)
+
+
+def _is_decoding(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> bool:
+    """Few queries for each key head, and nothing to learn."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
+    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns
 
 
 _IMPLEMENTATIONS = {
@@ -107,8 +116,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None) -
         return "triton" if kernel and q.dtype != torch.float64 else "gathered"
     if q.device.type != "cpu":
         return "dense"
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
-    if q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns:
+    if _is_decoding(q, k, v, gate):
         cache = k.numel() * k.element_size()
         return "decode" if cache >= _SMALLEST_CACHE else "dense"
     return "gathered" if k.shape[1] >= _FEWEST_KEYS else "dense"

@@ -1,0 +1,57 @@
+"""Sort the assignments once, then torch's grouped matrix product: one launch for all experts.
+
+For GPUs: no size is read back to the host, so nothing waits.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from headwise.ops.activations import Activation, activate
+
+# torch's kernel loads rows in pieces of this many bytes.
+_ALIGNMENT = 16
+
+
+def expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    activation: Activation,
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    _check(x, down_proj)
+    num_experts, top_k = up_proj.shape[0], indices.shape[1]
+    # Choices that go nowhere come last, where the kernel leaves rows as they were.
+    choices = indices.flatten()
+    experts, order = torch.sort(choices.masked_fill(choices < 0, num_experts), stable=True)
+    each = torch.arange(num_experts, device=experts.device)
+    ends = torch.searchsorted(experts, each, right=True).to(torch.int32)
+    counts = (experts < num_experts).unsqueeze(1)
+    rows = torch.where(counts, x[order // top_k], 0)
+    hidden = activate(grouped_mm(rows, up_proj.mT, offs=ends), activation, down_proj.shape[2])
+    hidden = torch.where(counts, hidden, 0)
+    y = torch.where(counts, grouped_mm(hidden, down_proj.mT, offs=ends), 0)
+    unsorted = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, top_k))
+    return (unsorted * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+
+
+def takes(x: Tensor, down_proj: Tensor) -> bool:
+    """Whether torch's kernel takes this dtype and these widths."""
+    widths = (x.shape[1], down_proj.shape[2])
+    aligned = all(width * x.element_size() % _ALIGNMENT == 0 for width in widths)
+    return aligned and x.dtype != torch.float64
+
+
+def _check(x: Tensor, down_proj: Tensor) -> None:
+    if not takes(x, down_proj):
+        raise ValueError(
+            f"x {list(x.shape)} and down_proj {list(down_proj.shape)} have widths {x.shape[1]} and "
+            f'{down_proj.shape[2]} in {x.dtype}; impl "grouped_mm" wants multiples of 16 bytes, '
+            "and not torch.float64"
+        )

@@ -1,0 +1,204 @@
+"""The backward kernels: one gathers rows of queries, one holds keys; both compute scores again.
+
+With p the softmax, o = p v and y = gate · o:
+
+    dgate = o · dy,  ds = p (gate · dy v − y · dy),  dq = ds k,  dk = ds q,  dv = p gate dy
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from headwise.ops.head_attention.triton_tiles import (
+    LOG2E,
+    last_key,
+    load_tile,
+    ranked_tokens,
+    store_tile,
+    visible,
+    whole_blocks,
+)
+
+
+@triton.jit
+@no_type_check
+def queries_kernel(
+    q, k, v, gate, mask, positions, on_so_far, dy, lse, delta, y, dq, dgate,
+    q_strides, k_strides, v_strides, gate_strides, mask_strides, dy_strides,
+    y_strides, dq_strides, dgate_strides,
+    T, S, H, GROUP, scale,
+    C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq and dgate of ROWS tokens that are on in a head, and delta = y · dy for `keys_kernel`."""
+    blocks = tl.cdiv(T, ROWS)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
+    count = tl.load(on_so_far + pair * T + T - 1)
+    if start >= count:
+        return
+    b, h = pair // H, pair % H
+    t, valid = ranked_tokens(positions + pair * T, start, count, ROWS)
+    rows = t.to(tl.int64)
+    last = last_key(t, T, S, CAUSAL)
+    q += b * q_strides[0] + h * q_strides[2]
+    dy += b * dy_strides[0] + h * dy_strides[2]
+    y += b * y_strides[0] + h * y_strides[2]
+    gate += b * gate_strides[0] + h * gate_strides[2]
+    k += b * k_strides[0] + h // GROUP * k_strides[2]
+    v += b * v_strides[0] + h // GROUP * v_strides[2]
+    if mask is not None:
+        mask += b * mask_strides[0] + h * mask_strides[1]
+    q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
+    dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH, True)
+    y_tile = load_tile(y, rows * y_strides[1], valid, C, WIDTH, True)
+    gates = tl.load(gate + rows * gate_strides[1], mask=valid, other=1).to(tl.float32)
+    lses = tl.load(lse + pair * T + t, mask=valid, other=0)
+    deltas = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1)
+    tl.store(delta + pair * T + t, deltas, mask=valid)
+    dgate += b * dgate_strides[0] + h * dgate_strides[2]
+    dgates = (deltas / gates).to(dgate.dtype.element_ty)
+    tl.store(dgate + rows * dgate_strides[1], dgates, mask=valid)
+    queries = (q_tile, dy_tile, lses, deltas, gates, last, rows * mask_strides[2])
+    keys = (k, v, mask, k_strides[1], v_strides[1], mask_strides[3], S)
+    whole = whole_blocks(tl.min(last, 0) + 1, mask, KEYS)
+    end = tl.max(last, 0) + 1
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    sums = _add_queries(sums, queries, keys, 0, whole, scale, C, WIDTH, KEYS, False)
+    sums = _add_queries(sums, queries, keys, whole, end, scale, C, WIDTH, KEYS, True)
+    dq += b * dq_strides[0] + h * dq_strides[2]
+    tile = (sums * scale).to(dq.dtype.element_ty)
+    store_tile(dq, rows * dq_strides[1], valid, tile, C, WIDTH)
+
+
+@triton.jit
+@no_type_check
+def _add_queries(
+    sums, queries, keys, first, end, scale,
+    C: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """dq / scale of a block of queries, from the keys from first to end."""
+    q, dy, lses, deltas, gates, last, mask_offsets = queries
+    k, v, mask, k_stride, v_stride, mask_stride, S = keys
+    for start in range(first, end, KEYS):
+        s = start + tl.arange(0, KEYS)
+        rows = s.to(tl.int64)
+        k_tile = load_tile(k, rows * k_stride, s < S, C, WIDTH, CHECKED)
+        v_tile = load_tile(v, rows * v_stride, s < S, C, WIDTH, CHECKED)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
+        if CHECKED:
+            seen = visible(s[None, :], last[:, None], mask, mask_offsets[:, None], mask_stride)
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores - lses[:, None])
+        dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee") * gates[:, None]
+        ds = p * (dp - deltas[:, None])
+        sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+@no_type_check
+def keys_kernel(
+    q, k, v, gate, mask, positions, on_so_far, dy, lse, delta, dk, dv,
+    q_strides, k_strides, v_strides, gate_strides, mask_strides, dy_strides,
+    dk_strides, dv_strides,
+    T, S, H, GROUP, scale,
+    C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of KEYS keys, over the query heads that share them: 0 where no head is on."""
+    blocks = tl.cdiv(S, KEYS)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    # Earlier keys are seen by more rows.
+    start = tl.program_id(0) % blocks * KEYS
+    b, g = pair // (H // GROUP), pair % (H // GROUP)
+    s = start + tl.arange(0, KEYS)
+    rows = s.to(tl.int64)
+    k += b * k_strides[0] + g * k_strides[2]
+    v += b * v_strides[0] + g * v_strides[2]
+    k_tile = load_tile(k, rows * k_strides[1], s < S, C, WIDTH, True)
+    v_tile = load_tile(v, rows * v_strides[1], s < S, C, WIDTH, True)
+    keys = (k_tile, v_tile, s, mask, mask_strides[3], T, S)
+    steps = (q_strides[1], dy_strides[1], gate_strides[1], mask_strides[2])
+    k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
+    v_sums = tl.zeros([KEYS, WIDTH], tl.float32)
+    for i in range(GROUP):
+        h = g * GROUP + i
+        head = (b * H + h) * T
+        count = tl.load(on_so_far + head + T - 1)
+        first = _rank_seeing(start, on_so_far + head, T, S, CAUSAL)
+        whole = _rank_seeing(tl.minimum(start + KEYS, S) - 1, on_so_far + head, T, S, CAUSAL)
+        # Blocks are counted from `first`; the one that `whole` falls into needs a check.
+        whole = tl.minimum(first + tl.cdiv(whole - first, ROWS) * ROWS, count)
+        if mask is not None:
+            whole = count
+        queries = (
+            q + b * q_strides[0] + h * q_strides[2],
+            dy + b * dy_strides[0] + h * dy_strides[2],
+            gate + b * gate_strides[0] + h * gate_strides[2],
+            positions + head, lse + head, delta + head,
+            b * mask_strides[0] + h * mask_strides[1], count,
+        )  # fmt: skip
+        k_sums, v_sums = _add_keys(
+            k_sums, v_sums, queries, keys, steps, first, whole, scale,
+            C, WIDTH, CAUSAL, ROWS, True,
+        )  # fmt: skip
+        k_sums, v_sums = _add_keys(
+            k_sums, v_sums, queries, keys, steps, whole, count, scale,
+            C, WIDTH, CAUSAL, ROWS, False,
+        )  # fmt: skip
+    dk += b * dk_strides[0] + g * dk_strides[2]
+    dv += b * dv_strides[0] + g * dv_strides[2]
+    tile = (k_sums * scale).to(dk.dtype.element_ty)
+    store_tile(dk, rows * dk_strides[1], s < S, tile, C, WIDTH)
+    store_tile(dv, rows * dv_strides[1], s < S, v_sums.to(dv.dtype.element_ty), C, WIDTH)
+
+
+@triton.jit
+@no_type_check
+def _rank_seeing(key, on_so_far, T, S, CAUSAL: tl.constexpr):
+    """The rank of the first token that is on and sees `key`."""
+    rank = key * 0
+    if CAUSAL:
+        t = key - (S - T)
+        rank = tl.load(on_so_far + t - 1, mask=t > 0, other=0)
+    return rank
+
+
+@triton.jit
+@no_type_check
+def _add_keys(
+    k_sums, v_sums, queries, keys, steps, first, end, scale,
+    C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv of a block of keys, from the rows of ranks first to end of one head.
+
+    A rank beyond `count` reads zeros, its gate among them, and adds nothing.
+    """
+    q, dy, gate, positions, lse, delta, mask_offset, count = queries
+    k_tile, v_tile, s, mask, mask_stride, T, S = keys
+    for start in range(first, end, ROWS):
+        ranks = start + tl.arange(0, ROWS)
+        valid = ranks < count
+        t = tl.load(positions + ranks, mask=valid, other=0)
+        rows = t.to(tl.int64)
+        q_tile = load_tile(q, rows * steps[0], valid, C, WIDTH, True)
+        dy_tile = load_tile(dy, rows * steps[1], valid, C, WIDTH, True)
+        gates = tl.load(gate + rows * steps[2], mask=valid, other=0).to(tl.float32)
+        lses = tl.load(lse + t, mask=valid, other=0)
+        deltas = tl.load(delta + t, mask=valid, other=0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * LOG2E)
+        if CHECKED:
+            last = last_key(t, T, S, CAUSAL)[None, :]
+            offsets = (mask_offset + rows * steps[3])[None, :]
+            seen = visible(s[:, None], last, mask, offsets, mask_stride)
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores - lses[None, :])
+        weights = (p * gates[None, :]).to(dy_tile.dtype)
+        v_sums = tl.dot(weights, dy_tile, v_sums, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") * gates[None, :]
+        ds = (p * (dp - deltas[None, :])).to(q_tile.dtype)
+        k_sums = tl.dot(ds, q_tile, k_sums, input_precision="ieee")
+    return k_sums, v_sums
