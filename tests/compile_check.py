@@ -19,11 +19,17 @@ from headwise import MHMoE, MoE, MoHAttention
 
 B, T, D = 2, 7, 15
 HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
+GROUPS = {
+    "num_heads": 6, "num_kv_heads": 3, "head_dim": 5, "shared_heads": 2, "active_heads": 4,
+    "route_groups": True,
+}  # fmt: skip
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "two_stage": lambda: MoHAttention(D, **HEADS, causal=True),
     "two_stage paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
     "query_norm": lambda: MoHAttention(D, **HEADS, router="query_norm", num_kv_heads=1),
+    "groups": lambda: MoHAttention(D, **GROUPS),
+    "query_norm groups": lambda: MoHAttention(D, **GROUPS, router="query_norm"),
     "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),
     "mh_moe cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
     "moe": lambda: MoE(D, **EXPERTS),
@@ -81,6 +87,8 @@ CASES: dict[str, Callable[[], None]] = {
     "two_stage, inductor": lambda: layer("two_stage", backend="inductor"),
     "query_norm": lambda: layer("query_norm"),
     "query_norm, mask": lambda: layer("query_norm", masked=True),
+    "groups": lambda: layer("groups"),
+    "query_norm, groups": lambda: layer("query_norm groups"),
     "mh_moe": lambda: layer("mh_moe"),
     "mh_moe, mask": lambda: layer("mh_moe", masked=True),
     "mh_moe, cosine": lambda: layer("mh_moe cosine"),

@@ -134,6 +134,16 @@ def test_moh_layer_by_hand(causal):
     }  # fmt: skip
 
 
+def test_moh_layer_with_routed_groups_by_hand():
+    layer = MoHAttention(
+        48, num_heads=6, num_kv_heads=3, shared_heads=2, active_heads=4, route_groups=True
+    )
+    flops = count_flops(layer, sequence_length=5)
+    assert flops[""] == 4 * 4 * 8 * 3  # four heads that are on
+    assert (flops["router.routed"], flops["router.stage"]) == (2 * 48 * 2, 2 * 48 * 2)
+    assert "router.shared" not in flops  # one shared group: no choice
+
+
 def test_mh_moe_layer_by_hand():
     layer = MHMoE(12, num_heads=3, num_experts=7, top_k=2, expert_dim=5, shared_expert_dim=11)
     assert count_flops(layer, sequence_length=1) == {

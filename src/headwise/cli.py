@@ -16,6 +16,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   train RECIPE   train models and compare them        headwise train lm --help
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
+  bench          measure speed on this machine        headwise bench --help
 """
 
 
@@ -117,10 +118,21 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     print(write_report(record, directory / "report.html"))
 
 
+def _bench(argv: list[str]) -> None:
+    from headwise.bench import BENCHMARKS, BenchRun, bench
+
+    names = {name: name for name in ("all", *BENCHMARKS)}
+    # The kind of benchmark may come first, without the name of its field.
+    if argv and not argv[0].startswith("-"):
+        argv = ["--which", _nearest("benchmark", argv[0], names), *argv[1:]]
+    bench(tyro.cli(BenchRun, args=argv, prog="headwise bench"))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "generate": _generate,
     "report": _report,
+    "bench": _bench,
 }
 
 

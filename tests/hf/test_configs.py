@@ -17,6 +17,7 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
     [
         Conversion(attention=MoHConfig()),
         Conversion(attention=MoHConfig(shared=2, active=5, mode="paper", balance_coefficient=0)),
+        Conversion(attention=MoHConfig(route_groups=True)),
         Conversion(mlp=MoEConfig(**EXPERTS, z_loss_coefficient=0.1), every=3),
         Conversion(
             attention=MoHConfig(router="query_norm"),
@@ -28,6 +29,12 @@ def test_a_conversion_survives_json(conversion):
     again = Conversion.from_dict(json.loads(json.dumps(conversion.to_dict())))
     assert again == conversion
     assert type(again.mlp) is type(conversion.mlp)
+
+
+def test_a_conversion_from_before_groups_were_routed_is_read():
+    fields = Conversion(attention=MoHConfig()).to_dict()
+    del fields["attention"]["route_groups"]
+    assert Conversion.from_dict(fields) == Conversion(attention=MoHConfig())
 
 
 def test_a_newer_format_is_refused():
@@ -43,6 +50,9 @@ def test_configs_build_what_they_name():
     router = MoHConfig(router="query_norm", shared=1, active=0.6).build_router(15, 5)
     assert isinstance(router, QueryNormRouter)
     assert (router.budget.shared_heads, router.budget.active_heads) == (1, 3)
+    config = MoHConfig(shared=2, active=4, route_groups=True)
+    assert config.build_router(15, 6, 3).budget.heads_per_group == 2
+    assert config.build_router(15, 6).budget.heads_per_group == 1
 
 
 @pytest.mark.parametrize(

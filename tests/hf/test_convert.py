@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig, convert
+from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig, convert, record_routing
 from headwise.hf.surgery import RoutedMLP
 
 MOE = MoEConfig(num_experts=7, top_k=2, expert_dim=11)
@@ -15,6 +15,7 @@ MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
     "two_stage": {"attention": MoHConfig()},
     "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
+    "groups": {"attention": MoHConfig(shared=0, active=3, mode="paper", route_groups=True)},
     "moe": {"mlp": MOE},
     "both": {"attention": MoHConfig(mode="paper"), "mlp": MH_MOE},
 }
@@ -98,6 +99,30 @@ def test_the_class_and_the_conversion_can_be_asked(tiny):
     assert (model.conversion.mlp, model.conversion.every) == (MH_MOE, 2)
 
 
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_groups_are_those_of_the_models_key_heads(tiny, ids, router):
+    attention = MoHConfig(shared=2, active=4, router=router, route_groups=True)
+    model = convert(tiny(num_key_value_heads=3), attention=attention)
+    with record_routing(model) as routings:
+        model(ids)
+    assert len(routings) == 2
+    for routing in routings.values():
+        assert ((routing.weights != 0).sum(-1) == 4).all()
+        assert torch.equal(routing.weights[..., 0::2], routing.weights[..., 1::2])
+        assert routing.probabilities.shape == (2, 7, 2)
+        assert routing.indices.shape == (2, 7, 1)
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_groups_of_one_head_change_nothing(tiny, ids, router):
+    logits = []
+    for route_groups in (False, True):
+        model = tiny(num_key_value_heads=6)
+        attention = MoHConfig(shared=1, active=4, router=router, route_groups=route_groups)
+        logits.append(convert(model, attention=attention)(ids).logits)
+    assert torch.equal(*logits)
+
+
 def test_routers_and_experts_take_the_dtype_of_the_model(tiny, ids):
     model = convert(tiny().bfloat16(), attention=MoHConfig(), mlp=MOE)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -122,6 +147,10 @@ def test_a_path_is_loaded_first(tiny, tmp_path, ids):
     ("wanted", "message"),
     [
         ({"attention": MoHConfig(active=7)}, r"active_heads is 7.*0\.\.6"),
+        (
+            {"attention": MoHConfig(shared=0, active=4, route_groups=True)},
+            "active_heads is 4.* of 3",
+        ),
         ({"attention": MoHConfig(shared=3, active=0.5)}, "shared_heads equals active_heads = 3"),
         (
             {"attention": MoHConfig(), "mlp": MHMoEConfig(num_heads=5, **vars(MOE))},

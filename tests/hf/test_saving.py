@@ -14,6 +14,7 @@ MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
     "two_stage": {"attention": MoHConfig(shared=2, active=4)},
     "query_norm": {"attention": MoHConfig(router="query_norm")},
+    "groups": {"attention": MoHConfig(shared=0, active=3, mode="paper", route_groups=True)},
     "moe": {"mlp": MoEConfig(num_experts=7, top_k=2, expert_dim=11), "every": 2},
     "both": {"attention": MoHConfig(), "mlp": MH_MOE},
 }

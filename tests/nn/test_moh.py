@@ -152,6 +152,61 @@ def test_maps_exist_only_where_there_is_a_choice():
     assert names(5, 5) == {"shared"}
 
 
+GROUPS = {"num_heads": 15, "num_kv_heads": 5, "head_dim": C, "route_groups": True}
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@pytest.mark.parametrize("mode", ["released", "paper"])
+@pytest.mark.parametrize(("shared", "active"), [(6, 9), (0, 6), (3, 12), (15, 15), (0.4, 0.6)])
+def test_whole_groups_are_on_or_off(shared, active, mode, router):
+    layer = MoHAttention(
+        D, **GROUPS, shared_heads=shared, active_heads=active, router=router, mode=mode
+    )
+    mask = padding(left=True)
+    y, routing = layer(torch.randn(B, T, D), mask)
+    budget = layer.budget
+    on = (routing.weights != 0).sum(-1)
+    assert (on[mask] == budget.active_heads).all()
+    assert (on[~mask] == 0).all()
+    groups = routing.weights.unflatten(-1, (5, 3))
+    assert torch.equal(groups, groups[..., :1].expand_as(groups))
+    assert routing.probabilities.shape == routing.logits.shape == (B, T, budget.routed_groups)
+    assert routing.indices.shape == (B, T, budget.kept_groups)
+    (y.square().sum() + balance_loss(routing)).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@pytest.mark.parametrize("budget", [(2, 3), (0, 2), (0.4, 0.75)])
+def test_groups_of_one_head_are_heads_bit_for_bit(budget, router):
+    shared, active = budget
+    results, x = [], torch.randn(B, T, D)
+    for route_groups in (False, True):
+        torch.manual_seed(1)
+        layer = MoHAttention(
+            D, num_heads=5, shared_heads=shared, active_heads=active, router=router,
+            causal=True, route_groups=route_groups,
+        )  # fmt: skip
+        y, routing = layer(x)
+        loss = y.square().sum() + balance_loss(routing)
+        results.append([y, *routing[:4], *torch.autograd.grad(loss, list(layer.parameters()))])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_no_key_or_value_of_a_group_that_is_off_is_read(router):
+    layer = MoHAttention(
+        D, **GROUPS, shared_heads=3, active_heads=6, router=router, impl="decode"
+    ).eval()
+    x, seen = torch.randn(1, 1, D), []
+    layer.v_proj.register_forward_hook(lambda _, __, v: v.masked_fill(seen[-1], float("nan")))
+    with torch.no_grad():
+        seen.append(torch.zeros(5 * C, dtype=torch.bool))
+        y, routing = layer(x)
+        seen.append((routing.weights[0, 0, ::3] == 0).repeat_interleave(C))
+        assert torch.equal(layer(x)[0], y)
+
+
 def test_repr_says_what_was_rounded():
     layer = MoHAttention(D, num_heads=5, shared_heads=0.5, active_heads=4)
     assert "3 shared + 1 of 2 routed = 4 active" in repr(layer)
@@ -174,6 +229,19 @@ def test_repr_says_what_was_rounded():
 def test_errors_name_the_field_and_the_value(changes, message):
     with pytest.raises(ValueError, match=message):
         MoHAttention(D, **HEADS | changes)
+
+
+@pytest.mark.parametrize(
+    ("shared", "active", "message"),
+    [
+        (2, 9, "shared_heads is 2; whole groups of 3 heads.* multiple of 3, such as 3"),
+        (3, 10, "active_heads is 10; whole groups of 3 heads.* multiple of 3, such as 12"),
+        (0, 0.05, r"active_heads is 0\.05; at least 3 of 15"),
+    ],
+)
+def test_a_budget_that_splits_groups_is_refused(shared, active, message):
+    with pytest.raises(ValueError, match=message):
+        MoHAttention(D, **GROUPS, shared_heads=shared, active_heads=active)
 
 
 @pytest.mark.usefixtures("unchecked")

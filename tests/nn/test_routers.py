@@ -9,6 +9,7 @@ from headwise.nn import CosineRouter, HeadBudget, LinearRouter, QueryNormRouter,
 from headwise.ops import route_heads, route_heads_by_query_norm, route_tokens
 
 BUDGET = HeadBudget.resolve(7, shared=2, active=5)
+GROUPS = HeadBudget.resolve(15, shared=6, active=12, num_groups=5)  # 2 shared, 2 of 3 routed
 
 
 def test_cosine_by_hand():
@@ -50,3 +51,55 @@ def test_query_norm_has_no_parameters():
         want = route_heads_by_query_norm(q, shared_heads=2, top_k=3, scale_by_std=scale_by_std)
         assert list(router.parameters()) == []
         assert all(map(torch.equal, router(q)[:4], want[:4]))
+
+
+def test_query_norms_of_groups_by_hand():
+    # Three groups of two heads. Head by head the longest routed query is 4; together the second
+    # routed group's 3 and 4 are longest: 5 against 4.
+    q = torch.tensor([[[[9.0], [0.0], [4.0], [0.0], [3.0], [4.0]]]])
+    budget = HeadBudget.resolve(6, shared=2, active=4, num_groups=3)
+    routing = QueryNormRouter(budget, scale_by_std=False)(q)
+    assert routing.weights.tolist() == [[[1, 1, 0, 0, 1, 1]]]
+    assert routing.indices.tolist() == [[[1]]]
+    assert_close(routing.logits, torch.tensor([[[4.0, 5.0]]]))
+    # Of 4 and 5 the unbiased deviation is 1/√2.
+    scaled = QueryNormRouter(budget)(q).logits
+    assert_close(scaled, torch.tensor([[[4.0, 5.0]]]) * 2**0.5)
+
+
+def test_two_stage_gates_of_groups_by_hand():
+    router = TwoStageRouter(
+        1, HeadBudget.resolve(8, shared=2, active=4, num_groups=4), mode="paper"
+    )
+    with torch.no_grad():
+        router.routed.weight.copy_(torch.tensor([[1.0], [3.0], [2.0]]).log())
+        router.stage.weight.copy_(torch.tensor([[3.0], [1.0]]).log())
+    routing = router(torch.ones(1, 1, 1))
+    # Stages 3/4 and 1/4; one shared group, and of p = [1/6, 3/6, 2/6] the second.
+    assert_close(routing.weights, torch.tensor([[[3 / 4, 3 / 4, 0, 0, 1 / 8, 1 / 8, 0, 0]]]))
+    assert_close(routing.probabilities, torch.tensor([[[1 / 6, 3 / 6, 2 / 6]]]))
+    assert routing.indices.tolist() == [[[1]]]
+
+
+def test_maps_score_groups_and_all_heads_of_a_group_get_its_gate():
+    for mode in ("released", "paper"):
+        router, x = TwoStageRouter(13, GROUPS, mode=mode), torch.randn(2, 3, 13)
+        logits = [router.shared(x), router.routed(x), router.stage(x)]
+        assert [x.shape[-1] for x in logits] == [2, 3, 2]
+        want = route_heads(*logits, top_k=2, mode=mode)
+        routing = router(x)
+        assert_close(routing[1:4], want[1:4])
+        assert routing.weights.shape == (2, 3, 15)
+        assert_close(routing.weights[..., 0::3], want.weights)
+        for head in (1, 2):
+            assert torch.equal(routing.weights[..., head::3], routing.weights[..., 0::3])
+
+
+def test_the_gradient_of_a_group_is_the_sum_over_its_heads():
+    q = torch.randn(2, 3, 15, 7, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 3, 15, dtype=torch.float64)
+    (got,) = torch.autograd.grad((QueryNormRouter(GROUPS)(q).weights * upstream).sum(), q)
+    z = q.square().sum(-1).unflatten(-1, (5, 3)).sum(-1).sqrt()[..., 2:]
+    p = (z / z.std(-1, keepdim=True)).softmax(-1)
+    (want,) = torch.autograd.grad((p * upstream.unflatten(-1, (5, 3)).sum(-1)[..., 2:]).sum(), q)
+    assert_close(got, want)

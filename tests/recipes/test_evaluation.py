@@ -83,6 +83,25 @@ def test_loads_count_real_tokens_only(model, files):
     np.testing.assert_allclose(*loads, atol=0.01)
 
 
+def test_loads_of_routed_groups_are_of_heads(files):
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3,
+    )  # fmt: skip
+    attention = MoHConfig(shared=2, active=4, route_groups=True)
+    model = convert(LlamaForCausalLM(config), attention=attention).eval()
+    statistics = RoutingStatistics(model)
+    file_losses(
+        model, files, sequence_length=T, max_blocks=99,
+        observe=lambda routings: statistics.add("text", routings),
+    )  # fmt: skip
+    loads = statistics.head_loads()
+    assert loads.shared_heads == 2
+    for layer in loads.by_domain["text"]:
+        assert layer[0::2] == layer[1::2]
+        assert sum(layer) == pytest.approx(4)
+
+
 def test_routed_text_names_the_heads_of_every_token(model):
     class Letters:
         """A tokenizer's decode."""

@@ -28,6 +28,7 @@ CROWDED = 16
 POINTS = 300
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), ":")
+_CORES = ("core, causal", "core, full")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,
@@ -61,6 +62,46 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             return draw(*args, **kwargs)
 
     return styled
+
+
+@_styled
+def time_against_share(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Time of the attention core against the share of heads on, relative to all heads by SDPA.
+
+    A panel for causal and full, and for each dtype; a line for each length; dotted the ideal.
+    """
+    rows = [
+        r for r in rows if r["rival"] == "SDPA" and r["case"] in _CORES and "kv" not in r["shape"]
+    ]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = Figure(figsize=(4.4 * len(_CORES), 3.3 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(_CORES), squeeze=False, sharex=True, sharey=True)
+    for line, dtype in zip(panels, dtypes, strict=True):
+        for axes, case in zip(line, _CORES, strict=True):
+            drawn = [r for r in rows if (r["dtype"], r["case"]) == (dtype, case) and r["ratio"]]
+            _shares(axes, drawn)
+            axes.set_title(f"{case.removeprefix('core, ')}, {dtype}")
+    panels[0][0].legend(loc="upper left")
+    figure.supxlabel("share of heads that are on", color=MUTED, fontsize=10)
+    figure.supylabel("time / dense attention's", color=MUTED, fontsize=10)
+    return figure
+
+
+def _shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1, label="ideal")
+    axes.axhline(1, color=INK, linewidth=1, label="dense, and heads masked")
+    for index, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
+        points = sorted((float(r["share"]), float(r["ratio"])) for r in rows if r["shape"] == shape)
+        axes.plot(
+            [share for share, _ in points],
+            [ratio for _, ratio in points],
+            color=_cycle(VARIANTS[1:], index),
+            marker=_cycle(MARKERS, index),
+            markersize=4,
+            label=shape.partition(",")[0],
+        )
+    axes.set_xlim(0, 1.04)
+    axes.set_ylim(0, None)
 
 
 @_styled

@@ -24,6 +24,9 @@ class MoHConfig:
         router: "two_stage" (learned) or "query_norm" (without parameters, for pretrained models).
         mode: Formulas of the two-stage router: "released" or "paper".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
+        route_groups: The query heads that share a key head are on or off together, so that decoding
+            reads the cache of those groups only that are on. shared and active still count query
+            heads and must be whole groups (a share rounds to them).
     """
 
     shared: Budget = 0.4
@@ -31,6 +34,7 @@ class MoHConfig:
     router: HeadRouterName = "two_stage"
     mode: HeadMode = "released"
     balance_coefficient: float = 0.01
+    route_groups: bool = False
 
     def __post_init__(self) -> None:
         for field in ("shared", "active"):
@@ -45,9 +49,16 @@ class MoHConfig:
         check_choice("mode", self.mode, HeadMode)
         _check_coefficient("balance_coefficient", self.balance_coefficient)
 
-    def build_router(self, dim: int, num_heads: int) -> TwoStageRouter | QueryNormRouter:
-        """The router for an attention of that width and number of heads."""
-        budget = HeadBudget.resolve(num_heads, shared=self.shared, active=self.active)
+    def build_router(
+        self, dim: int, num_heads: int, num_kv_heads: int | None = None
+    ) -> TwoStageRouter | QueryNormRouter:
+        """The router for an attention of that width; num_kv_heads default to num_heads."""
+        budget = HeadBudget.resolve(
+            num_heads,
+            shared=self.shared,
+            active=self.active,
+            num_groups=num_kv_heads if self.route_groups else None,
+        )
         return head_router(self.router, dim, budget, mode=self.mode)
 
 

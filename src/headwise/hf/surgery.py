@@ -23,7 +23,9 @@ def install(model: PreTrainedModel, conversion: Conversion) -> None:
         reference = next(layer.parameters())
         if conversion.attention is not None:
             router = conversion.attention.build_router(
-                config.hidden_size, config.num_attention_heads
+                config.hidden_size,
+                config.num_attention_heads,
+                getattr(config, "num_key_value_heads", None),
             )
             new_routers[index] = router.to(reference.device, reference.dtype)
         if conversion.mlp is not None and (index + 1) % conversion.every == 0:

@@ -8,34 +8,55 @@ Budget = int | float
 
 @dataclass(frozen=True)
 class HeadBudget:
-    """The heads of one attention layer.
+    """The heads of one attention layer, and the groups of them that are on or off together.
+
+    All counts are of query heads. A router chooses among groups; unless `num_groups` is given to
+    `resolve`, each head is a group of its own.
 
     Attributes:
         num_heads: All heads.
         shared_heads: Heads that are always on; the first ones.
         active_heads: Heads that a token switches on, shared ones included.
         rounded: What was rounded on the way from shares to counts, for people to read.
+        heads_per_group: Heads of a group; divides the three counts.
     """
 
     num_heads: int
     shared_heads: int
     active_heads: int
     rounded: tuple[str, ...] = ()
+    heads_per_group: int = 1
 
     @classmethod
-    def resolve(cls, num_heads: int, *, shared: Budget, active: Budget) -> "HeadBudget":
+    def resolve(
+        cls, num_heads: int, *, shared: Budget, active: Budget, num_groups: int | None = None
+    ) -> "HeadBudget":
         """Counts (int) stay, shares of num_heads (float, 0 to 1) round to the nearest count.
+
+        Args:
+            num_heads: All heads.
+            shared: Heads that are always on, a count or a share.
+            active: Heads that a token switches on, shared ones included, a count or a share.
+            num_groups: Equal groups of successive heads that are on or off together: counts must
+                be whole groups, shares round to whole groups. Default: each head by itself.
 
         Raises:
             ValueError: If a count or share is out of range, shared exceeds active, nothing is
-                active, or heads remain that no token could ever switch on.
+                active, heads remain that no token could ever switch on, num_groups does not divide
+                num_heads or a count is not of whole groups.
         """
         if num_heads < 1:
             raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
-        shared_heads, shared_note = _count("shared_heads", shared, num_heads)
-        active_heads, active_note = _count("active_heads", active, num_heads)
+        num_groups = num_heads if num_groups is None else num_groups
+        if num_groups < 1 or num_heads % num_groups:
+            raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
+        size = num_heads // num_groups
+        shared_heads, shared_note = _count("shared_heads", shared, num_heads, size)
+        active_heads, active_note = _count("active_heads", active, num_heads, size)
         if active_heads < 1:
-            raise ValueError(f"active_heads is {active}; at least 1 of {num_heads} must be active")
+            raise ValueError(
+                f"active_heads is {active}; at least {size} of {num_heads} must be active"
+            )
         if shared_heads > active_heads:
             raise ValueError(
                 f"shared_heads is {shared_heads}, more than active_heads = {active_heads}; "
@@ -48,7 +69,7 @@ class HeadBudget:
                 "raise active_heads"
             )
         notes = tuple(note for note in (shared_note, active_note) if note)
-        return cls(num_heads, shared_heads, active_heads, notes)
+        return cls(num_heads, shared_heads, active_heads, notes, size)
 
     @property
     def routed_heads(self) -> int:
@@ -61,29 +82,51 @@ class HeadBudget:
         return self.active_heads - self.shared_heads
 
     @property
+    def shared_groups(self) -> int:
+        """Groups that are always on."""
+        return self.shared_heads // self.heads_per_group
+
+    @property
+    def routed_groups(self) -> int:
+        """Groups that the router chooses from: its candidates."""
+        return self.routed_heads // self.heads_per_group
+
+    @property
+    def kept_groups(self) -> int:
+        """Routed groups that a token keeps: the router's top k."""
+        return self.top_k // self.heads_per_group
+
+    @property
     def active_share(self) -> float:
         """Active heads over all heads."""
         return self.active_heads / self.num_heads
 
     def __str__(self) -> str:
+        groups = f" in groups of {self.heads_per_group}" if self.heads_per_group > 1 else ""
         counts = (
-            f"heads={self.num_heads}: {self.shared_heads} shared + "
+            f"heads={self.num_heads}{groups}: {self.shared_heads} shared + "
             f"{self.top_k} of {self.routed_heads} routed = {self.active_heads} active"
         )
         return f"{counts} ({'; '.join(self.rounded)})" if self.rounded else counts
 
 
-def _count(field: str, value: Budget, num_heads: int) -> tuple[int, str]:
+def _count(field: str, value: Budget, num_heads: int, size: int) -> tuple[int, str]:
+    """The count of heads, of whole groups of that size, and what was rounded."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{field} is {value!r}; it must be a count (int) or a share (float)")
     if isinstance(value, int):
         if not 0 <= value <= num_heads:
             raise ValueError(f"{field} is {value}; it must lie in 0..{num_heads} (num_heads)")
+        if value % size:
+            raise ValueError(
+                f"{field} is {value}; whole groups of {size} heads are routed, so it must be a "
+                f"multiple of {size}, such as {value + size - value % size}"
+            )
         return value, ""
     if not 0 <= value <= 1:
         raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
     exact = value * num_heads
-    count = math.floor(exact + 0.5)
+    count = size * math.floor(exact / size + 0.5)
     # 0.7 * 10 is 7.000000000000001: that is whole, not rounded.
     note = (
         ""

@@ -48,6 +48,10 @@ class MoHAttention(nn.Module):
         causal: A token sees only itself and the tokens before it.
         bias: Whether q, k, v and o have biases.
         impl: Implementation of `ops.head_attention`.
+        route_groups: The query heads of a key head are on or off together, so that decoding reads
+            keys and values of those groups only that are on, and the cache traffic of grouped-query
+            attention falls with active_heads. Then shared_heads and active_heads still count query
+            heads and must be whole groups (a share rounds to them).
 
     Raises:
         ValueError: For an impossible budget, or sizes that do not divide.
@@ -67,14 +71,20 @@ class MoHAttention(nn.Module):
         causal: bool = False,
         bias: bool = True,
         impl: Impl = "auto",
+        route_groups: bool = False,
     ):
         super().__init__()
-        budget = HeadBudget.resolve(num_heads, shared=shared_heads, active=active_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}"
             )
+        budget = HeadBudget.resolve(
+            num_heads,
+            shared=shared_heads,
+            active=active_heads,
+            num_groups=num_kv_heads if route_groups else None,
+        )
         if head_dim is None and dim % num_heads:
             raise ValueError(
                 f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
@@ -99,6 +109,7 @@ class MoHAttention(nn.Module):
 
         Returns:
             y, and the routing with weights [B, T, H]; exactly active_heads of a token's are not 0.
+            With route_groups its indices, probabilities and logits are of groups.
 
         Raises:
             ValueError: If x or mask has another shape or dtype.

@@ -1,6 +1,7 @@
 """Routers: modules that turn activations into a Routing. All compute in float32 or wider."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
@@ -15,18 +16,20 @@ class Router(nn.Module):
 
 
 class TwoStageRouter(Router):
-    """MoH's learned router: scores for shared heads, for routed heads and for the two groups.
+    """MoH's learned router: scores for shared heads, for routed heads and for these two stages.
 
     A linear map exists only where its softmax has a choice to make: `shared` with two shared heads
-    or more, `routed` where heads are routed, `stage` where both groups exist.
+    or more, `routed` where heads are routed, `stage` where both kinds exist. With a budget in
+    groups the maps score groups, and all heads of a group get its gate.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6 (`ops.route_heads` has the formulas).
+    **Deviates**: groups of heads are an extension; the paper routes single heads.
     """
 
     def __init__(self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released"):
         super().__init__()
         self.budget, self.mode = budget, mode
-        shared, routed = budget.shared_heads, budget.routed_heads
+        shared, routed = budget.shared_groups, budget.routed_groups
         self.shared = nn.Linear(dim, shared, bias=False) if shared > 1 else None
         self.routed = nn.Linear(dim, routed, bias=False) if routed else None
         self.stage = nn.Linear(dim, 2, bias=False) if shared and routed else None
@@ -37,13 +40,17 @@ class TwoStageRouter(Router):
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
-        shared_logits = _scores(x, self.shared, self.budget.shared_heads)
-        routed_logits = _scores(x, self.routed, self.budget.routed_heads)
+        shared_logits = _scores(x, self.shared, self.budget.shared_groups)
+        routed_logits = _scores(x, self.routed, self.budget.routed_groups)
         stage_logits = None if self.stage is None else _scores(x, self.stage, 2)
         routing = route_heads(
-            shared_logits, routed_logits, stage_logits, top_k=self.budget.top_k, mode=self.mode
+            shared_logits,
+            routed_logits,
+            stage_logits,
+            top_k=self.budget.kept_groups,
+            mode=self.mode,
         )
-        return routing.with_mask(mask)
+        return _gates_of_heads(routing, self.budget).with_mask(mask)
 
     def extra_repr(self) -> str:
         return f"{self.budget}, mode={self.mode}"
@@ -52,7 +59,11 @@ class TwoStageRouter(Router):
 class QueryNormRouter(Router):
     """MoH's router without parameters, for pretrained models: the longest queries win.
 
+    With a budget in groups, the length of group i is that of the queries of all its heads together,
+    z_i = sqrt(sum_h ||q_h||²) over its heads h, and all of them get its gate.
+
     **Source**: MoH, arXiv 2410.11842, Eq. 9 and 10 (`ops.route_heads_by_query_norm`).
+    **Deviates**: groups of heads are an extension; the paper routes single heads.
     """
 
     def __init__(self, budget: HeadBudget, *, scale_by_std: bool = True):
@@ -63,13 +74,14 @@ class QueryNormRouter(Router):
         self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token by its queries; padding (mask False) has all heads off."""
+        # The norm of a group's queries end to end is the root of its heads' summed squares.
         routing = route_heads_by_query_norm(
-            q,
-            shared_heads=self.budget.shared_heads,
-            top_k=self.budget.top_k,
+            rearrange(q, "b t (g r) c -> b t g (r c)", r=self.budget.heads_per_group),
+            shared_heads=self.budget.shared_groups,
+            top_k=self.budget.kept_groups,
             scale_by_std=self.scale_by_std,
         )
-        return routing.with_mask(mask)
+        return _gates_of_heads(routing, self.budget).with_mask(mask)
 
     def extra_repr(self) -> str:
         return f"{self.budget}, scale_by_std={self.scale_by_std}"
@@ -140,6 +152,13 @@ class CosineRouter(Router):
     def extra_repr(self) -> str:
         num_experts, projection_dim = self.embedding.shape
         return f"num_experts={num_experts}, top_k={self.top_k}, projection_dim={projection_dim}"
+
+
+def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
+    """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
+    if budget.heads_per_group == 1:
+        return routing
+    return routing._replace(weights=routing.weights.repeat_interleave(budget.heads_per_group, -1))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

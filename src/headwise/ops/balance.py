@@ -13,7 +13,7 @@ BalanceForm = Literal["scaled", "plain", "first_choice"]
 
 
 def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Tensor, ""]:
-    """Load-balance loss of one layer over its E candidates (routed heads or experts).
+    """Load-balance loss of one layer over its E candidates (routed heads, groups or experts).
 
     With F_e the share of tokens that chose e (the shares sum to K) and P_e the mean of p_e:
 

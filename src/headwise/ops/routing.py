@@ -18,7 +18,8 @@ class Routing(NamedTuple):
         weights: For heads the gate of all H heads, [..., H], exactly 0 where a head is off.
             For experts the weight of each choice, [..., K].
         indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding.
-            Heads are counted from the first *routed* head.
+            Heads are counted from the first *routed* head; where groups of heads are routed
+            (`route_groups`), the candidates are groups, and each head has its group's gate.
         probabilities: The router's scores over all E candidates, [..., E], summing to 1.
         logits: What the probabilities were made from, [..., E].
         mask: True where a token counts, [...]; None where all do.

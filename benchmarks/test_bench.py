@@ -1,0 +1,39 @@
+"""Every benchmark at toy size: its correctness gates pass and its rows are whole. No speed here."""
+
+import csv
+
+import pytest
+
+from headwise.bench import BENCHMARKS, BenchRun, bench
+from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, measure
+
+
+@pytest.mark.parametrize("which", BENCHMARKS)
+def test_every_comparison_is_correct(which, tmp_path):
+    rows = bench(BenchRun(which=which, device="cpu", rounds=1, output=tmp_path), toy=True)
+    assert rows
+    assert {row["rival"] for row in rows if not row["correct"]} == set()
+    assert all(row["error_ratio"] <= LARGEST_ERROR_RATIO for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)
+    with (tmp_path / "performance.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (tmp_path / "performance.html").exists() == (which == "attention")
+
+
+def test_no_speed_without_correctness():
+    import torch
+
+    right, wrong = torch.ones(3, dtype=torch.float64), torch.zeros(3)
+
+    def never() -> None:
+        raise AssertionError("a wrong result was timed")
+
+    comparison = Comparison(
+        "attention", "core", "T=3", torch.float32, 0.5, never, {"SDPA": never},
+        lambda: ([wrong], [right.float()], [right]),
+    )  # fmt: skip
+    effort = Effort(torch.device("cpu"), rounds=1, warmups=0, quick=True)
+    (row,) = measure(comparison, effort)
+    assert not row["correct"]
+    assert row["ours_ms"] is None
+    assert row["ratio"] is None

@@ -1,0 +1,119 @@
+"""What is compared with what, and the row that comes out."""
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from headwise.bench.timing import error_ratio, interleaved
+
+# Our error against float64 may be this many times that of plain PyTorch in the same dtype.
+LARGEST_ERROR_RATIO = 2.0
+Row = dict[str, Any]
+# Builds a comparison, tensors and all, when its turn comes.
+Builder = Callable[[], "Comparison"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: `quick` takes fewer shapes, and fewer rounds of them."""
+
+    device: torch.device
+    rounds: int
+    warmups: int
+    quick: bool
+    toy: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against its rivals on one shape.
+
+    Attributes:
+        benchmark: attention, decode, experts, layer or model.
+        case: What is timed.
+        shape: Sizes, for people.
+        dtype: Of the activations.
+        share: Of the heads that are on; 1 where heads have no part in it.
+        ours: What is timed; each call may draw other routings, so that nothing fits by chance.
+        rivals: What a user would pick instead.
+        tensors: Ours, plain PyTorch's in the same dtype and the exact ones, to compare.
+        ideal: The time that the arithmetic left over would take, as a share of each rival's.
+        targets: The ratio to reach, by rival.
+    """
+
+    benchmark: str
+    case: str
+    shape: str
+    dtype: torch.dtype
+    share: float
+    ours: Callable[[], Any]
+    rivals: Mapping[str, Callable[[], Any]]
+    tensors: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]]
+    ideal: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The dtype's name."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
+    """A row for each rival. Correctness first: where it fails, no time is taken."""
+    error = error_ratio(*comparison.tensors())
+    passed = error <= LARGEST_ERROR_RATIO
+    candidates = {"ours": comparison.ours, **comparison.rivals}
+    times = (
+        interleaved(candidates, rounds=effort.rounds, warmups=effort.warmups, device=effort.device)
+        if passed
+        else dict.fromkeys(candidates, None)
+    )
+    for rival in comparison.rivals:
+        ours, theirs = times["ours"], times[rival]
+        ratio = None if ours is None or theirs is None else ours / theirs
+        ideal, target = comparison.ideal.get(rival), comparison.targets.get(rival)
+        yield {
+            "benchmark": comparison.benchmark,
+            "case": comparison.case,
+            "shape": comparison.shape,
+            "dtype": comparison.kind,
+            "share": comparison.share,
+            "rival": rival,
+            "ours_ms": _rounded(ours),
+            "rival_ms": _rounded(theirs),
+            "ratio": _rounded(ratio),
+            "ideal": _rounded(ideal),
+            "share_of_ideal": _rounded(ideal / ratio if ideal and ratio else None),
+            "target": target,
+            "error_ratio": round(error, 2),
+            "correct": passed,
+            **environment(effort.device),
+        }
+
+
+def environment(device: torch.device) -> Row:
+    """Device and versions, for beside the figures."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in ("torch", "transformers", "headwise")},
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            lines = [line for line in info if line.startswith("model name")]
+    except OSError:
+        lines = []
+    return lines[0].partition(":")[2].strip() if lines else platform.machine()
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

@@ -1,0 +1,151 @@
+"""Expert layers: MH-MoE against a sparse MoE of equal FLOPs, and against transformers' experts."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.nn import MHMoE, MoE
+from headwise.ops import expert_mlp
+from headwise.parity import count_flops
+
+DIM = 768
+_INPUTS = 3
+
+
+def comparisons(effort: Effort) -> Iterator[Builder]:
+    """The paper's sizes: three sub-tokens, 96 experts of 512; eight experts of 2048."""
+    tokens = 67 if effort.toy else 1024 if effort.quick else 4096
+    for dtype in (torch.float32, torch.bfloat16):
+        yield partial(layers, effort, dtype, tokens, backward=False)
+        yield partial(layers, effort, dtype, tokens, backward=True)
+        yield partial(experts_only, effort, dtype, tokens)
+
+
+def layers(effort: Effort, dtype: torch.dtype, tokens: int, *, backward: bool) -> Comparison:
+    """Whole layers, routers included."""
+    torch.manual_seed(0)
+    ours = MHMoE(DIM, num_heads=3, num_experts=96, top_k=3, expert_dim=512)
+    sparse = MoE(DIM, num_experts=8, top_k=1, expert_dim=2048)
+    for layer in (ours, sparse):
+        layer.to(effort.device, dtype)
+    inputs = [torch.randn(1, tokens, DIM, device=effort.device).to(dtype) for _ in range(_INPUTS)]
+    turn = cycle(inputs)
+
+    def run(layer: nn.Module) -> Callable[[], Any]:
+        return lambda: _value_and_gradients(layer, next(turn), backward)
+
+    flops = [sum(count_flops(m, sequence_length=1).values()) for m in (ours, sparse)]
+    target = 1.25 if dtype == torch.bfloat16 else 1.05
+    return Comparison(
+        "experts",
+        f"MH-MoE layer{', forward and backward' if backward else ''}",
+        f"{tokens} tokens, d={DIM}; h=3, E=96, k=3, f=512",
+        dtype,
+        1.0,
+        run(ours),
+        {"sparse MoE (E=8, k=1, f=2048)": run(sparse)},
+        lambda: _compared(ours, inputs[0], backward),
+        ideal={"sparse MoE (E=8, k=1, f=2048)": flops[0] / flops[1]},
+        targets={} if backward else {"sparse MoE (E=8, k=1, f=2048)": target},
+    )
+
+
+def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
+    """The same experts, weights and choices, by transformers' function."""
+    torch.manual_seed(0)
+    layer = MHMoE(DIM, num_heads=3, num_experts=96, top_k=3, expert_dim=512)
+    layer = layer.to(effort.device, dtype)
+    x = torch.randn(3 * tokens, DIM // 3, device=effort.device).to(dtype)
+    routing = layer.router(x)
+    weights, indices = routing.weights.detach().to(dtype), routing.indices
+    up, down = (w.detach() for w in (layer.experts.up_proj, layer.experts.down_proj))
+    module = _transformers_experts(up, down)
+
+    def ours() -> Tensor:
+        return expert_mlp(x, weights, indices, up, down)
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return module(x, indices, weights)
+
+    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        wide = x.double(), weights.double(), indices, up.double(), down.double()
+        exact = expert_mlp(*wide, impl="grouped")
+        return [ours()], [theirs()], [exact]
+
+    return Comparison(
+        "experts",
+        "experts alone",
+        f"{3 * tokens} sub-tokens, d={DIM // 3}; E=96, k=3, f=512",
+        dtype,
+        1.0,
+        ours,
+        {"transformers grouped_mm": theirs},
+        tensors,
+        targets={"transformers grouped_mm": 0.75},
+    )
+
+
+def _transformers_experts(up: Tensor, down: Tensor) -> nn.Module:
+    """The experts of a transformers model, with these weights."""
+    config = Qwen3MoeConfig(
+        hidden_size=up.shape[2], moe_intermediate_size=down.shape[2], num_experts=len(up)
+    )
+    config._experts_implementation = "grouped_mm"
+    module = Qwen3MoeExperts(config).to(up.device, up.dtype)
+    with torch.no_grad():
+        module.gate_up_proj.copy_(up)
+        module.down_proj.copy_(down)
+    return module
+
+
+def _value_and_gradients(layer: nn.Module, x: Tensor, backward: bool) -> list[Tensor]:
+    with torch.set_grad_enabled(backward):
+        x = x.detach().requires_grad_(backward)
+        y, _ = layer(x)
+        if not backward:
+            return [y]
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))]
+
+
+def _compared(
+    layer: MHMoE, x: Tensor, backward: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The layer's experts, the same by plain products in its dtype, and those in float64.
+
+    The choices are those of the layer's own dtype: rounding may change one, which is no error.
+    """
+    with torch.no_grad():
+        flat = layer.head_proj(x).reshape(-1, DIM // 3)  # type: ignore[misc]
+        routing = layer.router(flat)
+
+    def compute(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        tensors = (flat, layer.experts.up_proj, layer.experts.down_proj)
+        rows, up, down = (t.detach().to(dtype).requires_grad_() for t in tensors)
+        y = function(rows, routing.weights.to(dtype), routing.indices, up, down)
+        if not backward:
+            return [y.detach()]
+        return [y.detach(), *torch.autograd.grad(y, [rows, up, down], torch.ones_like(y))]
+
+    wide = compute(_plain_experts, torch.float64)
+    return compute(expert_mlp, x.dtype), compute(_plain_experts, x.dtype), wide
+
+
+def _plain_experts(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Each expert on the rows that chose it, as one would write it."""
+    y = torch.zeros_like(x)
+    for e, (first, second) in enumerate(zip(up.unbind(), down.unbind(), strict=True)):
+        rows, choices = (indices == e).nonzero(as_tuple=True)
+        gate, value = linear(x[rows], first).chunk(2, dim=-1)
+        out = linear(silu(gate) * value, second)
+        y = y.index_add(0, rows, out * weights[rows, choices].unsqueeze(-1))
+    return y

@@ -1,0 +1,187 @@
+"""Attention layers, projections and router included, and what a long one needs of memory."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.nn import MoHAttention
+from headwise.parity import count_flops
+
+DIM, HEADS = 768, 12
+_INPUTS = 3
+
+
+class DenseAttention(nn.Module):
+    """Causal self-attention as everybody writes it: four projections and torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (
+            rearrange(proj(x), "b t (h c) -> b h t c", h=HEADS)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        heads = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(rearrange(heads, "b h t c -> b t (h c)")), None
+
+
+def moh(share: float, impl: Any = "auto") -> MoHAttention:
+    """Routed attention of the same sizes, a quarter of the heads that are on shared."""
+    active = round(share * HEADS)
+    return MoHAttention(
+        DIM, num_heads=HEADS, shared_heads=active // 4 if active < HEADS else HEADS,
+        active_heads=active, causal=True, impl=impl,
+    )  # fmt: skip
+
+
+def comparisons(effort: Effort) -> Iterator[Builder]:
+    """Against a dense layer and against heads computed and masked; the router alone."""
+    length = 67 if effort.toy else 1024 if effort.quick else 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        for share in (0.5, 1.0):
+            yield partial(against_dense, effort, dtype, length, share)
+        for backward in (False, True):
+            yield partial(against_mask_only, effort, dtype, min(length, 1024), backward)
+        yield partial(router_alone, effort, dtype, length)
+
+
+def against_dense(effort: Effort, dtype: torch.dtype, length: int, share: float) -> Comparison:
+    """A forward of the layer."""
+    torch.manual_seed(0)
+    ours, dense = moh(share).to(effort.device, dtype), DenseAttention().to(effort.device, dtype)
+    inputs, turn = _inputs(effort, dtype, length)
+    flops = [sum(count_flops(m, sequence_length=length).values()) for m in (ours, dense)]
+    target = 1.05 if share == 1 else 0.85 if dtype == torch.float32 else None
+    # A share of heads saves attention alone: all projections are computed.
+    core = 2 * DIM * (length + 1)
+    ideal = (flops[1] - (1 - share) * core) / flops[1]
+    return Comparison(
+        "layer",
+        "MoH layer, causal",
+        f"T={length}, d={DIM}, {HEADS} heads",
+        dtype,
+        share,
+        lambda: _run(ours, next(turn), False),
+        {"dense layer": lambda: _run(dense, next(turn), False)},
+        lambda: _compared(ours, inputs[0], False),
+        ideal={"dense layer": ideal},
+        targets={} if target is None or effort.toy else {"dense layer": target},
+    )
+
+
+def against_mask_only(
+    effort: Effort, dtype: torch.dtype, length: int, backward: bool
+) -> Comparison:
+    """The layer of the released code computes every head and multiplies by the gate."""
+    torch.manual_seed(0)
+    ours = moh(0.5).to(effort.device, dtype)
+    masked = moh(0.5, "dense").to(effort.device, dtype)
+    masked.load_state_dict(ours.state_dict())
+    inputs, turn = _inputs(effort, dtype, length)
+    flops = sum(count_flops(DenseAttention(), sequence_length=length).values())
+    return Comparison(
+        "layer",
+        f"MoH layer, causal{', forward and backward' if backward else ''}",
+        f"T={length}, d={DIM}, {HEADS} heads",
+        dtype,
+        0.5,
+        lambda: _run(ours, next(turn), backward),
+        {"mask-only MoH layer": lambda: _run(masked, next(turn), backward)},
+        lambda: _compared(ours, inputs[0], backward),
+        ideal={"mask-only MoH layer": (flops - DIM * (length + 1)) / flops},
+    )
+
+
+def router_alone(effort: Effort, dtype: torch.dtype, length: int) -> Comparison:
+    """Routing as a share of the layer."""
+    torch.manual_seed(0)
+    layer = moh(0.5).to(effort.device, dtype)
+    inputs, turn = _inputs(effort, dtype, length)
+
+    def route() -> None:
+        with torch.no_grad():
+            layer.router(next(turn))
+
+    return Comparison(
+        "layer",
+        "router alone, of its layer",
+        f"T={length}, d={DIM}, {HEADS} heads",
+        dtype,
+        0.5,
+        route,
+        {"its MoH layer": lambda: _run(layer, next(turn), False)},
+        lambda: _compared(layer, inputs[0], False),
+        targets={"its MoH layer": 0.05},
+    )
+
+
+def _inputs(
+    effort: Effort, dtype: torch.dtype, length: int
+) -> tuple[list[Tensor], "cycle[Tensor]"]:
+    inputs = [torch.randn(1, length, DIM, device=effort.device).to(dtype) for _ in range(_INPUTS)]
+    return inputs, cycle(inputs)
+
+
+def _run(layer: Callable[[Tensor], Any], x: Tensor, backward: bool) -> list[Tensor]:
+    with torch.set_grad_enabled(backward):
+        x = x.detach().requires_grad_(backward)
+        y, _ = layer(x)
+        if not backward:
+            return [y]
+        return [y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))]
+
+
+def _compared(
+    layer: MoHAttention, x: Tensor, backward: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The layer, the same by torch's own attention, and that in float64, all with one routing."""
+    with torch.no_grad():
+        routing = layer.router(x)
+
+    def compute(impl: Any, dtype: torch.dtype) -> list[Tensor]:
+        copy = moh(0.5, impl) if layer.budget.active_share < 1 else moh(1.0, impl)
+        copy.load_state_dict(layer.state_dict())
+        copy = copy.to(x.device, dtype)
+        fixed = routing._replace(
+            weights=routing.weights.to(torch.promote_types(dtype, torch.float))
+        )
+        copy.router.forward = lambda *_: fixed  # type: ignore[method-assign]
+        return _run(copy, x.to(dtype), backward)
+
+    return compute("auto", x.dtype), compute("dense", x.dtype), compute("dense", torch.float64)
+
+
+_MEMORY = """
+import resource, sys, torch
+from headwise.bench.layer import DenseAttention, moh
+torch.manual_seed(0)
+length, kind = int(sys.argv[1]), sys.argv[2]
+layer = moh(0.5) if kind == "ours" else DenseAttention()
+def step(length):
+    x = torch.randn(1, length, 768, requires_grad=True)
+    layer(x)[0].sum().backward()
+step(128)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(length)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def peak_memory(length: int, kind: str) -> float:
+    """MiB that a forward and backward of a layer ("ours" at 50 % or "dense") adds, float32, CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, str(length), kind],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout)

@@ -1,0 +1,126 @@
+"""`headwise bench`: run comparisons, show them, keep them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from headwise.bench import attention, decode, experts, layer, model, table
+from headwise.bench.comparison import Builder, Effort, Row, environment, measure
+from headwise.recipes.directory import write_whole
+from headwise.recipes.table import write_csv
+
+Benchmark = Literal["all", "attention", "decode", "experts", "layer", "model"]
+
+BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
+    "attention": attention.comparisons,
+    "decode": decode.comparisons,
+    "experts": experts.comparisons,
+    "layer": layer.comparisons,
+    "model": model.comparisons,
+}
+_MEMORY_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """Measure our speed against every rival on this machine.
+
+    Attributes:
+        which: attention (the core), decode, experts, layer, model, or all of them.
+        quick: Fewer shapes and rounds: under a minute each on 2 cores.
+        output: Directory for performance.csv, performance.png and performance.html.
+        device: cpu or cuda; the default is cuda where there is one.
+        threads: CPU threads; the default is torch's.
+        rounds: Timed runs of each candidate, of which the median counts.
+    """
+
+    which: Benchmark = "all"
+    quick: bool = False
+    output: Path = Path("runs/bench")
+    device: str | None = None
+    threads: int | None = None
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.which != "all" and self.which not in BENCHMARKS:
+            raise ValueError(f"which is {self.which!r}; it must be all or one of {[*BENCHMARKS]}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; it must be cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda; torch finds no CUDA device, so it must be cpu")
+        for name, value in (("threads", self.threads), ("rounds", self.rounds)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output is {self.output}, a file; it must be a directory")
+
+
+def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
+    """Run, print a table, write CSV, chart and page; returns the rows."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rounds = run.rounds or (3 if run.quick else 7)
+    effort = Effort(device, rounds, 1 if run.quick else 2, run.quick, toy)
+    names = [*BENCHMARKS] if run.which == "all" else [run.which]
+    console = Console()
+    rows = [row for name in names for row in _rows(name, effort, console)]
+    if "layer" in names and device.type == "cpu" and not (run.quick or toy):
+        rows.append(_memory_row(effort))
+    for name in names:
+        console.print(table.for_terminal([row for row in rows if row["benchmark"] == name]))
+    _write(run.output, rows, console)
+    return rows
+
+
+def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    builders = list(BENCHMARKS[name](effort))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=len(builders))
+        for build in builders:
+            comparison = build()
+            progress.update(
+                task,
+                description=f"{name}: {comparison.case}, {comparison.shape}, {comparison.kind}",
+            )
+            yield from measure(comparison, effort)
+            progress.advance(task)
+
+
+def _memory_row(effort: Effort) -> Row:
+    """Peak memory of a long layer, in MiB where other rows have milliseconds."""
+    ours, dense = (layer.peak_memory(_MEMORY_LENGTH, kind) for kind in ("ours", "dense"))
+    return {
+        "benchmark": "layer", "case": "peak memory (MiB), forward and backward",
+        "shape": f"T={_MEMORY_LENGTH}, d={layer.DIM}, {layer.HEADS} heads", "dtype": "float32",
+        "share": 0.5, "rival": "dense layer", "ours_ms": round(ours), "rival_ms": round(dense),
+        "ratio": round(ours / dense, 3), "ideal": None, "share_of_ideal": None, "target": 1.0,
+        "error_ratio": None, "correct": True, **environment(effort.device),
+    }  # fmt: skip
+
+
+def _write(directory: Path, rows: list[Row], console: Console) -> None:
+    # matplotlib is for those who draw: `import headwise` does without.
+    from headwise.analysis.plots import time_against_share, to_svg
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_csv(directory / "performance.csv", rows)
+    written = [directory / "performance.csv"]
+    if any(row["benchmark"] == "attention" for row in rows):
+        figure = time_against_share(rows)
+        write_whole(
+            directory / "performance.png",
+            lambda path: figure.savefig(path, format="png", dpi=150),
+        )
+        page = table.page(rows, to_svg(figure, "shares"))
+        write_whole(directory / "performance.html", lambda path: path.write_text(page))
+        written += [directory / "performance.png", directory / "performance.html"]
+    console.print("\n".join(str(path) for path in written), highlight=False)

@@ -1,0 +1,117 @@
+"""Rows of the benchmark as a table for the terminal, for README.md and as a page."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from headwise.bench.comparison import Row
+
+COLUMNS = (
+    "case", "shape", "dtype", "heads on", "rival", "ours", "rival's", "ratio", "ideal",
+    "of ideal", "target",
+)  # fmt: skip
+LEGEND = (
+    "Times in milliseconds, medians of interleaved runs. Ratio: ours / rival's, below 1 is faster. "
+    "Ideal: the ratio if heads that are off cost nothing and the rest ran at the rival's speed. "
+    "Target: what headwise set out to reach; ✓ reached, ✗ missed. Every row passed the "
+    "correctness gate first: an error against float64 of at most twice plain PyTorch's."
+)
+# What the README shows of all rows.
+_SHOWN = ("T=4096", "T=2048, d=", "T=1024, d=", "S=16384", "4096 tokens", "12288", "T=8192")
+
+
+def for_terminal(rows: Sequence[Row]) -> Table:
+    """The rows of one benchmark as a rich table."""
+    table = Table(
+        title=f"headwise bench {rows[0]['benchmark']}",
+        caption=f"{LEGEND} {measured_on(rows)}.",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+    )  # fmt: skip
+    table.add_column("case", min_width=32)
+    table.add_column("rival")
+    for name in ("ours", "rival's", "ratio", "of ideal", "target"):
+        table.add_column(name, justify="right", no_wrap=name in ("ours", "ratio", "target"))
+    for row in rows:
+        case, shape, dtype, share, rival, ours, theirs, ratio, _, of_ideal, target = _cells(row)
+        about = ", ".join(part for part in (shape, dtype, share) if part)
+        style = "" if row["correct"] in (True, "True") else "bold red"
+        cells = (f"{case}\n{about}", rival, ours, theirs, ratio, of_ideal, target)
+        table.add_row(*cells, style=style)
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The long shapes as a Markdown table; results/performance.csv has all."""
+    shown = [row for row in rows if any(part in row["shape"] for part in _SHOWN)]
+    lines = [COLUMNS, ["---"] * 5 + ["---:"] * 6, *(_cells(row) for row in shown)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+
+
+def page(rows: Sequence[Row], chart: str) -> str:
+    """A page that needs nothing else: the chart (SVG) and every row."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+        for row in rows
+    )
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>headwise bench</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem }}
+svg {{ max-width: 100%; height: auto }}
+div {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }}
+th, td {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #dde1e6 }}
+td:nth-child(n+6), th:nth-child(n+6) {{ text-align: right }}
+</style>
+<h1>What skipping heads saves</h1>
+{chart}
+<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p>{escape(LEGEND)} Measured on {escape(measured_on(rows))}.</p>
+</html>
+"""
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """Device and versions."""
+    row = rows[0]
+    versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "headwise", "python"))
+    return f"{row['device']}, {row['threads']} threads; {versions}"
+
+
+def _cells(row: Row) -> list[str]:
+    share = float(row["share"])
+    cells = [
+        row["case"],
+        row["shape"],
+        row["dtype"],
+        f"{share:.0%}" if row["benchmark"] != "experts" else "",
+        row["rival"],
+    ]
+    if row["correct"] not in (True, "True"):
+        return [*cells, "wrong result", "", "", "", "", f"error ×{row['error_ratio']}"]
+    ratio, target = _number(row["ratio"]), _number(row["target"])
+    mark = "" if ratio is None or target is None else " ✓" if ratio <= target else " ✗"
+    ideal, of_ideal = _number(row["ideal"]), _number(row["share_of_ideal"])
+    return [
+        *cells,
+        _milliseconds(row["ours_ms"]),
+        _milliseconds(row["rival_ms"]),
+        f"{ratio:.2f}",
+        "" if ideal is None else f"{ideal:.2f}",
+        "" if of_ideal is None else f"{of_ideal:.0%}",
+        "" if target is None else f"{target:.2f}{mark}",
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)
+
+
+def _milliseconds(value: Any) -> str:
+    return f"{float(value):.3g}" if float(value) < 100 else f"{float(value):.0f}"
