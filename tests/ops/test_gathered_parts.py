@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from headwise.ops.head_attention import pieces
+from headwise.ops.head_attention import pieces, ragged
 from headwise.ops.head_attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
 from headwise.ops.head_attention.ragged import cut_into_tiles
 
 KEYS = 131
+
+
+@pytest.fixture(autouse=True)
+def _exact_tiles(monkeypatch):
+    monkeypatch.setattr(ragged, "_ROW_MULTIPLE", 1)
 
 
 @pytest.fixture(params=[1, 4, 16])

@@ -29,6 +29,7 @@ def make_parts_small(monkeypatch):
     monkeypatch.setattr(ragged, "_EDGE_ROWS", 2)
     monkeypatch.setattr(ragged, "_MASKED_ROWS", 2)
     monkeypatch.setattr(ragged, "_SLACK_ROWS", 1)
+    monkeypatch.setattr(ragged, "_ROW_MULTIPLE", 3)
     monkeypatch.setattr(pieces, "_ROW_BLOCK", 1)
     monkeypatch.setattr(pieces, "_KEY_BLOCK", 2)
 

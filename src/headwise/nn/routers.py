@@ -40,17 +40,21 @@ class TwoStageRouter(Router):
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
-        shared_logits = _scores(x, self.shared, self.budget.shared_groups)
-        routed_logits = _scores(x, self.routed, self.budget.routed_groups)
-        stage_logits = None if self.stage is None else _scores(x, self.stage, 2)
-        routing = route_heads(
-            shared_logits,
-            routed_logits,
-            stage_logits,
-            top_k=self.budget.kept_groups,
-            mode=self.mode,
-        )
+        shared, routed, stage = self._scores(x)
+        routing = route_heads(shared, routed, stage, top_k=self.budget.kept_groups, mode=self.mode)
         return _gates_of_heads(routing, self.budget).with_mask(mask)
+
+    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of shared groups, routed ones and the stages; even where there is no choice to make."""
+        maps = [m.weight for m in (self.shared, self.routed, self.stage) if m is not None]
+        even = x.new_zeros(*x.shape[:-1], self.budget.shared_groups, dtype=_wide(x))
+        if not maps:
+            return even, even[..., :0], None
+        # One product for all maps: reading x costs more than the scores.
+        scores = iter(_linear(x, torch.cat(maps)).split([len(m) for m in maps], dim=-1))
+        shared = even if self.shared is None else next(scores)
+        routed = even[..., :0] if self.routed is None else next(scores)
+        return shared, routed, None if self.stage is None else next(scores)
 
     def extra_repr(self) -> str:
         return f"{self.budget}, mode={self.mode}"
@@ -163,16 +167,12 @@ def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     # Autocast would bring the scores back to bfloat16, where a quarter of the tokens tie.
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), weight.to(dtype))
+        return linear(x.to(_wide(x)), weight.to(_wide(x)))
 
 
-def _scores(x: Tensor, scorer: nn.Linear | None, candidates: int) -> Tensor:
-    if scorer is not None:
-        return _linear(x, scorer.weight)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.zeros(*x.shape[:-1], candidates, dtype=dtype, device=x.device)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_experts(num_experts: int, top_k: int) -> None:

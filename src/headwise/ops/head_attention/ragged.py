@@ -28,6 +28,8 @@ Numbers = NDArray[np.int64]
 _CHECKPOINTS = 8
 # Lists share a tile while they differ by no more rows than this, or this share of their length.
 _SLACK_ROWS, _SLACK_SHARE = 64, 0.15
+# Matrix products compile for each number of rows that they see; multiples of this keep those few.
+_ROW_MULTIPLE = 32
 # Rows of an edge. torch's CPU kernel works on 64 rows at a time from 192 rows on, on 32 below.
 _EDGE_ROWS = 192
 # Rows at a time where each has its own mask: memory must not grow with T · S.
@@ -240,7 +242,8 @@ def cut_into_tiles(
         inside = paces[batch_part, heads_part, -1]
         if inside.any():
             whole = bool(inside.mean() >= whole_from * length)
-            rows_of_tile = length if whole else int(inside.max())
+            longest = -(-int(inside.max()) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            rows_of_tile = length if whole else min(length, longest)
             start = found[-1].stop if found else 0
             tile = Tile(batch_part, heads_part, (*inside.shape, rows_of_tile), start, whole)
             found.append(tile)
