@@ -16,6 +16,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   train RECIPE   train models and compare them        headwise train lm --help
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
+  compile        build the CPU kernels, once          headwise compile
   bench          measure speed on this machine        headwise bench --help
 """
 
@@ -128,11 +129,28 @@ def _bench(argv: list[str]) -> None:
     bench(tyro.cli(BenchRun, args=argv, prog="headwise bench"))
 
 
+def _compile(argv: list[str]) -> None:
+    tyro.cli(compile_kernels, args=argv, prog="headwise compile")
+
+
+def compile_kernels() -> None:
+    """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
+    from headwise.ops.head_attention import native
+
+    print("compiling, about half a minute …", flush=True)
+    try:
+        print(native.build())
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        _fail(1, f"cannot build the kernels ({reason}); they need a C++ compiler and ninja")
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "generate": _generate,
     "report": _report,
     "bench": _bench,
+    "compile": _compile,
 }
 
 

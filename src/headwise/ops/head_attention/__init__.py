@@ -3,6 +3,7 @@
 reference   Eq. 4 with loops: the specification.
 dense       Every head by torch's own attention, then the gate: skips nothing.
 gathered    Only heads that are on, by torch's kernels on gathered queries. Forward and backward.
+native      The same fused in C++, for CPUs, once `headwise compile` has built it.
 decode      A few queries against a long cache, of which only what is on is read. Forward only.
 triton      Fused kernels for CUDA devices. Forward, backward, decode.
 """
@@ -14,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
-from headwise.ops.head_attention import decode, dense, gathered, reference
+from headwise.ops.head_attention import decode, dense, gathered, native, reference
 
-Impl = Literal["auto", "reference", "dense", "gathered", "decode", "triton"]
+Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
-# Below this many keys, finding out which heads are on costs more than computing all of them.
-_FEWEST_KEYS = 128
+# Below this many scores, finding out which heads are on costs more than computing all of them.
+_FEWEST_SCORES = 2**20
 # Below this size of the keys, a decode step waits for Python rather than for memory.
 _SMALLEST_CACHE = 8 * 2**20
 # Above this many query tokens per key head, arithmetic costs more than reading the cache.
@@ -46,6 +47,7 @@ _IMPLEMENTATIONS = {
     "reference": reference.head_attention,
     "dense": dense.head_attention,
     "gathered": gathered.head_attention,
+    "native": native.head_attention,
     "decode": decode.head_attention,
     "triton": _triton,
 }
@@ -99,17 +101,19 @@ def head_attention(
         return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask, bias = _four_dimensional(mask), _four_dimensional(bias)
-    compute = _IMPLEMENTATIONS[choose(q, k, v, gate, bias) if impl == "auto" else impl]
+    compute = _IMPLEMENTATIONS[choose(q, k, v, gate, mask, bias) if impl == "auto" else impl]
     return compute(q, k, v, gate, causal=causal, mask=mask, bias=bias, scale=scale)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None) -> Impl:
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> Impl:
     """The implementation that "auto" stands for.
 
     CUDA: triton; gathered where a bias is added or the head width has no kernel. CPU: decode for a
-    few queries on a long cache without gradients, dense for short inputs, gathered otherwise, which
-    computes a whole layer densely where too few heads are off (`gathered.largest_share`). Other
-    devices: dense.
+    few queries on a long cache without gradients, dense for short inputs, native where it is built
+    and takes the input, gathered otherwise; both compute all heads where too few are off
+    (`gathered.largest_share`). Other devices: dense.
     """
     if q.device.type == "cuda":
         kernel = bias is None and q.shape[3] % 16 == 0 and 32 <= q.shape[3] <= 256
@@ -119,7 +123,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None) -
     if _is_decoding(q, k, v, gate):
         cache = k.numel() * k.element_size()
         return "decode" if cache >= _SMALLEST_CACHE else "dense"
-    return "gathered" if k.shape[1] >= _FEWEST_KEYS else "dense"
+    if gate.numel() * k.shape[1] < _FEWEST_SCORES:
+        return "dense"
+    return "native" if native.takes(q, mask, bias) and native.is_built() else "gathered"
 
 
 def _check(

@@ -61,7 +61,7 @@ def gathered_attention(
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
     limit = largest_share(q.dtype, causal, k.shape[1])
-    if _share(gate) >= limit:
+    if share_on(gate) >= limit:
         return whole.forward(q, k, v, gate, causal, mask, bias, scale)
     rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -89,7 +89,8 @@ def gathered_attention(
     return rows.scatter(out), rows.scatter(lse)
 
 
-def _share(gate: Tensor) -> float:
+def share_on(gate: Tensor) -> float:
+    """Gates that are not 0, of all."""
     return int(gate.count_nonzero()) / max(1, gate.numel())
 
 
@@ -121,7 +122,7 @@ def gathered_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
     limit = largest_share(q.dtype, causal, k.shape[1])
-    if _share(gate) >= limit:
+    if share_on(gate) >= limit:
         return whole.backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
     rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -188,16 +189,20 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 gathered_attention.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.headwise.gathered_attention, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    """4·C for each pair of a row and a key that it sees; a head computed for all counts whole."""
-    computed = gate != 0
-    if _share(gate) >= largest_share(q.dtype, causal, k.shape[1]):
-        computed = torch.ones_like(computed)
+def attention_flops(q: Tensor, k: Tensor, computed: Tensor, causal: bool) -> int:
+    """4·C for each pair of a row and a key that it sees, of `computed` [B, T, H]."""
     seen = torch.full((q.shape[1],), k.shape[1], device=q.device)
     if causal:
         seen = (seen - q.shape[1] + 1 + torch.arange(q.shape[1], device=q.device)).clamp_min(0)
     return 4 * q.shape[3] * int((computed.sum((0, 2)) * seen).sum())
+
+
+@register_flop_formula(torch.ops.headwise.gathered_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
+    computed = gate != 0
+    if share_on(gate) >= largest_share(q.dtype, causal, k.shape[1]):
+        computed = torch.ones_like(computed)
+    return attention_flops(q, k, computed, causal)
 
 
 @register_flop_formula(torch.ops.headwise.gathered_attention_backward, get_raw=True)

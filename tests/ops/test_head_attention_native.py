@@ -1,0 +1,152 @@
+"""The C++ kernels: built here, then compared with the reference in float64."""
+
+import shutil
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from headwise.ops import head_attention
+from headwise.ops.head_attention import choose, native, whole
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler or no ninja"
+)
+# The reference in plain PyTorch, dense, is compared with that of loops in other tests.
+SIZES = {
+    "plain": {"T": 7, "S": 11},
+    "causal": {"T": 13, "S": 13, "causal": True},
+    "more keys": {"T": 5, "S": 67, "causal": True},
+    "fewer keys": {"T": 67, "S": 5, "causal": True},
+    "one token": {"T": 1, "S": 1, "causal": True},
+    "groups": {"T": 31, "S": 31, "H": 6, "kv_heads": 2, "causal": True},
+    "one head of keys": {"T": 31, "S": 37, "H": 5, "kv_heads": 1},
+    "several blocks": {"T": 409, "S": 409, "causal": True},
+    "several steps": {"T": 67, "S": 1201, "causal": True, "kv_heads": 1},
+    "several steps, full": {"T": 151, "S": 1201},
+    "all on": {"T": 43, "S": 43, "on": 1},
+    "few on": {"T": 43, "S": 43, "on": 0.05, "causal": True},
+    "scale": {"T": 13, "S": 13, "scale": 0.5},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        native.is_built.cache_clear()
+        assert not native.is_built()
+        with pytest.raises(ValueError, match="not built; run `headwise compile` once"):
+            native.head_attention(*arguments().values(), **OPTIONS)
+        native.build()
+        assert native.is_built()
+        yield
+    native.is_built.cache_clear()
+
+
+OPTIONS = {"causal": False, "mask": None, "bias": None, "scale": 1.0}
+
+
+def arguments(T=5, S=5, H=3, kv_heads=3, C=22, on=0.6, dtype=torch.float32):
+    q = torch.randn(2, T, H, C).to(dtype)
+    k, v = (torch.randn(2, S, kv_heads, C).to(dtype) for _ in range(2))
+    gate = torch.rand(2, T, H) + 0.1
+    gate[torch.rand(2, T, H) > on] = 0
+    return {"q": q, "k": k, "v": v, "gate": gate}
+
+
+def value_and_gradients(tensors, impl, dtype, **options):
+    wide = {n: x.detach().to(dtype).requires_grad_() for n, x in tensors.items() if n != "gate"}
+    gate = tensors["gate"].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    y = head_attention(**wide, gate=gate, impl=impl, **options)
+    upstream = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype)
+    return [y.detach(), *torch.autograd.grad(y, [*wide.values(), gate], upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_error_is_at_most_twice_that_of_plain_attention(size, dtype):
+    given = dict(SIZES[size])
+    options = {name: given.pop(name) for name in ("causal", "scale") if name in given}
+    tensors = arguments(**given, dtype=dtype)
+    ours = value_and_gradients(tensors, "native", dtype, **options)
+    plain = value_and_gradients(tensors, "dense", dtype, **options)
+    exact = value_and_gradients(tensors, "dense", torch.float64, **options)
+    for got, usual, true in zip(ours, plain, exact, strict=True):
+        error, usual_error = ((x.double() - true).norm() for x in (got, usual))
+        # Where the truth is 0, as a gradient through one key is, plain may be exact by luck.
+        assert error <= 2 * usual_error + torch.finfo(dtype).eps / 8 * exact[0].norm()
+
+
+def test_keys_of_a_head_that_nobody_selected_get_no_gradient():
+    tensors = arguments(T=31, S=31)
+    tensors["gate"][:, :, 1] = 0
+    y, dq, dk, dv, dgate = value_and_gradients(tensors, "native", torch.float32, causal=True)
+    for x in (y, dq, dk, dv):
+        assert (x[:, :, 1] == 0).all()
+    assert (dgate[:, :, 1] == 0).all()
+
+
+def test_a_skewed_router_and_padding():
+    tensors = arguments(T=301, S=301, on=0.1)
+    tensors["gate"][:, :, 0] = 0.7
+    tensors["gate"][1, 20:] = 0
+    got = value_and_gradients(tensors, "native", torch.float32, causal=True)
+    want = value_and_gradients(tensors, "dense", torch.float64, causal=True)
+    assert_close(got, [x.float() for x in want], rtol=1e-4, atol=1e-4)
+
+
+def test_layouts_that_are_not_contiguous():
+    tensors = arguments(T=31, S=31)
+    want = value_and_gradients(tensors, "native", torch.float32)[0]
+    moved = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in tensors.items()}
+    assert_close(head_attention(**moved, impl="native"), want)
+
+
+def test_a_value_of_a_later_token_changes_nothing():
+    tensors = arguments(T=301, S=301)
+    before = head_attention(**tensors, causal=True, impl="native")
+    tensors["v"][:, 200:] = 1e4
+    after = head_attention(**tensors, causal=True, impl="native")
+    assert torch.equal(before[:, :200], after[:, :200])
+
+
+def test_bfloat16_without_gradients_is_torch_s_where_nearly_all_heads_are_on():
+    tensors = arguments(T=31, S=31, on=1, dtype=torch.bfloat16)
+    q, k, v, gate = tensors.values()
+    want, _ = whole.forward(q, k, v, gate, True, None, None, 22**-0.5)
+    with torch.no_grad():
+        assert torch.equal(head_attention(**tensors, causal=True, impl="native"), want)
+
+
+def test_auto_takes_it_where_it_is_built():
+    tensors = arguments(T=1024, S=1024)
+    assert choose(*tensors.values(), None, None) == "native"
+    mask = torch.ones(1, 1, 1, 1024, dtype=torch.bool)
+    assert choose(*tensors.values(), mask, None) == "gathered"
+    wide = {name: x.double() for name, x in tensors.items()}
+    assert choose(*wide.values(), None, None) == "gathered"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.float64}, {"C": 21}], ids=["float64", "odd channels"]
+)
+def test_what_it_does_not_take_is_named(changes):
+    with pytest.raises(ValueError, match=r"impl .native. takes float32 and bfloat16.*gathered"):
+        head_attention(**arguments(**changes), impl="native")
+
+
+def test_custom_op_contract():
+    q, k, v, gate = (x.requires_grad_() for x in arguments(kv_heads=1).values())
+    torch.library.opcheck(native.native_attention, (q, k, v, gate, True, 0.3, 2.0))
+
+
+def test_flops_count_the_rows_that_are_on():
+    tensors = arguments(on=1)
+    tensors["gate"][:, :3] = 0
+    q = tensors["q"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        head_attention(**tensors, causal=True, impl="native").sum().backward()
+    assert q.grad is not None
+    assert counter.get_total_flops() == 4 * 22 * 2 * 3 * (4 + 5) * 7 // 2
