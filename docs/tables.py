@@ -2,19 +2,24 @@
 
 from pathlib import Path
 
-from headwise.recipes.table import markdown, read_csv
+from headwise.bench import table as performance
+from headwise.recipes import table as lm
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- table:lm -->\n", "<!-- /table -->"
+TABLES = {"lm": lm.markdown, "performance": performance.markdown}
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
-    rows = read_csv(ROOT / "results" / "lm.csv")
+    """Replace what stands between the marks of each table."""
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}{markdown(rows)}{END}{after}")
+    text = readme.read_text()
+    for name, markdown in TABLES.items():
+        start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        rows = lm.read_csv(ROOT / "results" / f"{name}.csv")
+        text = f"{before}{start}{markdown(rows)}{end}{after}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def compile_kernels() -> None:
     try:
         print(native.build())
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])[:300]
         _fail(1, f"cannot build the kernels ({reason}); they need a C++ compiler and ninja")
 
 

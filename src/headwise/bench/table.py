@@ -19,8 +19,6 @@ LEGEND = (
     "Target: what headwise set out to reach; ✓ reached, ✗ missed. Every row passed the "
     "correctness gate first: an error against float64 of at most twice plain PyTorch's."
 )
-# What the README shows of all rows.
-_SHOWN = ("T=4096", "T=2048, d=", "T=1024, d=", "S=16384", "4096 tokens", "12288", "T=8192")
 
 
 def for_terminal(rows: Sequence[Row]) -> Table:
@@ -44,11 +42,22 @@ def for_terminal(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The long shapes as a Markdown table; results/performance.csv has all."""
-    shown = [row for row in rows if any(part in row["shape"] for part in _SHOWN)]
+    """Some of the rows as a Markdown table; results/performance.csv has all."""
+    shown = [row for row in rows if _is_shown(row)]
     lines = [COLUMNS, ["---"] * 5 + ["---:"] * 6, *(_cells(row) for row in shown)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+
+
+def _is_shown(row: Row) -> bool:
+    """Causal attention at half of the heads from short to long, and the longest of all else."""
+    case, shape, share = row["case"], row["shape"], float(row["share"])
+    if row["benchmark"] == "attention":
+        longest = shape.startswith("T=4096") and "kv" not in shape and share >= 0.5
+        short = case == "core, causal" and share == 0.5 and "kv" not in shape
+        full = case.startswith("core, full") and (share != 0.5 or "skewed" in case)
+        return row["rival"] == "SDPA" and (longest or short) and not full
+    return row["benchmark"] != "decode" or "S=16384" in shape
 
 
 def page(rows: Sequence[Row], chart: str) -> str:

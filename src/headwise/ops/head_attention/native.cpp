@@ -24,8 +24,8 @@ using at::BFloat16;
 using at::Tensor;
 using at::native::cpublas::brgemm;
 
-constexpr int64_t ROWS = 128;  // of a block
-constexpr int64_t KEYS = 512;  // of a step
+constexpr int64_t ROWS = 64;  // of a block
+constexpr int64_t KEYS = 256;  // of a step
 // Products compile for each size that they see; multiples keep those few.
 constexpr int64_t ROW_MULTIPLE = 32, KEY_MULTIPLE = 64;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -217,10 +217,11 @@ void forward_rows(
   }
   for (int64_t r = 0; r < count; ++r) {
     const int64_t place = z.place(list, rows[r]);
-    const float factor = gate.const_data_ptr<float>()[place] / total[r];
-    for (int64_t j = 0; j < c; ++j) out[r * c + j] *= factor;
+    // Not times gate / total: its rounding would be that of the whole row.
+    const float weight = gate.const_data_ptr<float>()[place];
+    for (int64_t j = 0; j < c; ++j) out[r * c + j] = weight * (out[r * c + j] / total[r]);
     store(y.mutable_data_ptr<T>() + place * c, out + r * c, c);
-    lse.mutable_data_ptr<float>()[place] = peak[r] + std::log2(total[r]);
+    lse.mutable_data_ptr<double>()[place] = peak[r] + std::log2(static_cast<double>(total[r]));
   }
 }
 
@@ -268,13 +269,14 @@ template <typename T>
 struct Scratch {
   Buffer<float> s, dp, dq, dk, dv;
   Buffer<T> p, ds, ds_packed, q, dout, q_packed, dout_packed, q_transposed, dout_transposed;
+  Buffer<T> k_transposed;
 
   explicit Scratch(const Sizes& z)
       : s(KEYS * ROWS), dp(KEYS * ROWS), dq(ROWS * z.channels), dk(z.keys * z.channels),
         dv(z.keys * z.channels), p(KEYS * ROWS), ds(KEYS * ROWS), ds_packed(KEYS * ROWS),
         q(ROWS * z.channels), dout(ROWS * z.channels), q_packed(ROWS * z.channels),
         dout_packed(ROWS * z.channels), q_transposed(ROWS * z.channels),
-        dout_transposed(ROWS * z.channels) {}
+        dout_transposed(ROWS * z.channels), k_transposed(z.channels * round_up(z.keys, 2)) {}
 };
 
 struct Operands {
@@ -285,10 +287,11 @@ struct Operands {
 
 template <typename T>
 void backward_rows(
-    const Sizes& z, const Operands& x, const T* k_transposed, int64_t list, const int32_t* rows,
-    int64_t count, Scratch<T>& w) {
+    const Sizes& z, const Operands& x, int64_t list, const int32_t* rows, int64_t count,
+    Scratch<T>& w) {
   const int64_t c = z.channels, padded = round_up(count, ROW_MULTIPLE);
-  float lse[ROWS] = {}, delta[ROWS] = {}, row[1024];
+  // A float's rounding of lse would be that of all weights of a row: what it cuts off is kept.
+  float lse[ROWS] = {}, cut_off[ROWS] = {}, delta[ROWS] = {}, row[1024];
   for (int64_t r = 0; r < count; ++r) {
     const int64_t place = z.place(list, rows[r]);
     const T *dy = x.dy.const_data_ptr<T>() + place * c, *y = x.y.const_data_ptr<T>() + place * c;
@@ -300,7 +303,8 @@ void backward_rows(
     store(w.dout.data() + r * c, row, c);
     std::memcpy(
         w.q.data() + r * c, x.q.const_data_ptr<T>() + place * c, c * sizeof(T));
-    lse[r] = x.lse.const_data_ptr<float>()[place];
+    const double exact = x.lse.const_data_ptr<double>()[place];
+    lse[r] = static_cast<float>(exact), cut_off[r] = static_cast<float>(exact - lse[r]);
     x.dgate.mutable_data_ptr<float>()[place] = delta[r] / gate;
   }
   pack(w.q_packed.data(), w.q.data(), c, count, padded, c);
@@ -328,7 +332,7 @@ void backward_rows(
       for (int64_t r = 0; r < seeing; ++r) s[r] = 0, dp[r] = 0;
 #pragma omp simd
       for (int64_t r = seeing; r < count; ++r) {
-        s[r] = exp2_of<T>(s[r] * to_log2 - lse[r]);
+        s[r] = exp2_of<T>(s[r] * to_log2 - lse[r] - cut_off[r]);
         dp[r] = s[r] * (dp[r] - delta[r]);
       }
       for (int64_t r = count; r < padded; ++r) s[r] = 0, dp[r] = 0;
@@ -344,7 +348,7 @@ void backward_rows(
     const int64_t even = round_up(width, 2);
     if constexpr (HALF<T>) pack(w.ds_packed.data(), ds, padded, width, even, padded);
     multiply(
-        c, padded, HALF<T> ? even : width, k_transposed + first, z.steps() * KEYS,
+        c, padded, HALF<T> ? even : width, w.k_transposed.data() + first, round_up(z.keys, 2),
         HALF<T> ? w.ds_packed.data() : ds, padded, w.dq.data(), padded, true);
   }
   T* dq = x.dq.mutable_data_ptr<T>();
@@ -354,17 +358,35 @@ void backward_rows(
   }
 }
 
+// [count, channels] to [channels, columns], 0 from `count` on.
+template <typename T>
+void transpose(
+    T* out, const T* in, int64_t stride, int64_t count, int64_t columns, int64_t channels) {
+  for (int64_t j0 = 0; j0 < channels; j0 += 16)
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t j = j0; j < std::min(j0 + 16, channels); ++j)
+        out[j * columns + i] = i < count ? in[i * stride + j] : T(0);
+}
+
+// Adds what one thread found for a list to dk or dv [B, S, Hkv, C].
+template <typename T>
+void add_to(Tensor& out, const Sizes& z, int64_t list, float* sums, float factor) {
+  for (int64_t j = 0; j < z.keys; ++j) {
+    T* row = out.mutable_data_ptr<T>() +
+        ((list / z.key_heads * z.keys + j) * z.key_heads + list % z.key_heads) * z.channels;
+    float* sum = sums + j * z.channels;
+    for (int64_t i = 0; i < z.channels; ++i)
+      sum[i] = factor * sum[i] + static_cast<float>(row[i]);
+    store(row, sum, z.channels);
+  }
+}
+
 template <typename T>
 void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
   const Sizes z(x.q, x.k, causal);
-  const int64_t c = z.channels, padded_keys = z.steps() * KEYS;
   const auto lists = rows_that_are_on(z, x.gate.const_data_ptr<float>());
-  // Threads that share a list sum its dk and dv one after the other.
-  const int64_t parts =
-      std::max<int64_t>(1, 2 * at::get_num_threads() / std::max<int64_t>(1, z.lists()));
-  const Tensor transposed = at::zeros({z.lists(), c, padded_keys}, x.k.options());
-  transposed.narrow(2, 0, z.keys).copy_(x.k.permute({0, 2, 3, 1}).flatten(0, 1));
-  const Tensor sums = at::zeros({2, z.lists(), z.keys, c}, x.lse.options());
+  // Only where there are fewer lists than threads do threads share one.
+  const int64_t parts = std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(1, z.lists()));
   std::vector<std::mutex> locks(z.lists());
   share_out(z.lists() * parts, [&] {
     return [&, w = Scratch<T>(z)](int64_t i) mutable {
@@ -372,30 +394,26 @@ void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
       const auto& rows = lists[list];
       const int64_t size = static_cast<int64_t>(rows.size());
       if (part * ROWS >= size) return;
-      std::fill_n(w.dk.data(), z.keys * c, 0.0f);
-      std::fill_n(w.dv.data(), z.keys * c, 0.0f);
+      std::fill_n(w.dk.data(), z.keys * z.channels, 0.0f);
+      std::fill_n(w.dv.data(), z.keys * z.channels, 0.0f);
+      transpose(
+          w.k_transposed.data(), of_list<T>(x.k, z, list), x.k.stride(1), z.keys,
+          round_up(z.keys, 2), z.channels);
       for (int64_t first = part * ROWS; first < size; first += parts * ROWS)
         backward_rows<T>(
-            z, x, transposed.const_data_ptr<T>() + list * c * padded_keys, list,
-            rows.data() + first, std::min(ROWS, size - first), w);
+            z, x, list, rows.data() + first, std::min(ROWS, size - first), w);
       const std::lock_guard<std::mutex> lock(locks[list]);
-      float* k_sum = sums.mutable_data_ptr<float>() + list * z.keys * c;
-      float* v_sum = k_sum + z.lists() * z.keys * c;
-      for (int64_t j = 0; j < z.keys * c; ++j)
-        k_sum[j] += x.scale * w.dk[j], v_sum[j] += w.dv[j];
+      add_to<T>(dk, z, list, w.dk.data(), x.scale);
+      add_to<T>(dv, z, list, w.dv.data(), 1);
     };
   });
-  const auto to_outside = [&](const Tensor& sum) {
-    return sum.unflatten(0, {z.batch, z.key_heads}).permute({0, 2, 1, 3});
-  };
-  dk.copy_(to_outside(sums[0]));
-  dv.copy_(to_outside(sums[1]));
 }
 
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
     double scale) {
-  Tensor y = at::zeros(q.sizes(), q.options()), lse = at::zeros(gate.sizes(), gate.options());
+  Tensor y = at::zeros(q.sizes(), q.options()), lse;
+  lse = at::zeros(gate.sizes(), gate.options().dtype(at::kDouble));
   if (q.scalar_type() == at::kFloat)
     forward<float>(q, k, v, gate, causal, scale, y, lse);
   else
@@ -407,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
     const Tensor& y, const Tensor& lse, bool causal, double scale) {
   Tensor dq = at::zeros(q.sizes(), q.options()), dgate = at::zeros(gate.sizes(), gate.options());
-  Tensor dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
+  Tensor dk = at::zeros(k.sizes(), k.options()), dv = at::zeros(v.sizes(), v.options());
   const Operands x{dy, q, k, v, gate, y, lse, static_cast<float>(scale), dq, dgate};
   if (q.scalar_type() == at::kFloat)
     backward<float>(x, causal, dk, dv);

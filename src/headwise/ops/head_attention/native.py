@@ -98,9 +98,10 @@ def build() -> Path:
         source = Path(directory) / "native.cpp"
         source.write_text(_SOURCE.read_text())
         name = "headwise_native_build"
+        # Linked without -fopenmp: threads must be those of torch, not a second pool beside them.
         load(
-            name, [str(source)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"],
-            is_python_module=False, build_directory=directory,
+            name, [str(source)], extra_cflags=_FLAGS, is_python_module=False,
+            build_directory=directory,
         )  # fmt: skip
         _check()
         os.replace(Path(directory) / f"{name}.so", target)
@@ -129,12 +130,13 @@ def _check() -> None:
 def native_attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, scale: float, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, T, H].
+    """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, T, H] in float64.
 
     From `limit`, a share of heads, on all are computed by torch; that is without a backward.
     """
     if limit <= 1 and share_on(gate) >= limit:
-        return whole.forward(q, k, v, gate, causal, None, None, scale)
+        y, lse = whole.forward(q, k, v, gate, causal, None, None, scale)
+        return y, lse.double()
     return torch.ops.headwise_native.attention(
         q.contiguous(), _adjacent(k), _adjacent(v), gate.contiguous(), causal, scale
     )
@@ -165,7 +167,7 @@ def _adjacent(x: Tensor) -> Tensor:
 
 @native_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), gate.new_empty(gate.shape)
+    return q.new_empty(q.shape), gate.new_empty(gate.shape, dtype=torch.float64)
 
 
 @native_attention_backward.register_fake
