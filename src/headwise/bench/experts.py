@@ -22,7 +22,7 @@ _INPUTS = 3
 
 def comparisons(effort: Effort) -> Iterator[Builder]:
     """The paper's sizes: three sub-tokens, 96 experts of 512; eight experts of 2048."""
-    tokens = 67 if effort.toy else 1024 if effort.quick else 4096
+    tokens = 601 if effort.toy else 1024 if effort.quick else 4096
     for dtype in (torch.float32, torch.bfloat16):
         yield partial(layers, effort, dtype, tokens, backward=False)
         yield partial(layers, effort, dtype, tokens, backward=True)

@@ -1,4 +1,4 @@
-"""Fused kernels for CPUs in C++ (native.cpp), built once by `headwise compile`.
+"""Fused kernels for CPUs in C++ (native_kernels/), built once by `headwise compile`.
 
 They do what torch's own CPU kernels do, on gathered rows, and in the backward with bfloat16
 products. Without a compiler nothing is lost but speed: "auto" then gathers in plain PyTorch.
@@ -22,13 +22,13 @@ from headwise.ops.head_attention.gathered import attention_flops, share_on
 
 DTYPES = (torch.float32, torch.bfloat16)
 _MOST_CHANNELS = 1024
-_SOURCE = files("headwise.ops.head_attention").joinpath("native.cpp")
+_SOURCES = files("headwise.ops.head_attention").joinpath("native_kernels")
 _FLAGS = [
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno",
     "-fno-trapping-math",
 ]  # fmt: skip
 # From this share of heads on, a forward in bfloat16 is faster by torch's own kernel.
-_LARGEST_SHARE = 0.75
+_LARGEST_SHARE = 0.85
 
 
 def head_attention(
@@ -72,7 +72,7 @@ def library() -> Path:
     flags = (
         [x for x in info.read_text().splitlines() if x.startswith("flags")] if info.exists() else []
     )
-    about = (_SOURCE.read_text(), torch.__version__, platform.machine(), *_FLAGS, *flags[:1])
+    about = (*_sources().values(), torch.__version__, platform.machine(), *_FLAGS, *flags[:1])
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "headwise" / f"native-{name}.so"
@@ -95,18 +95,23 @@ def build() -> Path:
     target = library()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        source = Path(directory) / "native.cpp"
-        source.write_text(_SOURCE.read_text())
+        for file, text in _sources().items():
+            (Path(directory) / file).write_text(text)
         name = "headwise_native_build"
         # Linked without -fopenmp: threads must be those of torch, not a second pool beside them.
         load(
-            name, [str(source)], extra_cflags=_FLAGS, is_python_module=False,
+            name, [f"{directory}/attention.cpp"], extra_cflags=_FLAGS, is_python_module=False,
             build_directory=directory,
         )  # fmt: skip
         _check()
         os.replace(Path(directory) / f"{name}.so", target)
     is_built.cache_clear()
     return target
+
+
+def _sources() -> dict[str, str]:
+    names = sorted(file.name for file in _SOURCES.iterdir())
+    return {name: _SOURCES.joinpath(name).read_text() for name in names}
 
 
 def _load() -> None:
