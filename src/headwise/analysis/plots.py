@@ -81,7 +81,9 @@ def time_against_share(rows: Sequence[Mapping[str, Any]]) -> Figure:
             drawn = [r for r in rows if (r["dtype"], r["case"]) == (dtype, case) and r["ratio"]]
             _shares(axes, drawn)
             axes.set_title(f"{case.removeprefix('core, ')}, {dtype}")
-    panels[0][0].legend(loc="upper left")
+    highest = max([1.0, *(float(row["ratio"]) for row in rows if row["ratio"])])
+    panels[0][0].set_ylim(0, 1.1 * highest)
+    panels[0][0].legend(loc="lower right")
     figure.supxlabel("share of heads that are on", color=MUTED, fontsize=10)
     figure.supylabel("time / dense attention's", color=MUTED, fontsize=10)
     return figure
@@ -101,7 +103,6 @@ def _shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             label=shape.partition(",")[0],
         )
     axes.set_xlim(0, 1.04)
-    axes.set_ylim(0, None)
 
 
 @_styled
