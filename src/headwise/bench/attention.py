@@ -68,9 +68,7 @@ def forward(
         return [got], [usual], [exact]
 
     half = dtype == torch.bfloat16
-    target = {0.5: 0.4 if half else 0.6, 0.75: 0.6, 1.0: 0.8 if half else 1.05}.get(share)
-    if not half and share == 0.75:
-        target = None
+    target = ({0.5: 0.4, 0.75: 0.6, 1.0: 0.8} if half else {0.5: 0.6, 1.0: 1.05}).get(share)
     return Comparison(
         "attention",
         f"core, {'causal' if causal else 'full'}{', skewed router' if skewed else ''}",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from headwise.bench.timing import error_ratio, interleaved
+from headwise.recipes.results import device_name
 
 # Our error against float64 may be this many times that of plain PyTorch in the same dtype.
 LARGEST_ERROR_RATIO = 2.0
@@ -97,22 +98,12 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
 
 def environment(device: torch.device) -> Row:
     """Device and versions, for beside the figures."""
-    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": device_name(cuda=device.type == "cuda"),
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "transformers", "headwise")},
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            lines = [line for line in info if line.startswith("model name")]
-    except OSError:
-        lines = []
-    return lines[0].partition(":")[2].strip() if lines else platform.machine()
 
 
 def _rounded(value: float | None) -> float | None:

@@ -117,7 +117,7 @@ def _cost(run: LanguageModelRun, model: PreTrainedModel) -> dict[str, Any]:
 def environment(run: LanguageModelRun) -> dict[str, Any]:
     """Device and versions, for beside the figures."""
     return {
-        "device": _device(),
+        "device": device_name(cuda=torch.cuda.is_available()),
         "threads": torch.get_num_threads(),
         "precision": run.precision,
         "python": platform.python_version(),
@@ -125,8 +125,9 @@ def environment(run: LanguageModelRun) -> dict[str, Any]:
     }
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
+def device_name(*, cuda: bool) -> str:
+    """The GPU's name, or the processor's."""
+    if cuda:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
+from headwise.ops.gradients import learns
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
@@ -39,8 +40,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Te
 
 def _is_decoding(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> bool:
     """Few queries for each key head, and nothing to learn."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
-    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns
+    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns(q, k, v, gate)
 
 
 _IMPLEMENTATIONS = {

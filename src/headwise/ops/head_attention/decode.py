@@ -14,7 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from headwise.ops.head_attention.rectangle import attend
+from headwise.ops.gradients import learns
+from headwise.ops.head_attention.rectangle import added_to_scores, attend
 
 
 def head_attention(
@@ -28,7 +29,7 @@ def head_attention(
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate)):
+    if learns(q, k, v, gate):
         raise ValueError(
             'impl is "decode", which has no backward, and gradients are on; use "gathered" or '
             "torch.no_grad()"
@@ -107,14 +108,10 @@ def _added(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """Mask, bias and causality as one tensor to add, its query heads folded into rows."""
-    queries, keys = q.shape[1], k.shape[1]
-    if causal and queries > 1:
-        lower = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        mask = lower[None, None] if mask is None else mask & lower
-    if mask is None and bias is None:
+    added = added_to_scores(q, k, causal, mask, bias)
+    if added is None:
         return None
-    added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
-    added = added if mask is None else torch.where(mask, added, float("-inf"))
+    queries, keys = q.shape[1], k.shape[1]
     if added.shape[1] == 1 and added.shape[2] == 1:
         return added.expand(-1, -1, -1, keys)
     added = added.expand(-1, q.shape[2], queries, keys)

@@ -5,6 +5,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from headwise.ops.head_attention.rectangle import lower_triangle
+
 
 def head_attention(
     q: Tensor,
@@ -21,7 +23,7 @@ def head_attention(
     # One query sees every key; torch's own causal flag is right for square scores only.
     needs_causal_mask = causal and queries > 1 and (queries != keys or (mask, bias) != (None, None))
     if needs_causal_mask:
-        lower = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        lower = lower_triangle(q, k)
         mask = lower if mask is None else mask & lower
     heads = scaled_dot_product_attention(
         rearrange(q, "b t h c -> b h t c"),

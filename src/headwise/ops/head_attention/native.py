@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from headwise.ops.gradients import learns
 from headwise.ops.head_attention import whole
 from headwise.ops.head_attention.gathered import attention_flops, share_on
 
@@ -52,9 +53,8 @@ def head_attention(
     if not is_built():
         raise ValueError('impl is "native", which is not built; run `headwise compile` once')
     _load()
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
     never = 2.0
-    limit = never if learns or q.dtype == torch.float32 else _LARGEST_SHARE
+    limit = never if learns(q, k, v, gate) or q.dtype == torch.float32 else _LARGEST_SHARE
     return native_attention(q, k, v, gate.float(), causal, scale, limit)[0]
 
 

@@ -74,6 +74,27 @@ def attend_backward(
     return Gradients(down @ k, down.mT @ q, p.to(q.dtype).mT @ dout, ds)
 
 
+def added_to_scores(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Mask, bias and causality of q [B, T, H, C] and k [B, S, Hkv, C] as one tensor to add."""
+    # One query sees every key.
+    if causal and q.shape[1] > 1:
+        lower = lower_triangle(q, k)
+        mask = lower if mask is None else mask & lower
+    if mask is None:
+        return None if bias is None else bias.to(q.dtype)
+    added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
+    return torch.where(mask, added, float("-inf"))
+
+
+def lower_triangle(q: Tensor, k: Tensor) -> Tensor:
+    """True where a key may be seen, [1, 1, T, S]: the last query sees them all."""
+    queries, keys = q.shape[1], k.shape[1]
+    whole = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=q.device)
+    return whole.tril(keys - queries)
+
+
 def _scores(q: Tensor, k: Tensor, added: Tensor | None, causal: bool, scale: float) -> Tensor:
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if causal:

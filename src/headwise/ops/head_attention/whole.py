@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headwise.ops.head_attention.rectangle import attend, attend_backward
+from headwise.ops.head_attention.rectangle import added_to_scores, attend, attend_backward
 
 
 def forward(
@@ -79,18 +79,12 @@ def _added(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, bool]:
     """What is added to the scores, and whether the kernel's own causal mask does instead."""
-    queries, keys = q.shape[1], k.shape[1]
-    if not causal and mask is None and bias is None:
-        return None, False
-    if causal and queries == keys and mask is None and bias is None:
-        return None, True
-    if causal and queries > 1:
-        lower = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        mask = lower if mask is None else mask & lower
-    added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
-    if mask is not None:
-        added = torch.where(mask, added, float("-inf"))
-    return added.expand(q.shape[0], q.shape[2], queries, keys), False
+    if mask is None and bias is None and (not causal or q.shape[1] == k.shape[1]):
+        return None, causal
+    added = added_to_scores(q, k, causal, mask, bias)
+    if added is not None:
+        added = added.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return added, False
 
 
 def _per_query_head(x: Tensor, per_key_head: int) -> Tensor:
