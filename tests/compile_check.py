@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise import MHMoE, MoE, MoHAttention
+from headwise.ops import head_attention
 
 B, T, D = 2, 7, 15
 HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
@@ -33,6 +35,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),
     "mh_moe cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
     "moe": lambda: MoE(D, **EXPERTS),
+    "native heads": lambda: MoHAttention(20, **HEADS, causal=True, impl="native"),
+    "native experts": lambda: MHMoE(
+        20, num_heads=2, num_experts=7, top_k=2, expert_dim=12, impl="native"
+    ),
 }
 LLAMA = {
     "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
@@ -57,7 +63,8 @@ def gradients(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
 
 
 def layer(name: str, backend: str = "aot_eager", masked: bool = False) -> None:
-    module, x = LAYERS[name](), torch.randn(B, T, D)
+    module = LAYERS[name]()
+    x = torch.randn(B, T, module.dim)
     inputs = (x, half_mask()) if masked else (x,)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     assert_close(gradients(compiled, *inputs), gradients(module, *inputs))
@@ -80,6 +87,22 @@ def model(router: str) -> None:
     assert_close(*results)
 
 
+def decoding() -> None:
+    """One token against a cache, without gradients."""
+    q, k, v = torch.randn(B, 1, 6, 10), *torch.randn(2, B, T, 3, 10)
+    gate = torch.rand(B, 1, 6).round()
+    attend = partial(head_attention, impl="native")
+    with torch.no_grad():
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(q, k, v, gate), attend(q, k, v, gate))
+
+
+# These need the C++ kernels.
+NATIVE_CASES: dict[str, Callable[[], None]] = {
+    "native heads": lambda: layer("native heads"),
+    "native experts": lambda: layer("native experts"),
+    "native decode": decoding,
+}
 CASES: dict[str, Callable[[], None]] = {
     "two_stage": lambda: layer("two_stage"),
     "two_stage, mask": lambda: layer("two_stage", masked=True),
@@ -105,7 +128,7 @@ def outcome(case: str) -> str:
     torch.manual_seed(0)
     torch.compiler.reset()
     try:
-        CASES[case]()
+        (CASES | NATIVE_CASES)[case]()
     except Exception:
         return traceback.format_exc()
     return ""

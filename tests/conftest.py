@@ -1,7 +1,11 @@
 """What every test shares: one thread, one seed, a way around the checks of types and shapes."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 import jaxtyping
 import pytest
@@ -11,6 +15,14 @@ torch.set_num_threads(1)
 # Without a GPU the kernels run in Triton's interpreter, which reads this as triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_kernels_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `headwise compile` built on this machine must not decide what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +36,37 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory with kernels built for this machine."""
+    if not (shutil.which("c++") and shutil.which("ninja")):
+        pytest.skip("no C++ compiler or no ninja")
+    home = tmp_path_factory.mktemp("cache")
+    with _cache(home) as native:
+        assert not native.is_built()
+        with pytest.raises(ValueError, match="not built; run `headwise compile` once"):
+            native.kernels()
+        native.build()
+    return home
+
+
+@pytest.fixture(scope="module")
+def native_kernels(kernels: Path) -> Iterator[None]:
+    """Kernels are built, as "auto" sees it."""
+    with _cache(kernels) as native:
+        assert native.is_built()
+        yield
+
+
+@contextmanager
+def _cache(home: Path) -> Iterator[ModuleType]:
+    # Not above: triton, which comes along, reads its environment as it is imported.
+    from headwise.ops import native
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        native.forget()
+        yield native
+    native.forget()

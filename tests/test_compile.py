@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from compile_check import CASES
+from compile_check import CASES, NATIVE_CASES
 
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
@@ -17,6 +18,10 @@ HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 def outcomes() -> dict[str, str]:
     """What became of each case, all compiled in one process without jaxtyping's checks."""
     cases = [case for case in CASES if HAS_COMPILER or "inductor" not in case]
+    return compiled(cases)
+
+
+def compiled(cases: Iterable[str]) -> dict[str, str]:
     command = [sys.executable, Path(__file__).with_name("compile_check.py"), *cases]
     run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(run.stdout)
@@ -27,3 +32,8 @@ def test_compiled_equals_eager(case, outcomes):
     if case not in outcomes:
         pytest.skip("inductor needs a C++ compiler")
     assert outcomes[case] == ""
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_native_kernels_compiled_equal_eager():
+    assert compiled(NATIVE_CASES) == dict.fromkeys(NATIVE_CASES, "")

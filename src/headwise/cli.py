@@ -135,7 +135,7 @@ def _compile(argv: list[str]) -> None:
 
 def compile_kernels() -> None:
     """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
-    from headwise.ops.head_attention import native
+    from headwise.ops import native
 
     print("compiling, about half a minute …", flush=True)
     try:

@@ -51,7 +51,7 @@ class TestByHand:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_one_expert_is_a_plain_ffn_bit_for_bit(dtype, activation, gated):
+def test_one_expert_is_a_plain_ffn(dtype, activation, gated):
     x = torch.randn(N, D, dtype=dtype)
     up = torch.randn(1, 2 * HIDDEN if gated else HIDDEN, D, dtype=dtype)
     down = torch.randn(1, D, HIDDEN, dtype=dtype)
@@ -60,7 +60,9 @@ def test_one_expert_is_a_plain_ffn_bit_for_bit(dtype, activation, gated):
     act = getattr(functional, activation)
     hidden = act(hidden[:, :HIDDEN]) * hidden[:, HIDDEN:] if gated else act(hidden)
     y = expert_mlp(x, torch.ones(N, 1), index, up, down, activation=activation)
-    assert torch.equal(y, functional.linear(hidden, down[0]))
+    # Products of other numbers of rows may be summed in another order.
+    rounding = 4 * torch.finfo(dtype).eps
+    assert_close(y, functional.linear(hidden, down[0]), rtol=rounding, atol=rounding * 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,7 +1,5 @@
 """The C++ kernels: built here, then compared with the reference in float64."""
 
-import shutil
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,9 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headwise.ops import head_attention
 from headwise.ops.head_attention import choose, native, whole
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler or no ninja"
-)
+pytestmark = pytest.mark.usefixtures("native_kernels")
 # The reference in plain PyTorch, dense, is compared with that of loops in other tests.
 SIZES = {
     "plain": {"T": 7, "S": 11},
@@ -29,23 +25,6 @@ SIZES = {
     "few on": {"T": 43, "S": 43, "on": 0.05, "causal": True},
     "scale": {"T": 13, "S": 13, "scale": 0.5},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        native.is_built.cache_clear()
-        assert not native.is_built()
-        with pytest.raises(ValueError, match="not built; run `headwise compile` once"):
-            native.head_attention(*arguments().values(), **OPTIONS)
-        native.build()
-        assert native.is_built()
-        yield
-    native.is_built.cache_clear()
-
-
-OPTIONS = {"causal": False, "mask": None, "bias": None, "scale": 1.0}
 
 
 def arguments(T=5, S=5, H=3, kv_heads=3, C=22, on=0.6, dtype=torch.float32):
@@ -120,6 +99,46 @@ def test_bfloat16_without_gradients_is_torch_s_where_nearly_all_heads_are_on():
         assert torch.equal(head_attention(**tensors, causal=True, impl="native"), want)
 
 
+DECODED = {
+    "one token": {"S": 67},
+    "one key": {"S": 1},
+    "several pieces": {"S": 1203},
+    "groups": {"S": 131, "H": 6, "kv_heads": 2},
+    "several tokens": {"T": 4, "S": 601, "causal": True, "H": 4, "kv_heads": 2},
+    "fewer keys than tokens": {"T": 5, "S": 3, "causal": True},
+    "all on": {"S": 67, "on": 1},
+    "none on": {"S": 67, "on": 0},
+    "padding": {"S": 67, "mask": (2, 1, 1, 67)},
+    "a mask for each head and token": {"T": 3, "S": 601, "mask": (1, 3, 3, 601)},
+    "nothing seen": {"S": 67, "mask": (2, 3, 1, 67), "seen": 0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", DECODED)
+def test_decoding_has_at_most_twice_the_error_of_plain_attention(size, dtype):
+    given = {"T": 1} | DECODED[size]
+    options = {"causal": given.pop("causal", False)}
+    if "mask" in given:
+        options["mask"] = torch.rand(given.pop("mask")) < given.pop("seen", 0.7)
+    tensors = arguments(**given, dtype=dtype)
+    assert choose(*tensors.values(), options.get("mask"), None) == "native"
+    got = head_attention(**tensors, **options)
+    plain = head_attention(**tensors, **options, impl="dense")
+    exact = head_attention(**{n: x.double() for n, x in tensors.items()}, **options, impl="dense")
+    error, usual_error = ((x.double() - exact).norm() for x in (got, plain))
+    assert error <= 2 * usual_error + torch.finfo(dtype).eps / 8 * exact.norm()
+    assert (got[tensors["gate"] == 0] == 0).all()
+
+
+def test_decoding_reads_caches_of_any_layout():
+    tensors = arguments(T=1, S=67)
+    want = head_attention(**tensors, impl="native")
+    for name in ("k", "v"):
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_close(head_attention(**tensors, impl="native"), want)
+
+
 def test_auto_takes_it_where_it_is_built():
     tensors = arguments(T=1024, S=1024)
     assert choose(*tensors.values(), None, None) == "native"
@@ -127,6 +146,9 @@ def test_auto_takes_it_where_it_is_built():
     assert choose(*tensors.values(), mask, None) == "gathered"
     wide = {name: x.double() for name, x in tensors.items()}
     assert choose(*wide.values(), None, None) == "gathered"
+    few = arguments(T=1, S=5)
+    assert choose(*few.values(), None, None) == "native"
+    assert choose(*few.values(), None, torch.zeros(5)) == "dense"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +162,8 @@ def test_what_it_does_not_take_is_named(changes):
 def test_custom_op_contract():
     q, k, v, gate = (x.requires_grad_() for x in arguments(kv_heads=1).values())
     torch.library.opcheck(native.native_attention, (q, k, v, gate, True, 0.3, 2.0))
+    few = [x.detach() for x in (q[:, :2], k, v, gate[:, :2])]
+    torch.library.opcheck(native.native_decode, (*few, True, 0.3, None))
 
 
 def test_flops_count_the_rows_that_are_on():

@@ -2,6 +2,7 @@
 
 reference   A loop over tokens and choices: the specification.
 grouped     One expert after the other over its rows, activations kept in the caches: for CPUs.
+native      The same in C++, several experts at once, where `headwise compile` has built it.
 grouped_mm  torch's grouped matrix product: for GPUs.
 """
 
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
-from headwise.ops.expert_mlp import grouped, grouped_mm, reference
+from headwise.ops.expert_mlp import grouped, grouped_mm, native, reference
+from headwise.ops.native import is_built
 
-Impl = Literal["auto", "reference", "grouped", "grouped_mm"]
+Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.expert_mlp,
     "grouped": grouped.expert_mlp,
+    "native": native.expert_mlp,
     "grouped_mm": grouped_mm.expert_mlp,
 }
 
@@ -49,8 +52,8 @@ def expert_mlp(
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
-        impl: "auto" is grouped_mm on CUDA devices where it takes the widths and dtype, grouped
-            elsewhere; a named implementation is that one or an error.
+        impl: "auto" is grouped_mm on CUDA devices, native on CPUs where it is built, grouped
+            elsewhere and for what those do not take; a named one is that one or an error.
 
     Returns:
         y in x's dtype; 0 for a token whose choices are all -1.
@@ -78,8 +81,12 @@ def expert_mlp(
             f"weights and indices have shapes {list(weights.shape)} and {list(indices.shape)}; "
             f"both must be [{x.shape[0]}, K]"
         )
-    if impl == "auto":
-        on_gpu = x.device.type == "cuda" and grouped_mm.takes(x, down_proj)
-        impl = "grouped_mm" if on_gpu else "grouped"
-    compute = _IMPLEMENTATIONS[impl]
+    compute = _IMPLEMENTATIONS[choose(x, down_proj, activation) if impl == "auto" else impl]
     return compute(x, weights, indices, up_proj, down_proj, activation=activation)
+
+
+def choose(x: Tensor, down_proj: Tensor, activation: Activation) -> Impl:
+    """The implementation that "auto" stands for."""
+    if x.device.type == "cuda" and grouped_mm.takes(x, down_proj):
+        return "grouped_mm"
+    return "native" if native.takes(x, down_proj, activation) and is_built() else "grouped"

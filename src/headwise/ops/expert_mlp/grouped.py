@@ -28,10 +28,16 @@ def expert_mlp(
     *,
     activation: Activation,
 ) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
     return grouped_mlp(x, weights, indices, up_proj, down_proj, activation)
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of their device's autocast, where that is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 @torch.library.custom_op("headwise::grouped_mlp", mutates_args=())
@@ -126,21 +132,21 @@ def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweights, dup, ddown = grouped_mlp_backward(dy, *ctx.saved_tensors, ctx.activation)
     return dx, dweights, None, dup, ddown, None
 
 
-grouped_mlp.register_autograd(_backward, setup_context=_save)
+grouped_mlp.register_autograd(backward, setup_context=save)
 
 
 @register_flop_formula(torch.ops.headwise.grouped_mlp, get_raw=True)
-def _flops(
+def flops(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, *_: Any, **__: Any
 ) -> int:
     return 2 * int((indices >= 0).sum()) * (up[0].numel() + down[0].numel())
@@ -150,4 +156,4 @@ def _flops(
 def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
     """Twice the forward, and the first product once more."""
     x, weights, indices, up, down, *_rest = args
-    return 2 * _flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()
+    return 2 * flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()

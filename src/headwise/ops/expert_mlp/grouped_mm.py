@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from headwise.ops.activations import Activation, activate
+from headwise.ops.expert_mlp.grouped import in_autocast
 
 # torch's kernel loads rows in pieces of this many bytes.
 _ALIGNMENT = 16
@@ -22,9 +23,7 @@ def expert_mlp(
     *,
     activation: Activation,
 ) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
     _check(x, down_proj)
     num_experts, top_k = up_proj.shape[0], indices.shape[1]
     # Choices that go nowhere come last, where the kernel leaves rows as they were.

@@ -15,32 +15,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
-from headwise.ops.gradients import learns
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
+from headwise.ops.head_attention.decode import is_decoding
+from headwise.ops.native import is_built
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
 # Below this many scores, finding out which heads are on costs more than computing all of them.
 _FEWEST_SCORES = 2**20
-# Below this size of the keys, a decode step waits for Python rather than for memory.
+# Below this size of the keys, impl "decode" waits for Python rather than for memory.
 _SMALLEST_CACHE = 8 * 2**20
-# Above this many query tokens per key head, arithmetic costs more than reading the cache.
-_MOST_DECODED = 16
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
     # Triton is on machines with a GPU, and `import headwise` does without.
     from headwise.ops.head_attention import triton
 
-    if _is_decoding(q, k, v, gate) and options["bias"] is None:
+    if is_decoding(q, k, v, gate) and options["bias"] is None:
         del options["bias"]
         return triton.decode_attention(q, k, v, gate, **options)
     return triton.head_attention(q, k, v, gate, **options)
-
-
-def _is_decoding(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> bool:
-    """Few queries for each key head, and nothing to learn."""
-    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns(q, k, v, gate)
 
 
 _IMPLEMENTATIONS = {
@@ -110,22 +104,24 @@ def choose(
 ) -> Impl:
     """The implementation that "auto" stands for.
 
-    CUDA: triton; gathered where a bias is added or the head width has no kernel. CPU: decode for a
-    few queries on a long cache without gradients, dense for short inputs, native where it is built
-    and takes the input, gathered otherwise; both compute all heads where too few are off
-    (`gathered.largest_share`). Other devices: dense.
+    CUDA: triton; gathered where a bias is added or the head width has no kernel. CPU: native where
+    it is built and takes the input, gathered otherwise, and dense for short inputs. For a few
+    queries without gradients: native, else decode for a long cache, else dense. Both native and
+    gathered compute all heads where too few are off (`gathered.largest_share`). Other devices:
+    dense.
     """
     if q.device.type == "cuda":
         kernel = bias is None and q.shape[3] % 16 == 0 and 32 <= q.shape[3] <= 256
         return "triton" if kernel and q.dtype != torch.float64 else "gathered"
     if q.device.type != "cpu":
         return "dense"
-    if _is_decoding(q, k, v, gate):
-        cache = k.numel() * k.element_size()
-        return "decode" if cache >= _SMALLEST_CACHE else "dense"
+    fused = is_built() and native.takes(q, k, v, gate, mask, bias)
+    if is_decoding(q, k, v, gate):
+        long = k.numel() * k.element_size() >= _SMALLEST_CACHE
+        return "native" if fused else "decode" if long else "dense"
     if gate.numel() * k.shape[1] < _FEWEST_SCORES:
         return "dense"
-    return "native" if native.takes(q, mask, bias) and native.is_built() else "gathered"
+    return "native" if fused else "gathered"
 
 
 def _check(

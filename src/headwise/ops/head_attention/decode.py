@@ -17,6 +17,14 @@ from torch import Tensor
 from headwise.ops.gradients import learns
 from headwise.ops.head_attention.rectangle import added_to_scores, attend
 
+# Above this many query tokens per key head, arithmetic costs more than reading the cache.
+_MOST_DECODED = 16
+
+
+def is_decoding(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> bool:
+    """Few queries for each key head, and nothing to learn."""
+    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns(q, k, v, gate)
+
 
 def head_attention(
     q: Tensor,

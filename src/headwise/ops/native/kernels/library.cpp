@@ -1,14 +1,11 @@
-// Attention of the heads that are on, for CPUs: FlashAttention's tiling over gathered queries.
-//
-// A row is a query token under one of the query heads that share a key head; every (batch, key
-// head) has a list of the rows that are on, ascending. Blocks of a list are computed side by side.
-// Matrix products are oneDNN's, through torch; bfloat16 is multiplied as such and summed in float32.
-//
-// Sources: MoH, arXiv 2410.11842, Eq. 4; FlashAttention, arXiv 2205.14135 and 2307.08691.
+// The kernels as operators of torch, CPU only. Matrix products are oneDNN's, through torch; bfloat16
+// is multiplied as such and summed in float32.
 #include <torch/library.h>
 
-#include "backward.h"
-#include "forward.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "decode.h"
+#include "experts.h"
 
 namespace headwise {
 
@@ -37,6 +34,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dgate};
 }
 
+Tensor decode_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
+    double scale, const std::optional<Tensor>& mask) {
+  const auto compute = q.scalar_type() == at::kFloat ? decode<float> : decode<BFloat16>;
+  return compute(q, k, v, gate, causal, scale, mask);
+}
+
+Tensor expert_mlp(
+    const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& up,
+    const Tensor& down, bool relu) {
+  const bool half = x.scalar_type() == at::kBFloat16;
+  const auto compute = half ? (relu ? experts<BFloat16, RELU> : experts<BFloat16, SILU>)
+                            : (relu ? experts<float, RELU> : experts<float, SILU>);
+  return compute(x, weights, indices, up, down);
+}
+
 }  // namespace headwise
 
 TORCH_LIBRARY(headwise_native, m) {
@@ -46,9 +59,17 @@ TORCH_LIBRARY(headwise_native, m) {
   m.def(
       "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor gate, Tensor y, "
       "Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, float scale, "
+      "Tensor? mask) -> Tensor");
+  m.def(
+      "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("attention", &headwise::attention);
   m.impl("attention_backward", &headwise::attention_backward);
+  m.impl("decode_attention", &headwise::decode_attention);
+  m.impl("expert_mlp", &headwise::expert_mlp);
 }

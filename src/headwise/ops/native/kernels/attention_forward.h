@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "rows.h"
+#include "attention.h"
 
 namespace headwise {
 
@@ -83,7 +83,8 @@ void forward(
       if (lists[list].empty()) continue;
       const T* keys = of_list<T>(k, z, list) + first * k.stride(1);
       const T* values = of_list<T>(v, z, list) + first * v.stride(1);
-      pack_transposed(packed_k + i * KEYS * c, keys, k.stride(1), n, KEYS, c);
+      const auto key = [&](int64_t j) { return keys + j * k.stride(1); };
+      pack_transposed(packed_k + i * KEYS * c, key, n, KEYS, c);
       pack(packed_v + i * KEYS * c, values, v.stride(1), n, KEYS, c);
     }
   });

@@ -1,4 +1,4 @@
-// What both passes share: rows and their lists, packed operands, products, threads.
+// What all kernels share: packed operands, products, threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,10 +17,8 @@ using at::BFloat16;
 using at::Tensor;
 using at::native::cpublas::brgemm;
 
-constexpr int64_t ROWS = 64;  // of a block
-constexpr int64_t KEYS = 256;  // of a step
 // Products compile for each size that they see; multiples keep those few.
-constexpr int64_t ROW_MULTIPLE = 32, KEY_MULTIPLE = 64;
+constexpr int64_t ROW_MULTIPLE = 32;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // Uninitialised, unlike a vector: kernels write before they read.
@@ -94,19 +92,70 @@ void pack(T* out, const T* in, int64_t stride, int64_t count, int64_t rows, int6
   }
 }
 
-// The same for the transpose of `in` [count, channels]: B [channels, columns]. A transposition of
-// words of 32 bits, be they a float or a pair of halves.
-template <typename T>
-void pack_transposed(
-    T* out, const T* in, int64_t stride, int64_t count, int64_t columns, int64_t channels) {
-  constexpr int64_t each = HALF<T> ? 2 : 1;
-  auto* words = reinterpret_cast<uint32_t*>(out);
-  for (int64_t j0 = 0; j0 < channels / each; j0 += 16)
-    for (int64_t i = 0; i < columns; ++i) {
-      const auto* row = reinterpret_cast<const uint32_t*>(in + i * stride);
-      for (int64_t j = j0; j < std::min(j0 + 16, channels / each); ++j)
-        words[j * columns + i] = i < count ? row[j] : 0;
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+// Words of 32 bits, be they a float or a pair of halves.
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+// Exchanges what differs in this bit of row and column; all bits in turn transpose a square.
+template <int BIT>
+inline void exchange(Words (&rows)[LANES]) {
+  Words first, second;
+  for (int i = 0; i < LANES; ++i) {
+    first[i] = i & BIT ? LANES + i - BIT : i;
+    second[i] = i & BIT ? LANES + i : i + BIT;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & BIT)) {
+      const Words a = rows[i], b = rows[i + BIT];
+      rows[i] = __builtin_shuffle(a, b, first), rows[i + BIT] = __builtin_shuffle(a, b, second);
     }
+}
+
+inline void transpose_square(Words (&rows)[LANES]) {
+  if constexpr (LANES == 16) exchange<LANES / 2>(rows);
+  exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
+}
+
+// Copies a row of a square, or the part of it that there is.
+inline void copy_words(void* out, const void* in, int64_t words) {
+  if (words >= LANES)
+    std::memcpy(out, in, sizeof(Words));
+  else
+    std::memcpy(out, in, words * sizeof(uint32_t));
+}
+
+// out[j][i] = row_of(i)[j] for j < words, and 0 for i from `count` to `columns`.
+template <typename RowOf>
+void transpose_words(
+    uint32_t* out, int64_t out_stride, const RowOf& row_of, int64_t count, int64_t columns,
+    int64_t words) {
+  Words square[LANES];
+  for (int64_t i = 0; i < columns; i += LANES)
+    for (int64_t j = 0; j < words; j += LANES) {
+      for (int64_t r = 0; r < LANES; ++r) {
+        square[r] = Words{};
+        if (i + r < count) copy_words(&square[r], row_of(i + r) + j, words - j);
+      }
+      transpose_square(square);
+      for (int64_t r = 0; r < std::min<int64_t>(LANES, words - j); ++r)
+        copy_words(out + (j + r) * out_stride + i, &square[r], columns - i);
+    }
+}
+
+// The same for the transpose of `count` rows [channels], row_of(i) being where one starts:
+// B [channels, columns].
+template <typename T, typename RowOf>
+void pack_transposed(
+    T* out, const RowOf& row_of, int64_t count, int64_t columns, int64_t channels) {
+  transpose_words(
+      reinterpret_cast<uint32_t*>(out), columns,
+      [&](int64_t i) { return reinterpret_cast<const uint32_t*>(row_of(i)); }, count, columns,
+      channels * sizeof(T) / sizeof(uint32_t));
 }
 
 template <typename T>
@@ -114,36 +163,6 @@ void multiply(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
     int64_t ldc, bool add) {
   brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, HALF<T>);
-}
-
-struct Sizes {
-  int64_t batch, queries, heads, channels, keys, key_heads, group, offset;
-  bool causal;
-
-  Sizes(const Tensor& q, const Tensor& k, bool causal)
-      : batch(q.size(0)), queries(q.size(1)), heads(q.size(2)), channels(q.size(3)),
-        keys(k.size(1)), key_heads(k.size(2)), group(heads / key_heads), offset(keys - queries),
-        causal(causal) {}
-
-  int64_t lists() const { return batch * key_heads; }
-  int64_t steps() const { return (keys + KEYS - 1) / KEYS; }
-  // The last key that a row sees.
-  int64_t limit(int32_t row) const { return causal ? row / group + offset : keys - 1; }
-  // Where a row of a list stands in [B, T, H].
-  int64_t place(int64_t list, int32_t row) const {
-    return (list / key_heads * queries + row / group) * heads + list % key_heads * group +
-        row % group;
-  }
-};
-
-inline std::vector<std::vector<int32_t>> rows_that_are_on(const Sizes& z, const float* gates) {
-  std::vector<std::vector<int32_t>> lists(z.lists());
-  at::parallel_for(0, z.lists(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t list = begin; list < end; ++list)
-      for (int32_t row = 0; row < z.queries * z.group; ++row)
-        if (gates[z.place(list, row)] != 0 && z.limit(row) >= 0) lists[list].push_back(row);
-  });
-  return lists;
 }
 
 // Calls work(i) for every i below count; threads take the next one when they are done.
@@ -155,12 +174,6 @@ void share_out(int64_t count, const Work& make_worker) {
     for (int64_t i; (i = next++) < count;) work(i);
     at::native::cpublas::brgemm_release();
   });
-}
-
-// Keys or values [B, S, Hkv, C] of one list.
-template <typename T>
-const T* of_list(const Tensor& x, const Sizes& z, int64_t list) {
-  return x.const_data_ptr<T>() + list / z.key_heads * x.stride(0) + list % z.key_heads * x.stride(2);
 }
 
 }  // namespace headwise

@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-#include "rows.h"
+#include "attention.h"
 
 namespace headwise {
 
@@ -52,8 +52,9 @@ void backward_rows(
   }
   pack(w.q_packed.data(), w.q.data(), c, count, padded, c);
   pack(w.dout_packed.data(), w.dout.data(), c, count, padded, c);
-  pack_transposed(w.q_transposed.data(), w.q.data(), c, count, padded, c);
-  pack_transposed(w.dout_transposed.data(), w.dout.data(), c, count, padded, c);
+  const auto row_of = [&](T* rows) { return [=](int64_t i) { return rows + i * c; }; };
+  pack_transposed(w.q_transposed.data(), row_of(w.q.data()), count, padded, c);
+  pack_transposed(w.dout_transposed.data(), row_of(w.dout.data()), count, padded, c);
   std::fill_n(w.dq.data(), padded * c, 0.0f);
   const T *k = of_list<T>(x.k, z, list), *v = of_list<T>(x.v, z, list);
   const int64_t end = z.limit(rows[count - 1]) + 1, ks = x.k.stride(1), vs = x.v.stride(1);

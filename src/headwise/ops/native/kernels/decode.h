@@ -1,0 +1,180 @@
+// A few query tokens against a long cache: key heads that no row needs are never read.
+//
+// Reading keys and values is the cost. Keys are cut into pieces, so that threads share out evenly
+// whatever is on; what the pieces found is merged by the sums of their exponentials.
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include "attention.h"
+
+namespace headwise {
+
+constexpr int64_t PIECE = 512;  // keys
+constexpr int64_t TOGETHER = 4;  // keys read at once
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Four keys (or values) from `first` on; the last one stands in where there are fewer.
+template <typename T>
+std::array<const T*, TOGETHER> four(const T* x, int64_t stride, int64_t first, int64_t size) {
+  const auto at = [&](int64_t i) { return x + std::min(first + i, size - 1) * stride; };
+  return {at(0), at(1), at(2), at(3)};
+}
+
+template <typename T>
+void score(float* s, const float* q, const std::array<const T*, TOGETHER>& keys, int64_t channels) {
+  const T *ka = keys[0], *kb = keys[1], *kc = keys[2], *kd = keys[3];
+  float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < channels; ++i) {
+    a += q[i] * to_float(ka[i]);
+    b += q[i] * to_float(kb[i]);
+    c += q[i] * to_float(kc[i]);
+    d += q[i] * to_float(kd[i]);
+  }
+  s[0] = a, s[1] = b, s[2] = c, s[3] = d;
+}
+
+template <typename T>
+void add_values(
+    float* out, const float* p, const std::array<const T*, TOGETHER>& values, int64_t channels) {
+  const T *va = values[0], *vb = values[1], *vc = values[2], *vd = values[3];
+  const float a = p[0], b = p[1], c = p[2], d = p[3];
+#pragma omp simd
+  for (int64_t i = 0; i < channels; ++i)
+    out[i] += a * to_float(va[i]) + b * to_float(vb[i]) + c * to_float(vc[i]) + d * to_float(vd[i]);
+}
+
+// Scores to weights, in place; returns their peak (in powers of 2) and sum.
+inline std::pair<float, float> to_weights(float* s, int64_t n) {
+  float peak = -INFINITY, total = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t j = 0; j < n; ++j) peak = s[j] > peak ? s[j] : peak;
+  if (peak == -INFINITY) {
+    std::fill_n(s, n, 0.0f);
+    return {peak, 0};
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < n; ++j) {
+    s[j] = exp2_of<float>(s[j] - peak);
+    total += s[j];
+  }
+  return {peak, total};
+}
+
+// What may be seen, [B|1, H|1, T|1, S|1], besides causality.
+struct Mask {
+  Tensor wide;
+
+  Mask(const std::optional<Tensor>& mask, const Sizes& z) {
+    if (mask) wide = mask->expand({z.batch, z.heads, z.queries, z.keys});
+  }
+  void hide(float* s, const Sizes& z, int64_t list, int32_t row, int64_t first, int64_t n) const {
+    const int64_t seen = z.limit(row) + 1 - first;
+    for (int64_t j = std::max<int64_t>(seen, 0); j < n; ++j) s[j] = -INFINITY;
+    if (!wide.defined()) return;
+    const int64_t head = list % z.key_heads * z.group + row % z.group;
+    const bool* at = wide.const_data_ptr<bool>() + list / z.key_heads * wide.stride(0) +
+        head * wide.stride(1) + row / z.group * wide.stride(2) + first * wide.stride(3);
+    for (int64_t j = 0; j < n; ++j)
+      if (!at[j * wide.stride(3)]) s[j] = -INFINITY;
+  }
+};
+
+// One piece of a list: for each row its peak, its sum, and the weighted values [channels].
+template <typename T>
+void decode_piece(
+    const Sizes& z, const Mask& mask, const Tensor& k, const Tensor& v, int64_t list,
+    const std::vector<int32_t>& rows, const float* q, int64_t first, float* s, float* found) {
+  const int64_t c = z.channels, n = std::min(PIECE, z.keys - first);
+  const int64_t count = static_cast<int64_t>(rows.size());
+  const T* keys = of_list<T>(k, z, list) + first * k.stride(1);
+  const T* values = of_list<T>(v, z, list) + first * v.stride(1);
+  for (int64_t j = 0; j < n; j += TOGETHER) {
+    const auto together = four(keys, k.stride(1), j, n);
+    for (int64_t r = 0; r < count; ++r) score(s + r * PIECE + j, q + r * c, together, c);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    float *scores = s + r * PIECE, *own = found + r * (c + 2);
+    mask.hide(scores, z, list, rows[r], first, n);
+    std::tie(own[0], own[1]) = to_weights(scores, n);
+    std::fill(scores + n, scores + round_up(n, TOGETHER), 0.0f);
+    std::fill_n(own + 2, c, 0.0f);
+  }
+  for (int64_t j = 0; j < n; j += TOGETHER) {
+    const auto together = four(values, v.stride(1), j, n);
+    for (int64_t r = 0; r < count; ++r)
+      add_values(found + r * (c + 2) + 2, s + r * PIECE + j, together, c);
+  }
+}
+
+// The pieces of a row become one: y = gate · sum of values / sum of weights.
+template <typename T>
+void merge(T* y, const float* found, int64_t pieces, int64_t stride, int64_t c, float gate) {
+  float peak = -INFINITY, total = 0;
+  std::vector<float> out(c, 0.0f);
+  for (int64_t i = 0; i < pieces; ++i) peak = std::max(peak, found[i * stride]);
+  for (int64_t i = 0; i < pieces && peak > -INFINITY; ++i) {
+    const float* own = found + i * stride;
+    const float factor = std::exp2(own[0] - peak);
+    total += factor * own[1];
+    for (int64_t j = 0; j < c; ++j) out[j] += factor * own[2 + j];
+  }
+  for (int64_t j = 0; j < c && total > 0; ++j) out[j] = gate * (out[j] / total);
+  store(y, out.data(), c);
+}
+
+template <typename T>
+Tensor decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
+    float scale, const std::optional<Tensor>& masked) {
+  const Sizes z(q, k, causal);
+  const Mask mask(masked, z);
+  const int64_t c = z.channels, pieces = (z.keys + PIECE - 1) / PIECE, each = c + 2;
+  const auto lists = rows_that_are_on(z, gate.const_data_ptr<float>());
+  std::vector<int64_t> active, starts(z.lists());
+  int64_t rows = 0, most = 0;
+  for (int64_t list = 0; list < z.lists(); ++list) {
+    const int64_t count = static_cast<int64_t>(lists[list].size());
+    if (count) active.push_back(list);
+    starts[list] = rows, rows += count, most = std::max(most, count);
+  }
+  // Queries [rows, C] of the lists in turn, scaled; and what is found, [list][piece][row].
+  Buffer<float> queries(rows * c), found(rows * pieces * each);
+  for (const int64_t list : active)
+    for (size_t r = 0; r < lists[list].size(); ++r)
+      for (int64_t j = 0; j < c; ++j)
+        queries[(starts[list] + r) * c + j] = scale * LOG2E *
+            to_float(q.const_data_ptr<T>()[z.place(list, lists[list][r]) * c + j]);
+  share_out(static_cast<int64_t>(active.size()) * pieces, [&] {
+    return [&, s = Buffer<float>(most * PIECE)](int64_t i) mutable {
+      const int64_t list = active[i / pieces], piece = i % pieces;
+      const int64_t count = static_cast<int64_t>(lists[list].size());
+      decode_piece<T>(
+          z, mask, k, v, list, lists[list], queries.data() + starts[list] * c, piece * PIECE,
+          s.data(), found.data() + (starts[list] * pieces + piece * count) * each);
+    };
+  });
+  Tensor y = at::zeros(q.sizes(), q.options());
+  for (const int64_t list : active) {
+    const int64_t count = static_cast<int64_t>(lists[list].size());
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t place = z.place(list, lists[list][r]);
+      merge<T>(
+          y.mutable_data_ptr<T>() + place * c,
+          found.data() + (starts[list] * pieces + r) * each, pieces, count * each, c,
+          gate.const_data_ptr<float>()[place]);
+    }
+  }
+  return y;
+}
+
+}  // namespace headwise
