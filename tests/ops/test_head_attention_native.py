@@ -91,7 +91,8 @@ def test_a_value_of_a_later_token_changes_nothing():
     assert torch.equal(before[:, :200], after[:, :200])
 
 
-def test_bfloat16_without_gradients_is_torch_s_where_nearly_all_heads_are_on():
+def test_processors_with_tiles_have_torch_compute_nearly_all_heads_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(native, "_HAS_TILES", True)
     tensors = arguments(T=31, S=31, on=1, dtype=torch.bfloat16)
     q, k, v, gate = tensors.values()
     want, _ = whole.forward(q, k, v, gate, True, None, None, 22**-0.5)

@@ -174,7 +174,7 @@ def resident():
 def step(length):
     x = torch.randn(1, length, DIM, requires_grad=True)
     layer(x)[0].sum().backward()
-step(256)
+step(1024)
 before, peak, done = resident(), 0.0, False
 def watch():
     global peak

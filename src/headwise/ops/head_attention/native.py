@@ -17,8 +17,10 @@ from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.head_attention.gathered import attention_flops, share_on
 
 _MOST_CHANNELS = 1024
-# From this share of heads on, a forward in bfloat16 is faster by torch's own kernel.
-_LARGEST_SHARE = 0.85
+# On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
+# of heads on; on others these kernels are, at every share (results/performance.csv).
+_LARGEST_SHARE, _NEVER = 0.85, 2.0
+_HAS_TILES = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def head_attention(
@@ -41,8 +43,8 @@ def head_attention(
         )
     if is_decoding(q, k, v, gate):
         return native_decode(q, k, v, gate.float(), causal, scale, mask)
-    never = 2.0
-    limit = never if learns(q, k, v, gate) or q.dtype == torch.float32 else _LARGEST_SHARE
+    half = q.dtype == torch.bfloat16 and not learns(q, k, v, gate)
+    limit = _LARGEST_SHARE if _HAS_TILES and half else _NEVER
     return native_attention(q, k, v, gate.float(), causal, scale, limit)[0]
 
 

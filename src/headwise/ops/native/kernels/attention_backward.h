@@ -1,4 +1,4 @@
-// Scores again, transposed: [keys, rows], so that five products do without another transposition.
+// Scores again, transposed: [keys, rows], as four of the five products want them.
 #pragma once
 
 #include <mutex>
@@ -7,19 +7,25 @@
 
 namespace headwise {
 
-// What a thread needs for the backward of a block, everything transposed: [keys, rows].
+// What a thread needs for the backward of a block; s, dp, p and ds are [keys, rows]. The sums dk
+// and dv [keys, channels] may instead be those of the result, `stride` apart.
 template <typename T>
 struct Scratch {
-  Buffer<float> s, dp, dq, dk, dv;
-  Buffer<T> p, ds, ds_packed, q, dout, q_packed, dout_packed, q_transposed, dout_transposed;
-  Buffer<T> k_transposed;
+  Buffer<float> s, dp, ds_rows, dq, own_dk, own_dv;
+  float *dk, *dv;
+  int64_t stride;
+  Buffer<T> p, ds, half_ds_rows, q, dout, q_packed, dout_packed, q_transposed, dout_transposed;
+  Buffer<T> k_packed;
 
-  explicit Scratch(const Sizes& z)
-      : s(KEYS * ROWS), dp(KEYS * ROWS), dq(ROWS * z.channels), dk(z.keys * z.channels),
-        dv(z.keys * z.channels), p(KEYS * ROWS), ds(KEYS * ROWS), ds_packed(KEYS * ROWS),
+  Scratch(const Sizes& z, bool own)
+      : s(KEYS * ROWS), dp(KEYS * ROWS), ds_rows(ROWS * KEYS), dq(ROWS * z.channels),
+        own_dk(own ? z.keys * z.channels : 0), own_dv(own ? z.keys * z.channels : 0),
+        dk(own_dk.data()), dv(own_dv.data()), stride(z.channels), p(HALF<T> ? KEYS * ROWS : 0),
+        ds(HALF<T> ? KEYS * ROWS : 0), half_ds_rows(HALF<T> ? ROWS * KEYS : 0),
         q(ROWS * z.channels), dout(ROWS * z.channels), q_packed(ROWS * z.channels),
         dout_packed(ROWS * z.channels), q_transposed(ROWS * z.channels),
-        dout_transposed(ROWS * z.channels), k_transposed(z.channels * round_up(z.keys, 2)) {}
+        dout_transposed(ROWS * z.channels),
+        k_packed(HALF<T> ? round_up(z.keys, 2) * z.channels : 0) {}
 };
 
 struct Operands {
@@ -87,37 +93,47 @@ void backward_rows(
     }
     const T* p = HALF<T> ? w.p.data() : reinterpret_cast<const T*>(w.s.data());
     const T* ds = HALF<T> ? w.ds.data() : reinterpret_cast<const T*>(w.dp.data());
-    multiply(width, c, padded, p, padded, w.dout_packed.data(), c, w.dv.data() + first * c, c, true);
-    multiply(width, c, padded, ds, padded, w.q_packed.data(), c, w.dk.data() + first * c, c, true);
-    const int64_t even = round_up(width, 2);
-    if constexpr (HALF<T>) pack(w.ds_packed.data(), ds, padded, width, even, padded);
     multiply(
-        c, padded, HALF<T> ? even : width, w.k_transposed.data() + first, round_up(z.keys, 2),
-        HALF<T> ? w.ds_packed.data() : ds, padded, w.dq.data(), padded, true);
+        width, c, padded, p, padded, w.dout_packed.data(), c, w.dv + first * w.stride, w.stride,
+        true);
+    multiply(
+        width, c, padded, ds, padded, w.q_packed.data(), c, w.dk + first * w.stride, w.stride,
+        true);
+    const int64_t even = round_up(width, 2);
+    transpose_words(
+        reinterpret_cast<uint32_t*>(w.ds_rows.data()), KEYS,
+        [&](int64_t j) { return reinterpret_cast<uint32_t*>(w.dp.data() + j * padded); }, width,
+        even, padded);
+    if constexpr (HALF<T>) {
+      for (int64_t r = 0; r < padded; ++r)
+        store(w.half_ds_rows.data() + r * KEYS, w.ds_rows.data() + r * KEYS, even);
+      multiply(
+          padded, c, even, w.half_ds_rows.data(), KEYS, w.k_packed.data() + first * c, c,
+          w.dq.data(), c, true);
+    } else {
+      multiply(
+          padded, c, width, w.ds_rows.data(), KEYS, k + first * ks, ks, w.dq.data(), c, true);
+    }
   }
   T* dq = x.dq.mutable_data_ptr<T>();
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t j = 0; j < c; ++j) row[j] = x.scale * w.dq[j * padded + r];
+    for (int64_t j = 0; j < c; ++j) row[j] = x.scale * w.dq[r * c + j];
     store(dq + z.place(list, rows[r]) * c, row, c);
   }
 }
 
-// [count, channels] to [channels, columns], 0 from `count` on.
+// Where dk or dv [B, S, Hkv, C] of a list begin; keys are key_heads * channels apart.
 template <typename T>
-void transpose(
-    T* out, const T* in, int64_t stride, int64_t count, int64_t columns, int64_t channels) {
-  for (int64_t j0 = 0; j0 < channels; j0 += 16)
-    for (int64_t i = 0; i < columns; ++i)
-      for (int64_t j = j0; j < std::min(j0 + 16, channels); ++j)
-        out[j * columns + i] = i < count ? in[i * stride + j] : T(0);
+T* of_result(Tensor& out, const Sizes& z, int64_t list) {
+  return out.mutable_data_ptr<T>() +
+      (list / z.key_heads * z.keys * z.key_heads + list % z.key_heads) * z.channels;
 }
 
-// Adds what one thread found for a list to dk or dv [B, S, Hkv, C].
+// Adds what one thread found for a list to dk or dv.
 template <typename T>
-void add_to(Tensor& out, const Sizes& z, int64_t list, float* sums, float factor) {
+void add_to(T* out, const Sizes& z, float* sums, float factor) {
   for (int64_t j = 0; j < z.keys; ++j) {
-    T* row = out.mutable_data_ptr<T>() +
-        ((list / z.key_heads * z.keys + j) * z.key_heads + list % z.key_heads) * z.channels;
+    T* row = out + j * z.key_heads * z.channels;
     float* sum = sums + j * z.channels;
     for (int64_t i = 0; i < z.channels; ++i)
       sum[i] = factor * sum[i] + static_cast<float>(row[i]);
@@ -131,24 +147,37 @@ void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
   const auto lists = rows_that_are_on(z, x.gate.const_data_ptr<float>());
   // Only where there are fewer lists than threads do threads share one.
   const int64_t parts = std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(1, z.lists()));
+  const bool in_place = !HALF<T> && parts == 1;
   std::vector<std::mutex> locks(z.lists());
   share_out(z.lists() * parts, [&] {
-    return [&, w = Scratch<T>(z)](int64_t i) mutable {
+    return [&, w = Scratch<T>(z, !in_place)](int64_t i) mutable {
       const int64_t list = i / parts, part = i % parts;
       const auto& rows = lists[list];
       const int64_t size = static_cast<int64_t>(rows.size());
       if (part * ROWS >= size) return;
-      std::fill_n(w.dk.data(), z.keys * z.channels, 0.0f);
-      std::fill_n(w.dv.data(), z.keys * z.channels, 0.0f);
-      transpose(
-          w.k_transposed.data(), of_list<T>(x.k, z, list), x.k.stride(1), z.keys,
-          round_up(z.keys, 2), z.channels);
+      T *own_dk = of_result<T>(dk, z, list), *own_dv = of_result<T>(dv, z, list);
+      if (in_place) {
+        w.dk = reinterpret_cast<float*>(own_dk), w.dv = reinterpret_cast<float*>(own_dv);
+        w.stride = z.key_heads * z.channels;
+      } else {
+        std::fill_n(w.dk, z.keys * z.channels, 0.0f);
+        std::fill_n(w.dv, z.keys * z.channels, 0.0f);
+      }
+      if constexpr (HALF<T>)
+        pack(
+            w.k_packed.data(), of_list<T>(x.k, z, list), x.k.stride(1), z.keys,
+            round_up(z.keys, 2), z.channels);
       for (int64_t first = part * ROWS; first < size; first += parts * ROWS)
         backward_rows<T>(
             z, x, list, rows.data() + first, std::min(ROWS, size - first), w);
+      if (in_place) {
+        for (int64_t j = 0; j < z.keys; ++j)
+          for (int64_t c = 0; c < z.channels; ++c) w.dk[j * w.stride + c] *= x.scale;
+        return;
+      }
       const std::lock_guard<std::mutex> lock(locks[list]);
-      add_to<T>(dk, z, list, w.dk.data(), x.scale);
-      add_to<T>(dv, z, list, w.dv.data(), 1);
+      add_to<T>(own_dk, z, w.dk, x.scale);
+      add_to<T>(own_dv, z, w.dv, 1);
     };
   });
 }
