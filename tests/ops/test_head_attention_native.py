@@ -147,6 +147,8 @@ def test_auto_takes_it_where_it_is_built():
     assert choose(*tensors.values(), mask, None) == "gathered"
     wide = {name: x.double() for name, x in tensors.items()}
     assert choose(*wide.values(), None, None) == "gathered"
+    short = arguments(T=100, S=100)
+    assert choose(*short.values(), None, None) == "dense"
     few = arguments(T=1, S=5)
     assert choose(*few.values(), None, None) == "native"
     assert choose(*few.values(), None, torch.zeros(5)) == "dense"

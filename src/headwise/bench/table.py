@@ -50,14 +50,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _is_shown(row: Row) -> bool:
-    """Causal attention at half of the heads from short to long, and the longest of all else."""
-    case, shape, share = row["case"], row["shape"], float(row["share"])
+    """Of attention the shortest and the longest, of decoding the largest batch, of the rest all."""
     if row["benchmark"] == "attention":
-        longest = shape.startswith("T=4096") and "kv" not in shape and share >= 0.5
-        short = case == "core, causal" and share == 0.5 and "kv" not in shape
-        full = case.startswith("core, full") and (share != 0.5 or "skewed" in case)
-        return row["rival"] == "SDPA" and (longest or short) and not full
-    return row["benchmark"] != "decode" or "S=16384" in shape
+        plain = not any(word in row["case"] + row["shape"] for word in ("skewed", "kv"))
+        length, share = row["shape"].split(",")[0], float(row["share"])
+        short = length == "T=512" and "causal" in row["case"]
+        long = length == "T=4096" and share >= 0.5 and not ("full" in row["case"] and share != 0.5)
+        return row["rival"] == "SDPA" and plain and (short or long)
+    return row["benchmark"] != "decode" or "B=8" in row["shape"]
 
 
 def page(rows: Sequence[Row], chart: str) -> str:

@@ -10,7 +10,6 @@ from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
 from headwise.ops.routing import HeadMode
 
-
 # Of the outputs of a matrix product: a cache line of float32.
 _FAST_MULTIPLE = 16
 

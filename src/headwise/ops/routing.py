@@ -55,7 +55,9 @@ def top_k_lowest_first(scores: Float[Tensor, "*batch E"], k: int) -> Int[Tensor,
     torch.max and a stable sort do not. Scores must be finite.
     """
     if not 0 < k <= _FEW * scores.shape[-1]:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+        # A copy, or the order of all would be kept as long as that of the best.
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        return order[..., :k].contiguous()
     best = [scores.max(-1, keepdim=True).indices]
     while len(best) < k:
         scores = scores.scatter(-1, best[-1], float("-inf"))

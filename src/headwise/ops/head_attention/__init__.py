@@ -21,7 +21,9 @@ from headwise.ops.native import is_built
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
-# Below this many scores, finding out which heads are on costs more than computing all of them.
+# Below these, finding out which heads are on costs more than computing all of them: the keys for
+# impl "native", all scores for impl "gathered".
+_FEWEST_KEYS = 128
 _FEWEST_SCORES = 2**20
 # Below this size of the keys, impl "decode" waits for Python rather than for memory.
 _SMALLEST_CACHE = 8 * 2**20
@@ -105,23 +107,21 @@ def choose(
     """The implementation that "auto" stands for.
 
     CUDA: triton; gathered where a bias is added or the head width has no kernel. CPU: native where
-    it is built and takes the input, gathered otherwise, and dense for short inputs. For a few
-    queries without gradients: native, else decode for a long cache, else dense. Both native and
-    gathered compute all heads where too few are off (`gathered.largest_share`). Other devices:
-    dense.
+    it is built and takes the input; else decode for a few queries without gradients, gathered
+    otherwise; dense for short inputs. Where too few heads are off, gathered computes all
+    (`gathered.largest_share`). Other devices: dense.
     """
     if q.device.type == "cuda":
         kernel = bias is None and q.shape[3] % 16 == 0 and 32 <= q.shape[3] <= 256
         return "triton" if kernel and q.dtype != torch.float64 else "gathered"
     if q.device.type != "cpu":
         return "dense"
-    fused = is_built() and native.takes(q, k, v, gate, mask, bias)
-    if is_decoding(q, k, v, gate):
-        long = k.numel() * k.element_size() >= _SMALLEST_CACHE
-        return "native" if fused else "decode" if long else "dense"
-    if gate.numel() * k.shape[1] < _FEWEST_SCORES:
-        return "dense"
-    return "native" if fused else "gathered"
+    decoding = is_decoding(q, k, v, gate)
+    if is_built() and native.takes(q, k, v, gate, mask, bias):
+        return "native" if decoding or k.shape[1] >= _FEWEST_KEYS else "dense"
+    if decoding:
+        return "decode" if k.numel() * k.element_size() >= _SMALLEST_CACHE else "dense"
+    return "gathered" if gate.numel() * k.shape[1] >= _FEWEST_SCORES else "dense"
 
 
 def _check(
