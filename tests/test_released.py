@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from headwise import MHMoE, MoHAttention, balance_loss, load_released
+from headwise import MHMoE, MoHAttention, balance_loss, load_released, record_routing
 from headwise.ops import load_and_probability
 
 GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
@@ -101,6 +102,65 @@ def test_mixture_equals_the_formulas(name, dtype):
     )
     share, _ = load_and_probability(routing)
     assert_near(share, tensors["load"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_llama_equals_the_released_code(cached, dtype, tmp_path):
+    parameters, tensors, metadata = golden("moh_llama_small", dtype)
+    model = load_released("moh_llama", parameters, json.loads(metadata["config"]))
+    ids = tensors["input_ids"]
+    with torch.no_grad(), record_routing(model) as routings:
+        if cached:
+            logits, masks, cache = [], [], None
+            for piece in ids.split([17, 1, 3, 1, ids.shape[1] - 22], dim=1):
+                output = model(piece, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+                masks.append([r.weights != 0 for r in routings.values()])
+            logits = torch.cat(logits, dim=1)
+            masks = [torch.cat(layer, dim=1) for layer in zip(*masks, strict=True)]
+        else:
+            logits = model(ids).logits
+            masks = [r.weights != 0 for r in routings.values()]
+    assert_near(logits, tensors["logits"])
+    for layer, mask in enumerate(masks):
+        assert torch.equal(mask, tensors[f"head_mask.{layer}"])
+    # Saved again it is an ordinary model of ours.
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert_near(again(ids).logits, model(ids).logits)
+
+
+LLAMA = {
+    "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 7,
+    "num_hidden_layers": 1, "vocab_size": 11, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def test_a_directory_as_transformers_saves_it(tmp_path):
+    plain = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    plain.save_pretrained(tmp_path)
+    model = load_released("moh_llama", tmp_path)
+    want = load_released("moh_llama", plain.state_dict(), LLAMA)
+    ids = torch.randint(11, (2, 5))
+    assert torch.equal(model(ids).logits, want(ids).logits)
+    assert {layer.self_attn.router.budget.active_heads for layer in model.model.layers} == {3}
+    with pytest.raises(ValueError, match=r"config is .* it must be None"):
+        load_released("moh_llama", tmp_path, LLAMA)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"moh_llama: the weights in .*missing_keys"):
+        load_released("moh_llama", tmp_path)
+
+
+def test_a_llama_that_does_not_fit_is_refused():
+    tensors = LlamaForCausalLM(LlamaConfig(**LLAMA)).state_dict()
+    with pytest.raises(ValueError, match=r"config does not fit moh_llama.*shared_head"):
+        load_released("moh_llama", tensors, LLAMA | {"shared_head": 3})
+    del tensors["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"(?s)moh_llama: .*model\.norm\.weight"):
+        load_released("moh_llama", tensors, LLAMA)
 
 
 ATTENTION = {"dim": 12, "num_heads": 4, "shared_heads": 2, "active_heads": 3}

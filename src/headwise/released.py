@@ -1,30 +1,37 @@
 """Reading weights under the names of the released code. Nowhere else do those names occur."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from headwise.hf import MoHConfig, convert
 from headwise.nn import MHMoE, MoHAttention
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 def load_released(kind: str, source: Source, config: Mapping[str, Any] | None = None) -> nn.Module:
-    """A layer with released weights, in eval mode.
+    """A layer or a model with released weights, in eval mode.
 
     Args:
-        kind: "moh_attention" (the attention of MoH-DiT) or "mh_moe".
-        source: Tensors by name, or the path of a safetensors file.
+        kind: "moh_attention" (the attention of MoH-DiT), "mh_moe" or "moh_llama".
+        source: Tensors by name, or the path of a safetensors file; for "moh_llama" also that of a
+            directory as transformers saves it, such as a copy of the released MoH-LLaMA3-8B.
         config: For "moh_attention": dim, num_heads, shared_heads, active_heads, head_dim. For
             "mh_moe": dim, num_heads, num_experts, top_k, expert_dim, normalize_top_k,
-            shared_expert_dim.
+            shared_expert_dim. For "moh_llama": what LlamaConfig takes; None for a directory.
 
     Returns:
-        MoHAttention (mode "released") or MHMoE, in the dtype of the tensors.
+        MoHAttention (mode "released"), MHMoE, or a LlamaForCausalLM with the first half of its
+        heads shared, where a token chooses half of the others by the norms of its queries. In the
+        dtype of the tensors.
 
     Raises:
         ValueError: If the kind is unknown, the config lacks or does not know a field, or a tensor
@@ -32,25 +39,48 @@ def load_released(kind: str, source: Source, config: Mapping[str, Any] | None = 
     """
     if kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
+    if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
+        if config is not None:
+            raise ValueError(f"config is {config!r}; it must be None, {source} has its own")
+        return _route_llama(_llama_of_directory(source))
     if not isinstance(config, Mapping):
-        raise ValueError(
-            f"config is {config!r}; {kind!r} needs a dict of the layer's sizes (dim, num_heads, …)"
-        )
-    layer_class, rename = _KINDS[kind]
+        raise ValueError(f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …)")
+    build, rename = _KINDS[kind]
     try:
-        layer = layer_class(**config)
+        module = build(**config)
     except TypeError as error:
-        raise ValueError(f"config does not fit {layer_class.__name__}: {error}") from None
+        raise ValueError(f"config does not fit {kind}: {error}") from None
     tensors = dict(source) if isinstance(source, Mapping) else load_file(source)
     try:
         renamed = rename(tensors)
     except KeyError as error:
         raise ValueError(f"{kind}: tensor {error} is missing") from None
     try:
-        layer.load_state_dict(renamed)
+        module.load_state_dict(renamed)
     except RuntimeError as error:
         raise ValueError(f"{kind}: the tensors do not fit the config: {error}") from None
-    return layer.to(next(iter(renamed.values())).dtype).eval()
+    return module.to(next(iter(renamed.values())).dtype).eval()
+
+
+def _llama(**config: Any) -> nn.Module:
+    known = inspect.signature(LlamaConfig).parameters
+    unknown = sorted(set(config) - set(known) - {"rope_theta"})
+    if unknown:
+        raise TypeError(f"LlamaConfig has no {', '.join(unknown)}")
+    return _route_llama(LlamaForCausalLM(LlamaConfig(**config)))
+
+
+def _llama_of_directory(path: Any) -> nn.Module:
+    model, info = LlamaForCausalLM.from_pretrained(path, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise ValueError(f"moh_llama: the weights in {path} do not fit a Llama: {wrong}")
+    return model
+
+
+def _route_llama(model: Any) -> Any:
+    released = MoHConfig(shared=0.5, active=0.75, router="query_norm")
+    return convert(model, attention=released).eval()
 
 
 def _moh_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,4 +113,5 @@ def _mh_moe(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Tensor]]]] = {
     "moh_attention": (MoHAttention, _moh_attention),
     "mh_moe": (MHMoE, _mh_moe),
+    "moh_llama": (_llama, dict),
 }

@@ -46,13 +46,14 @@ def test_a_newer_format_is_refused():
 def test_configs_build_what_they_name():
     assert type(MoEConfig(**EXPERTS).build(15)) is MoE
     assert type(MHMoEConfig(**EXPERTS, num_heads=3).build(15)) is MHMoE
-    assert isinstance(MoHConfig().build_router(15, 5), TwoStageRouter)
-    router = MoHConfig(router="query_norm", shared=1, active=0.6).build_router(15, 5)
+    assert isinstance(MoHConfig().build_router(0, dim=15, num_heads=5), TwoStageRouter)
+    config = MoHConfig(router="query_norm", shared=1, active=0.6)
+    router = config.build_router(0, dim=15, num_heads=5)
     assert isinstance(router, QueryNormRouter)
     assert (router.budget.shared_heads, router.budget.active_heads) == (1, 3)
     config = MoHConfig(shared=2, active=4, route_groups=True)
-    assert config.build_router(15, 6, 3).budget.heads_per_group == 2
-    assert config.build_router(15, 6).budget.heads_per_group == 1
+    assert config.build_router(0, dim=15, num_heads=6, num_kv_heads=3).budget.heads_per_group == 2
+    assert config.build_router(0, dim=15, num_heads=6).budget.heads_per_group == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig, convert, record_routing
 from headwise.hf.surgery import RoutedMLP
@@ -169,20 +176,22 @@ def test_what_cannot_be_leaves_the_model_untouched(tiny, ids, wanted, message):
     assert torch.equal(model(ids).logits, original(ids).logits)
 
 
-def test_another_layout_is_refused_by_name_and_left_untouched():
-    config = GPT2Config(
-        vocab_size=31,
-        n_embd=24,
-        n_layer=2,
-        n_head=6,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = GPT2LMHeadModel(config)
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 31}
+HEADS = {"attention": MoHConfig()}
+REFUSED = {
+    "cross attention": (GPT2LMHeadModel, GPT2Config, {"add_cross_attention": True}, HEADS),
+    "AttentionInterface": (BloomForCausalLM, BloomConfig, {}, HEADS),
+    "no module `mlp`": (BertForMaskedLM, BertConfig, {"intermediate_size": 29}, {"mlp": MOE}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_converted_is_refused_by_name_and_left_untouched(reason):
+    model_class, config_class, more, conversion = REFUSED[reason]
+    model = model_class(config_class(**SIZES, **more))
     original = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot be converted.*self_attn"):
-        convert(model, attention=MoHConfig())
+    with pytest.raises(ValueError, match=f"{model_class.__name__} cannot be.*{reason}"):
+        convert(model, **conversion)
     assert_untouched(model, original)
 
 
@@ -203,14 +212,25 @@ def test_converting_twice_is_refused(tiny):
         convert(model, mlp=MOE)
 
 
-def test_attention_dropout_and_attention_weights_are_refused(tiny, ids):
-    model = convert(tiny(attention_dropout=0.1), attention=MoHConfig())
-    model(ids)
-    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
-        model.train()(ids)
+def test_attention_weights_are_refused(tiny, ids):
     model = convert(tiny(), attention=MoHConfig())
     with pytest.raises(ValueError, match="output_attentions is True"):
         model(ids, output_attentions=True)
+
+
+def test_with_attention_dropout_heads_that_are_off_stay_off(tiny, ids):
+    model = convert(tiny(attention_dropout=0.5), attention=MoHConfig(shared=0, active=3))
+    heads = []
+    projection = model.model.layers[0].self_attn.o_proj
+    projection.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+    with record_routing(model.train()) as routings:
+        model(ids)
+        once = heads[-1].unflatten(-1, (6, 4))
+        off = routings["model.layers.0.self_attn.router"].weights == 0
+    assert off.sum() == off.numel() / 2
+    assert (once[off] == 0).all()
+    model(ids)
+    assert not torch.equal(heads[-1].unflatten(-1, (6, 4)), once)
 
 
 def test_another_attention_function_is_refused(tiny, ids):

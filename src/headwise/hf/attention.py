@@ -48,22 +48,25 @@ def attend(
     The routing comes from the module's forward (two-stage router) or from q (query-norm router).
     Attention modules of the model that were not converted get transformers' own dense attention.
 
+    Dropout on attention weights needs them all: in training with it, every head is computed and
+    multiplied by its gate.
+
     Raises:
-        ValueError: For dropout on attention weights or `output_attentions`, which have no meaning
-            for heads that are never computed.
+        ValueError: For `output_attentions`, which has no meaning for heads that are never computed,
+            and for what SDPA does not compute: soft caps and sinks.
     """
     router = getattr(module, "router", None)
     if isinstance(router, QueryNormRouter):
         routing = router(rearrange(query, "b h t c -> b t h c"))
-    if router is None or _always_all_on(router):
-        return sdpa_attention_forward(
+    if router is not None:
+        _check(kwargs)
+    if router is None or dropout or _always_all_on(router):
+        heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
-    if dropout:
-        raise ValueError(f"attention_dropout is {dropout}; routed heads support 0.0 only")
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions is True; routed heads do not keep attention weights")
+        plain = router is None or _always_all_on(router)
+        return heads if plain else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
     q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = is_causal and q.shape[1] > 1 and attention_mask is None
@@ -82,6 +85,14 @@ def attend(
         scale=scaling,
     )
     return heads, None
+
+
+def _check(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is True; routed heads do not keep attention weights")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"the model's attention has {name}; routed heads support none")
 
 
 def _always_all_on(router: nn.Module) -> bool:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
 from headwise.hf import attention
 from headwise.hf.configs import Conversion
@@ -24,6 +24,7 @@ from headwise.nn import QueryNormRouter, TwoStageRouter
 from headwise.ops import Routing, balance_loss, router_z_loss
 
 MODEL_TYPE = "headwise"
+_PREFIX = "Routed"
 
 
 class Routed(PreTrainedModel):
@@ -93,7 +94,8 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
         loss = self.routing_loss(routings)
         # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
         if (items := kwargs.get("num_items_in_batch")) is not None:
-            loss = loss * (labels[..., 1:] != -100).sum() / items
+            counted = labels[..., 1:] if _shifts_labels(self) else labels
+            loss = loss * (counted != -100).sum() / items
         if isinstance(output, tuple):
             return (output[0] + loss, *output[1:])
         output.loss = output.loss + loss
@@ -102,22 +104,50 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
     return with_routing_loss
 
 
+def _shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether the label of a token is compared with what the token before it predicts."""
+    return type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 @functools.cache
 def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
     """The classes of a converted model and of its config, made from transformers' own.
 
     Both are subclasses of the originals. The config's model_type is "headwise", so that a saved
     model is never taken for a plain one; the original's stands under `base_model_type`.
+
+    Raises:
+        ValueError: If no Auto class of transformers loads the model's class.
     """
     base_config = model_class.config_class
-    config_class = type(f"Routed{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE})
+    autos = [auto for auto in _auto_classes() if model_class in _classes_of(auto, base_config)]
+    if not autos:
+        raise ValueError(
+            f"{model_class.__name__} cannot be converted: no Auto class of transformers loads it, "
+            "so it could not be loaded again; convert a model class that transformers has"
+        )
+    name = f"{_PREFIX}{base_config.__name__}"
+    config_class = type(name, (base_config,), {"model_type": MODEL_TYPE})
     members = {
         "config_class": config_class,
         "forward": _forward_with_routing_loss(model_class.forward),
     }
-    routed = type(f"Routed{model_class.__name__}", (Routed, model_class), members)
-    AutoModelForCausalLM.register(config_class, routed)
+    routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
+    for auto in autos:
+        auto.register(config_class, routed)
     return routed, config_class
+
+
+def _auto_classes() -> list[Any]:
+    return [x for name, x in vars(modeling_auto).items() if name.startswith("AutoModel")]
+
+
+def _classes_of(auto: Any, config_class: Any) -> tuple[Any, ...]:
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None or config_class not in mapping:
+        return ()
+    classes = mapping[config_class]
+    return tuple(classes) if isinstance(classes, list | tuple) else (classes,)
 
 
 class RoutedConfig(PreTrainedConfig):
@@ -127,9 +157,10 @@ class RoutedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the class that `routed_classes` makes for `base_model_type`."""
-        base_config = CONFIG_MAPPING[config_dict["base_model_type"]]
-        _, config_class = routed_classes(MODEL_FOR_CAUSAL_LM_MAPPING[base_config])
+        """A config of the class that `routed_classes` makes for the model's architecture."""
+        (architecture,) = config_dict["architectures"]
+        original = getattr(transformers, architecture.removeprefix(_PREFIX))
+        _, config_class = routed_classes(original)
         return config_class.from_dict(config_dict, **kwargs)
 
 

@@ -1,8 +1,9 @@
 """What `convert` takes: frozen descriptions of the layers that go into a transformers model."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,53 +14,98 @@ from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.routing import HeadMode
 
+OfDepth = Callable[[int, int], Budget]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoHConfig:
     """Mixture-of-Head attention in place of a model's attention.
 
+    A budget is a count of heads or a share of all heads. `shared` and `active` take one for every
+    layer; a sequence with one for each layer; or a function of (layer, number of layers), which
+    `convert` resolves. A layer of `shared` may also be the list of the heads themselves, ascending:
+    `headwise.calibrate` makes such lists.
+
     Attributes:
-        shared: Heads that are always on: a count, or a share of all heads.
-        active: Heads that a token switches on, shared ones included: a count or a share.
+        shared: Heads that are always on; the first ones, unless they are named.
+        active: Heads that a token switches on, shared ones included.
         router: "two_stage" (learned) or "query_norm" (without parameters, for pretrained models).
         mode: Formulas of the two-stage router: "released" or "paper".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
         route_groups: The query heads that share a key head are on or off together, so that decoding
             reads the cache of those groups only that are on. shared and active still count query
             heads and must be whole groups (a share rounds to them).
+        router_std: Deviation with which a two-stage router starts. With 0 every head that is on has
+            a gate of 1 (mode "released"), so that a pretrained model starts with its heads as they
+            were, the first ones chosen; the balance loss then spreads the choice.
     """
 
-    shared: Budget = 0.4
-    active: Budget = 0.75
+    shared: Budget | Sequence[Budget | Sequence[int]] | OfDepth = 0.4
+    active: Budget | Sequence[Budget] | OfDepth = 0.75
     router: HeadRouterName = "two_stage"
     mode: HeadMode = "released"
     balance_coefficient: float = 0.01
     route_groups: bool = False
+    router_std: float = 0.02
 
     def __post_init__(self) -> None:
         for field in ("shared", "active"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{field} is {value!r}; it must be a count or a share")
-            if value < 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
-        if type(self.shared) is type(self.active) and self.shared > self.active:
-            raise ValueError(f"shared is {self.shared}, more than active = {self.active}")
+            value: Any = getattr(self, field)
+            if isinstance(value, list | tuple):
+                value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+                object.__setattr__(self, field, value)
+            for budget in value if isinstance(value, tuple) else (value,):
+                named = field == "shared" and isinstance(value, tuple) and isinstance(budget, tuple)
+                if not (named or callable(budget)):
+                    _check_budget(field, budget)
+        shared, active = cast(tuple[Any, Any], (self.shared, self.active))
+        if type(shared) is type(active) in (int, float) and shared > active:
+            raise ValueError(f"shared is {shared}, more than active = {active}")
         check_choice("router", self.router, HeadRouterName)
         check_choice("mode", self.mode, HeadMode)
         _check_coefficient("balance_coefficient", self.balance_coefficient)
+        _check_coefficient("router_std", self.router_std)
+
+    def resolve(self, num_layers: int) -> "MoHConfig":
+        """The same with functions of depth evaluated.
+
+        Raises:
+            ValueError: If a sequence has not one budget for each layer.
+        """
+        changes: dict[str, Any] = {}
+        for field in ("shared", "active"):
+            value: Any = getattr(self, field)
+            if callable(value):
+                changes[field] = tuple(value(layer, num_layers) for layer in range(num_layers))
+            elif isinstance(value, tuple) and len(value) != num_layers:
+                raise ValueError(
+                    f"{field} has budgets of {len(value)} layers; the model has {num_layers}"
+                )
+        return dataclasses.replace(self, **changes)
 
     def build_router(
-        self, dim: int, num_heads: int, num_kv_heads: int | None = None
+        self, layer: int, *, dim: int, num_heads: int, num_kv_heads: int | None = None
     ) -> TwoStageRouter | QueryNormRouter:
-        """The router for an attention of that width; num_kv_heads default to num_heads."""
-        budget = HeadBudget.resolve(
-            num_heads,
-            shared=self.shared,
-            active=self.active,
-            num_groups=num_kv_heads if self.route_groups else None,
-        )
-        return head_router(self.router, dim, budget, mode=self.mode)
+        """The router of a layer, for an attention of that width; num_kv_heads default to num_heads.
+
+        Raises:
+            ValueError: If the layer's budget does not fit its heads, naming the layer.
+        """
+        shared, active = self._of_layer(self.shared, layer), self._of_layer(self.active, layer)
+        try:
+            budget = HeadBudget.resolve(
+                num_heads,
+                shared=shared,
+                active=active,
+                num_groups=num_kv_heads if self.route_groups else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from None
+        return head_router(self.router, dim, budget, mode=self.mode, std=self.router_std)
+
+    @staticmethod
+    def _of_layer(budget: Any, layer: int) -> Any:
+        return budget[layer] if isinstance(budget, tuple) else budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +224,13 @@ def _kind(mlp: MoEConfig) -> str:
 
 def _mlp_from_dict(kind: str, **fields: Any) -> MoEConfig:
     return {"moe": MoEConfig, "mh_moe": MHMoEConfig}[kind](**fields)
+
+
+def _check_budget(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{field} is {value!r}; it must be a count or a share")
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
 
 
 def _check_coefficient(field: str, value: float) -> None:

@@ -1,13 +1,14 @@
 """Turning a transformers model into one with routed heads or experts, in place."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
 from headwise.hf.configs import Conversion, MoEConfig, MoHConfig
-from headwise.hf.surgery import install
+from headwise.hf.surgery import attention_modules, install
 
 
 def convert(
@@ -24,15 +25,17 @@ def convert(
     weights. In training, the balance losses join the model's loss.
 
     Args:
-        model_or_path: A model of the Llama layout (layers with `self_attn` and `mlp`), or what
+        model_or_path: A model whose attention goes through transformers' AttentionInterface (Llama,
+            Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, BERT, ViT and many more), or what
             AutoModelForCausalLM.from_pretrained takes.
         attention: What to make of every attention; None leaves it.
-        mlp: What to put for the MLP of every `every`-th layer; None leaves it.
+        mlp: What to put for the MLP of every `every`-th layer; None leaves it. The layers must have
+            a module `mlp`.
         every: 1 for each layer, 2 for layers 1, 3, 5, … counted from 0.
 
     Returns:
         The model. `save_pretrained` keeps the conversion, and after `import headwise` the directory
-        loads with AutoModelForCausalLM.from_pretrained.
+        loads with the Auto class that loads the original's class.
 
     Raises:
         ValueError: If the model is converted already or of another layout, or a budget does not
@@ -51,6 +54,9 @@ def convert(
     original: Any = type(model)
     model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
+    if attention is not None:
+        num_layers = len(attention_modules(model))
+        conversion = replace(conversion, attention=attention.resolve(num_layers))
     install(model, conversion)
     model.__class__ = model_class
     model.config.__class__ = config_class

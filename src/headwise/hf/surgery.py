@@ -1,5 +1,6 @@
 """Putting routers and experts into a transformers model: which modules change, and how."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,39 +8,83 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
 from headwise.hf.configs import Conversion
-from headwise.nn import MHMoE, QueryNormRouter, TwoStageRouter
+from headwise.nn import MHMoE
 
 
 def install(model: PreTrainedModel, conversion: Conversion) -> None:
     """Put routers and experts where the conversion says. All are built before one is placed.
 
     Experts start with the deviation of the MLPs that they replace (`config.initializer_range`).
+
+    Raises:
+        ValueError: If the model's layers do not take them, or a budget does not fit its heads.
     """
-    layers = _decoder_layers(model)
-    config = model.config
-    new_routers: dict[int, TwoStageRouter | QueryNormRouter] = {}
-    new_mlps: dict[int, RoutedMLP] = {}
-    for index, layer in enumerate(layers):
-        reference = next(layer.parameters())
+    attentions = attention_modules(model)
+    routers, experts = {}, {}
+    for layer, (name, module) in enumerate(attentions.items()):
+        config: Any = getattr(module, "config", model.config)
+        reference = next(module.parameters())
         if conversion.attention is not None:
             router = conversion.attention.build_router(
-                config.hidden_size,
-                config.num_attention_heads,
-                getattr(config, "num_key_value_heads", None),
+                layer,
+                dim=config.hidden_size,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=getattr(config, "num_key_value_heads", None),
             )
-            new_routers[index] = router.to(reference.device, reference.dtype)
-        if conversion.mlp is not None and (index + 1) % conversion.every == 0:
-            experts = conversion.mlp.build(config.hidden_size)
-            experts.reset_experts(std=config.initializer_range)
-            new_mlps[index] = RoutedMLP(experts).to(reference.device, reference.dtype)
-    if conversion.mlp is not None and not new_mlps:
-        raise ValueError(f"every is {conversion.every}, but the model has {len(layers)} layers")
-    for index, router in new_routers.items():
-        headwise_attention.install_router(layers[index].self_attn, router)
-    for index, mlp in new_mlps.items():
-        layers[index].mlp = mlp
-    if new_routers:
+            routers[name] = router.to(reference.device, reference.dtype)
+        if conversion.mlp is not None and (layer + 1) % conversion.every == 0:
+            mlp = conversion.mlp.build(config.hidden_size)
+            mlp.reset_experts(std=config.initializer_range)
+            experts[_mlp_beside(model, name)] = RoutedMLP(mlp).to(reference.device, reference.dtype)
+    if conversion.mlp is not None and not experts:
+        raise ValueError(f"every is {conversion.every}, but the model has {len(attentions)} layers")
+    for name, router in routers.items():
+        headwise_attention.install_router(attentions[name], router)
+    for name, routed_mlp in experts.items():
+        model.set_submodule(name, routed_mlp)
+    if routers:
         model.set_attn_implementation(headwise_attention.NAME)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that call transformers' AttentionInterface, by name, first layer first.
+
+    Raises:
+        ValueError: If there are none, or one attends to another sequence than its own.
+    """
+    found = {name: m for name, m in model.named_modules() if _calls_the_interface(m)}
+    kind = type(model).__name__
+    if not found:
+        raise ValueError(
+            f"{kind} cannot be converted: its attention does not go through transformers' "
+            "AttentionInterface, so heads cannot be routed in it"
+        )
+    cross = (getattr(model.config, name, False) for name in _CROSSING)
+    if any(cross):
+        raise ValueError(
+            f"{kind} cannot be converted: it has cross attention (config: "
+            f"{' or '.join(_CROSSING)}), and only self-attention is routed"
+        )
+    return found
+
+
+_CROSSING = ("is_encoder_decoder", "add_cross_attention")
+
+
+def _calls_the_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
+    """The name of the MLP in the layer of an attention."""
+    layer = attention.rpartition(".")[0]
+    if not isinstance(getattr(model.get_submodule(layer), "mlp", None), nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} cannot be given experts: its layers have no module `mlp` "
+            "beside the attention, as Llama's have"
+        )
+    return f"{layer}.mlp"
 
 
 class RoutedMLP(nn.Module):
@@ -52,13 +97,3 @@ class RoutedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         y, _ = self.layer(hidden_states)
         return y
-
-
-def _decoder_layers(model: PreTrainedModel) -> list[Any]:
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None or not all(hasattr(x, "self_attn") and hasattr(x, "mlp") for x in layers):
-        raise ValueError(
-            f"{type(model).__name__} cannot be converted: its layers must have `self_attn` and "
-            "`mlp`, as Llama's do"
-        )
-    return list(layers)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 Budget = int | float
+# Which heads are shared, instead of how many of the first ones.
+Heads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,11 @@ class HeadBudget:
 
     Attributes:
         num_heads: All heads.
-        shared_heads: Heads that are always on; the first ones.
+        shared_heads: Heads that are always on; the first ones unless `chosen` names them.
         active_heads: Heads that a token switches on, shared ones included.
         rounded: What was rounded on the way from shares to counts, for people to read.
         heads_per_group: Heads of a group; divides the three counts.
+        chosen: The shared heads, ascending, where they are not the first ones.
     """
 
     num_heads: int
@@ -26,16 +29,22 @@ class HeadBudget:
     active_heads: int
     rounded: tuple[str, ...] = ()
     heads_per_group: int = 1
+    chosen: Heads = ()
 
     @classmethod
     def resolve(
-        cls, num_heads: int, *, shared: Budget, active: Budget, num_groups: int | None = None
+        cls,
+        num_heads: int,
+        *,
+        shared: Budget | Heads,
+        active: Budget,
+        num_groups: int | None = None,
     ) -> "HeadBudget":
         """Counts (int) stay, shares of num_heads (float, 0 to 1) round to the nearest count.
 
         Args:
             num_heads: All heads.
-            shared: Heads that are always on, a count or a share.
+            shared: Heads that are always on: a count or a share (then the first ones), or which.
             active: Heads that a token switches on, shared ones included, a count or a share.
             num_groups: Equal groups of successive heads that are on or off together: counts must
                 be whole groups, shares round to whole groups. Default: each head by itself.
@@ -51,7 +60,9 @@ class HeadBudget:
         if num_groups < 1 or num_heads % num_groups:
             raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
         size = num_heads // num_groups
-        shared_heads, shared_note = _count("shared_heads", shared, num_heads, size)
+        chosen = _checked_heads(shared, num_heads, size) if isinstance(shared, tuple) else ()
+        count = len(shared) if isinstance(shared, tuple) else shared
+        shared_heads, shared_note = _count("shared_heads", count, num_heads, size)
         active_heads, active_note = _count("active_heads", active, num_heads, size)
         if active_heads < 1:
             raise ValueError(
@@ -69,7 +80,7 @@ class HeadBudget:
                 "raise active_heads"
             )
         notes = tuple(note for note in (shared_note, active_note) if note)
-        return cls(num_heads, shared_heads, active_heads, notes, size)
+        return cls(num_heads, shared_heads, active_heads, notes, size, chosen)
 
     @property
     def routed_heads(self) -> int:
@@ -82,9 +93,10 @@ class HeadBudget:
         return self.active_heads - self.shared_heads
 
     @property
-    def shared_groups(self) -> int:
+    def shared_groups(self) -> Heads:
         """Groups that are always on."""
-        return self.shared_heads // self.heads_per_group
+        heads = self.chosen or range(self.shared_heads)
+        return tuple(head // self.heads_per_group for head in heads[:: self.heads_per_group])
 
     @property
     def routed_groups(self) -> int:
@@ -103,11 +115,29 @@ class HeadBudget:
 
     def __str__(self) -> str:
         groups = f" in groups of {self.heads_per_group}" if self.heads_per_group > 1 else ""
+        which = f" {list(self.chosen)}" if self.chosen else ""
         counts = (
-            f"heads={self.num_heads}{groups}: {self.shared_heads} shared + "
+            f"heads={self.num_heads}{groups}: {self.shared_heads} shared{which} + "
             f"{self.top_k} of {self.routed_heads} routed = {self.active_heads} active"
         )
         return f"{counts} ({'; '.join(self.rounded)})" if self.rounded else counts
+
+
+def _checked_heads(heads: Heads, num_heads: int, size: int) -> Heads:
+    """The shared heads, or () where they are the first ones anyway."""
+    ascending = tuple(sorted(set(heads)))
+    if ascending != heads or not set(range(num_heads)).issuperset(heads):
+        raise ValueError(
+            f"shared_heads is {list(heads)}; heads of 0..{num_heads - 1} must be named once each, "
+            "in ascending order"
+        )
+    groups = {head // size for head in heads}
+    if len(heads) != size * len(groups):
+        raise ValueError(
+            f"shared_heads is {list(heads)}; whole groups of {size} successive heads are routed, "
+            "so each head's group must be named whole"
+        )
+    return () if heads == tuple(range(len(heads))) else heads
 
 
 def _count(field: str, value: Budget, num_heads: int, size: int) -> tuple[int, str]:

@@ -18,13 +18,16 @@ HeadRouterName = Literal["two_stage", "query_norm"]
 
 
 def head_router(
-    router: HeadRouterName, dim: int, budget: HeadBudget, *, mode: HeadMode
+    router: HeadRouterName, dim: int, budget: HeadBudget, *, mode: HeadMode, std: float = 0.02
 ) -> TwoStageRouter | QueryNormRouter:
-    """The router of that name: "two_stage" learns from x, "query_norm" reads the queries."""
+    """The router of that name: "two_stage" learns from x, "query_norm" reads the queries.
+
+    Weights of a two-stage router start normal with deviation `std`.
+    """
     check_choice("router", router, HeadRouterName)
     check_choice("mode", mode, HeadMode)
     if router == "two_stage":
-        return TwoStageRouter(dim, budget, mode=mode)
+        return TwoStageRouter(dim, budget, mode=mode, std=std)
     return QueryNormRouter(budget)
 
 

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, normalize, pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
-from headwise.ops.routing import HeadMode
+from headwise.ops.routing import HeadMode, arrange_gates
 
 # Of the outputs of a matrix product: a cache line of float32.
 _FAST_MULTIPLE = 16
@@ -29,15 +29,17 @@ class TwoStageRouter(Router):
     **Deviates**: groups of heads are an extension; the paper routes single heads.
     """
 
-    def __init__(self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released"):
+    def __init__(
+        self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released", std: float = 0.02
+    ):
         super().__init__()
         self.budget, self.mode = budget, mode
-        shared, routed = budget.shared_groups, budget.routed_groups
+        shared, routed = len(budget.shared_groups), budget.routed_groups
         self.shared = nn.Linear(dim, shared, bias=False) if shared > 1 else None
         self.routed = nn.Linear(dim, routed, bias=False) if routed else None
         self.stage = nn.Linear(dim, 2, bias=False) if shared and routed else None
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=std)
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
@@ -45,12 +47,15 @@ class TwoStageRouter(Router):
         """Route every token of x; padding (mask False) has all heads off."""
         shared, routed, stage = self._scores(x)
         routing = route_heads(shared, routed, stage, top_k=self.budget.kept_groups, mode=self.mode)
+        if self.budget.chosen:
+            gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
+            routing = routing._replace(weights=arrange_gates(self.budget.shared_groups, *gates))
         return _gates_of_heads(routing, self.budget).with_mask(mask)
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of shared groups, routed ones and the stages; even where there is no choice to make."""
         maps = [m.weight for m in (self.shared, self.routed, self.stage) if m is not None]
-        even = x.new_zeros(*x.shape[:-1], self.budget.shared_groups, dtype=_wide(x))
+        even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=_wide(x))
         if not maps:
             return even, even[..., :0], None
         # One product for all maps: reading x costs more than the scores. Without the rows of zeros,

@@ -1,5 +1,6 @@
 """Routing: scores become gates. Pure functions, float32 or wider, ties to the lowest index."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class Routing(NamedTuple):
         weights: For heads the gate of all H heads, [..., H], exactly 0 where a head is off.
             For experts the weight of each choice, [..., K].
         indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding.
-            Heads are counted from the first *routed* head; where groups of heads are routed
+            Heads are counted among the *routed* ones; where groups of heads are routed
             (`route_groups`), the candidates are groups, and each head has its group's gate.
         probabilities: The router's scores over all E candidates, [..., E], summing to 1.
         logits: What the probabilities were made from, [..., E].
@@ -128,7 +129,7 @@ def route_heads(
 def route_heads_by_query_norm(
     q: Float[Tensor, "B T H C"],
     *,
-    shared_heads: int,
+    shared_heads: int | Sequence[int],
     top_k: int,
     scale_by_std: bool = True,
 ) -> Routing:
@@ -145,29 +146,38 @@ def route_heads_by_query_norm(
     (NaN in the released code); a head that is off computes nothing, so its gate has no gradient.
 
     Args:
-        q: Queries of all heads, the shared ones first.
-        shared_heads: Heads that are always on, 0 to H.
-        top_k: Heads that a token keeps of the other H - shared_heads.
+        q: Queries of all heads.
+        shared_heads: Heads that are always on: how many, 0 to H, which are the first ones then; or
+            which, ascending.
+        top_k: Heads that a token keeps of the others.
         scale_by_std: Divide by the (unbiased) standard deviation over the routed heads.
 
     Returns:
-        A Routing with weights [B, T, H] of exactly 0 and 1.
+        A Routing with weights [B, T, H] of exactly 0 and 1; its indices count the routed heads.
 
     Raises:
         ValueError: If shared_heads or top_k is out of range.
     """
     num_heads = q.shape[-2]
-    if not 0 <= shared_heads <= num_heads:
-        raise ValueError(f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}")
-    _check_top_k(top_k, num_heads - shared_heads, lowest=0)
-    norms = torch.linalg.vector_norm(_wide(q[..., shared_heads:, :]), dim=-1)
+    shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
+    known = not isinstance(shared_heads, int) or shared_heads >= 0
+    known = known and set(range(num_heads)).issuperset(shared)
+    if not known or list(shared) != sorted(set(shared)):
+        raise ValueError(
+            f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}, or name such heads in "
+            "ascending order"
+        )
+    _check_top_k(top_k, num_heads - len(shared), lowest=0)
+    first = list(shared) == list(range(len(shared)))
+    routed = q[..., len(shared) :, :] if first else _without(q, shared, dim=-2)
+    norms = torch.linalg.vector_norm(_wide(routed), dim=-1)
     indices = top_k_lowest_first(norms, top_k)
     logits = norms / _guarded_std(norms) if scale_by_std and norms.shape[-1] > 1 else norms
     probabilities = logits.softmax(-1)
     # (p - p.detach()) is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
     hard = _multi_hot(indices, probabilities) + (probabilities - probabilities.detach())
-    always_on = hard.new_ones(*hard.shape[:-1], shared_heads)
-    return Routing(torch.cat([always_on, hard], dim=-1), indices, probabilities, logits)
+    always_on = hard.new_ones(*hard.shape[:-1], len(shared))
+    return Routing(arrange_gates(shared, always_on, hard), indices, probabilities, logits)
 
 
 def route_tokens(
@@ -200,6 +210,26 @@ def route_tokens(
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return Routing(weights, indices, probabilities, logits)
+
+
+def arrange_gates(
+    shared: Sequence[int],
+    of_shared: Float[Tensor, "*batch s"],
+    of_others: Float[Tensor, "*batch r"],
+) -> Float[Tensor, "*batch H"]:
+    """Gates of the shared heads and of the others, each where its head stands."""
+    gates = torch.cat([of_shared, of_others], dim=-1)
+    num_heads = gates.shape[-1]
+    order = [*shared, *(head for head in range(num_heads) if head not in shared)]
+    if order == sorted(order):
+        return gates
+    # Not by indexing with a list: that waits for a copy to the device.
+    each = gates.unbind(-1)
+    return torch.stack([each[order.index(head)] for head in range(num_heads)], dim=-1)
+
+
+def _without(x: Tensor, heads: Sequence[int], dim: int) -> Tensor:
+    return torch.stack([part for h, part in enumerate(x.unbind(dim)) if h not in heads], dim=dim)
 
 
 def _wide(x: Tensor) -> Tensor:

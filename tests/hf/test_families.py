@@ -1,0 +1,130 @@
+"""What the documentation's table of model families promises, a cell a test, on tiny models."""
+
+import pytest
+import torch
+import transformers
+from torch.testing import assert_close
+
+from headwise import MoHConfig, convert, record_routing
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
+TEXT = SIZES | {
+    "vocab_size": 31, "intermediate_size": 29, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = TEXT | {"num_key_value_heads": 2, "head_dim": 4}
+IMAGES = SIZES | {"intermediate_size": 29, "image_size": 10, "patch_size": 2, "num_labels": 7}
+# Which config and model class of transformers, and its sizes.
+FAMILIES = {
+    "Llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
+    "Qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
+    "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
+    "Mistral": ("MistralConfig", "MistralForCausalLM", GROUPED | {"sliding_window": 5}),
+    "Gemma": ("GemmaConfig", "GemmaForCausalLM", GROUPED),
+    "GPT-2": ("GPT2Config", "GPT2LMHeadModel", TEXT),
+    "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
+    "BERT": ("BertConfig", "BertForMaskedLM", TEXT),
+    "ViT": ("ViTConfig", "ViTForImageClassification", IMAGES),
+}
+GENERATING = tuple(name for name, (_, model, _) in FAMILIES.items() if "LM" in model)[:-1]
+ROUTERS = {
+    "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
+    "two_stage": MoHConfig(shared=0.25, active=0.75),
+    "lists": MoHConfig(router="query_norm", shared=[[0, 3], [1], []], active=[4, 3, 2]),
+}
+
+
+def tiny(family):
+    config, model, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    built = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+    # As they are, all queries are about equally long.
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" not in name.lower() and parameter.ndim > 1:
+                parameter.mul_(10)
+            elif "q_norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return built
+
+
+def inputs(family):
+    if family == "ViT":
+        return {"pixel_values": torch.randn(2, 3, 10, 10), "labels": torch.tensor([1, 4])}
+    ids = torch.randint(3, 31, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_heads_on_it_is_the_original_bit_for_bit(family):
+    given = inputs(family)
+    original = tiny(family)
+    original.set_attn_implementation("sdpa")
+    want = original(**given).logits
+    converted = convert(tiny(family), attention=MoHConfig(router="query_norm", shared=6, active=6))
+    assert isinstance(converted, type(original))
+    assert torch.equal(converted(**given).logits, want)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_are_off_as_budgeted(family, router):
+    original = set(tiny(family).state_dict())
+    model = convert(tiny(family), attention=ROUTERS[router])
+    assert original <= set(model.state_dict())
+    with record_routing(model) as routings:
+        model(**inputs(family))
+    want = {"query_norm": [4, 4, 4], "two_stage": [5, 5, 5], "lists": [4, 3, 2]}[router]
+    for routing, active in zip(routings.values(), want, strict=True):
+        on = (routing.weights != 0).sum(-1)
+        assert (
+            (on[routing.mask] == active).all() if routing.mask is not None else (on == active).all()
+        )
+    if router == "lists":
+        first, second, _ = routings.values()
+        for routing, heads in ((first, [0, 3]), (second, [1])):
+            always = routing.weights[..., heads]
+            assert (always[... if routing.mask is None else routing.mask] == 1).all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("family", GENERATING)
+def test_it_generates_with_a_cache_as_without(family, router):
+    model = convert(tiny(family), attention=ROUTERS[router])
+    given = inputs(family)
+    del given["labels"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    without = model.generate(**given, use_cache=False, **options)
+    assert torch.equal(model.generate(**given, **options), without)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_trains_a_step(family, router):
+    model = convert(tiny(family), attention=ROUTERS[router]).train()
+    given = inputs(family)
+    loss = model(**given).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        # The classifier does not read what BERT's and ViT's poolers say.
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp_min(1e-6)
+    assert model(**given).loss != loss
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_saves_and_loads(family, router, tmp_path):
+    model = convert(tiny(family), attention=ROUTERS[router])
+    model.save_pretrained(tmp_path)
+    kind = "CausalLM" if family in GENERATING else FAMILIES[family][1].partition("For")[2]
+    again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert again.conversion == model.conversion
+    given = inputs(family)
+    assert_close(again(**given).logits, model(**given).logits, rtol=0, atol=0)
