@@ -4,7 +4,7 @@ Layers return (y, routing); losses, statistics and plots are functions of the ro
 """
 
 from headwise import ops, parity
-from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, convert, record_routing
+from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, calibrate, convert, record_routing
 from headwise.nn import MHMoE, MoE, MoHAttention
 from headwise.ops import Routing, balance_loss, router_z_loss
 from headwise.released import load_released
@@ -20,6 +20,7 @@ __all__ = [
     "MoHConfig",
     "Routing",
     "balance_loss",
+    "calibrate",
     "convert",
     "load_released",
     "ops",

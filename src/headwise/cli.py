@@ -14,6 +14,7 @@ T = TypeVar("T")
 _USAGE = """usage: headwise COMMAND [OPTIONS]
 
   train RECIPE   train models and compare them        headwise train lm --help
+  convert PATH   route the heads of a model           headwise convert --help
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
   compile        build the CPU kernels, once          headwise compile
@@ -59,6 +60,14 @@ def _train(argv: list[str]) -> None:
 
     _quiet_transformers()
     train(run)
+
+
+def _convert(argv: list[str]) -> None:
+    from headwise.recipes.conversion import ConversionRun, convert_directory
+
+    run = tyro.cli(ConversionRun, args=argv, prog="headwise convert")
+    _quiet_transformers()
+    convert_directory(run)
 
 
 def _generate(argv: list[str]) -> None:
@@ -148,6 +157,7 @@ def compile_kernels() -> None:
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "convert": _convert,
     "generate": _generate,
     "report": _report,
     "bench": _bench,

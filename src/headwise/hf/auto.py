@@ -138,6 +138,15 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     return routed, config_class
 
 
+def auto_class_of(model: PreTrainedModel) -> Any:
+    """The Auto class of transformers that loads the model's class."""
+    classes = [
+        auto for auto in _auto_classes() if type(model) in _classes_of(auto, type(model.config))
+    ]
+    # One for a task says more than AutoModelForPreTraining.
+    return classes[-1]
+
+
 def _auto_classes() -> list[Any]:
     return [x for name, x in vars(modeling_auto).items() if name.startswith("AutoModel")]
 

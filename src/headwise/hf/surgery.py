@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
-from headwise.hf.configs import Conversion
-from headwise.nn import MHMoE
+from headwise.hf.configs import Conversion, MoHConfig
+from headwise.nn import MHMoE, QueryNormRouter, TwoStageRouter
 
 
 def install(model: PreTrainedModel, conversion: Conversion) -> None:
@@ -20,19 +20,11 @@ def install(model: PreTrainedModel, conversion: Conversion) -> None:
         ValueError: If the model's layers do not take them, or a budget does not fit its heads.
     """
     attentions = attention_modules(model)
-    routers, experts = {}, {}
-    for layer, (name, module) in enumerate(attentions.items()):
-        config: Any = getattr(module, "config", model.config)
-        reference = next(module.parameters())
-        if conversion.attention is not None:
-            router = conversion.attention.build_router(
-                layer,
-                dim=config.hidden_size,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=getattr(config, "num_key_value_heads", None),
-            )
-            routers[name] = router.to(reference.device, reference.dtype)
+    routers = build_routers(model, conversion.attention) if conversion.attention else {}
+    experts = {}
+    for layer, name in enumerate(attentions):
         if conversion.mlp is not None and (layer + 1) % conversion.every == 0:
+            config, reference = _config_of(model, name), next(attentions[name].parameters())
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
             experts[_mlp_beside(model, name)] = RoutedMLP(mlp).to(reference.device, reference.dtype)
@@ -44,6 +36,32 @@ def install(model: PreTrainedModel, conversion: Conversion) -> None:
         model.set_submodule(name, routed_mlp)
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
+
+
+def build_routers(
+    model: PreTrainedModel, attention: MoHConfig
+) -> dict[str, TwoStageRouter | QueryNormRouter]:
+    """A router for each attention module, by the module's name; the model is left alone.
+
+    Raises:
+        ValueError: If a budget does not fit the heads of its layer.
+    """
+    routers = {}
+    for layer, (name, module) in enumerate(attention_modules(model).items()):
+        config, reference = _config_of(model, name), next(module.parameters())
+        router = attention.build_router(
+            layer,
+            dim=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None),
+        )
+        routers[name] = router.to(reference.device, reference.dtype)
+    return routers
+
+
+def _config_of(model: PreTrainedModel, attention: str) -> Any:
+    """What the attention was made from: a part of the model's config where that has parts."""
+    return getattr(model.get_submodule(attention), "config", model.config)
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -1,0 +1,134 @@
+"""Which heads to share: those that a model misses most, instead of the first ones."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headwise.hf import attention
+from headwise.hf.auto import Routed
+from headwise.hf.configs import MoHConfig
+from headwise.hf.recorder import record_routing
+from headwise.hf.surgery import attention_modules, build_routers
+from headwise.nn import HeadBudget, QueryNormRouter
+from headwise.ops import Routing
+from headwise.ops.choice import check_choice
+
+Measure = Literal["query_norm", "loss"]
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+def calibrate(
+    model: PreTrainedModel, batches: Batches, config: MoHConfig, *, by: Measure = "query_norm"
+) -> MoHConfig:
+    """The same configuration with the shared heads of every layer named: those of most weight.
+
+    Weight is, "query_norm": the mean norm of a head's queries, which is what the router without
+    parameters goes by; "loss": how much the loss rises when the head alone is cut, which takes a
+    forward for every head. With `route_groups` whole groups are chosen, by the sum over heads.
+
+    Args:
+        model: Not yet converted; it is left as it was.
+        batches: What its forward takes, with `labels` for "loss"; padding has attention_mask 0.
+        config: Says how many heads each layer shares.
+        by: "query_norm" or "loss".
+
+    Returns:
+        The configuration to give to `convert`.
+
+    Raises:
+        ValueError: If the model is converted already or cannot be, there are no batches, or a
+            budget does not fit it.
+    """
+    check_choice("by", by, Measure)
+    if isinstance(model, Routed):
+        raise ValueError(f"{type(model).__name__} is converted already; calibrate the original")
+    if not batches:
+        raise ValueError("batches is empty; it must hold at least one")
+    config = config.resolve(len(attention_modules(model)))
+    budgets = [router.budget for router in build_routers(model, config).values()]
+    weigh = _query_norms if by == "query_norm" else _rises_of_loss
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            weights = weigh(model, batches, budgets)
+    finally:
+        model.train(training)
+    shared = tuple(_heaviest(w, budget) for w, budget in zip(weights, budgets, strict=True))
+    return dataclasses.replace(config, shared=shared)
+
+
+def _heaviest(weights: Tensor, budget: HeadBudget) -> tuple[int, ...]:
+    """The heads of the heaviest groups, ascending; of equal ones the first."""
+    size = budget.heads_per_group
+    groups = weights.unflatten(0, (-1, size)).sum(-1).sort(descending=True, stable=True).indices
+    chosen = sorted(groups[: len(budget.shared_groups)].tolist())
+    return tuple(size * group + i for group in chosen for i in range(size))
+
+
+def _query_norms(
+    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
+) -> list[Tensor]:
+    all_on = [HeadBudget.resolve(b.num_heads, shared=0, active=b.num_heads) for b in budgets]
+    routers = [QueryNormRouter(budget, scale_by_std=False) for budget in all_on]
+    sums = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
+    with _routed_by(model, routers), record_routing(model) as routings:
+        for batch in track(batches, "query norms", transient=True):
+            model(**batch)
+            for total, routing in zip(sums, routings.values(), strict=True):
+                norms = routing.logits if routing.mask is None else routing.logits[routing.mask]
+                total += norms.flatten(end_dim=-2).sum(0, dtype=torch.float64).cpu()
+    return sums
+
+
+def _rises_of_loss(
+    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
+) -> list[Tensor]:
+    """Without the loss of the whole model: a constant does not change the order."""
+    routers = [_Cut(budget.num_heads) for budget in budgets]
+    losses = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
+    heads = [(router, head) for router in routers for head in range(router.budget.num_heads)]
+    with _routed_by(model, routers):
+        for router, head in track(heads, "loss without each head", transient=True):
+            router.head = head
+            total = sum(model(**batch).loss.double().item() for batch in batches)
+            losses[routers.index(router)][head] = total
+            router.head = None
+    return losses
+
+
+class _Cut(QueryNormRouter):
+    """All heads on but one, or all."""
+
+    def __init__(self, num_heads: int):
+        # Not all active by its budget, or attention would not ask it.
+        super().__init__(HeadBudget.resolve(num_heads, shared=0, active=max(1, num_heads - 1)))
+        self.head: int | None = None
+
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> Routing:
+        gates = q.new_ones(q.shape[:-1], dtype=torch.float32)
+        if self.head is not None:
+            gates[..., self.head] = 0
+        return Routing(gates, gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long), gates, gates)
+
+
+@contextmanager
+def _routed_by(model: PreTrainedModel, routers: Sequence[nn.Module]) -> Iterator[None]:
+    """While inside, the model's attention asks these routers; afterwards it is as it was."""
+    modules: list[Any] = list(attention_modules(model).values())
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention.NAME)
+    for module, router in zip(modules, routers, strict=True):
+        module.router = router
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.router
+        model.set_attn_implementation(before)

@@ -1,0 +1,189 @@
+"""`headwise convert`: a directory with a pretrained model becomes one with routed heads."""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from headwise.hf import MoHConfig, calibrate, convert
+from headwise.hf.auto import MODEL_TYPE, auto_class_of
+from headwise.hf.calibration import Batches, Measure
+from headwise.hf.surgery import attention_modules
+from headwise.nn import Budget
+from headwise.nn.moh import HeadRouterName
+from headwise.recipes.directory import write_whole
+
+_BLOCK = 256  # tokens
+_MOST_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class ConversionRun:
+    """Give a pretrained model Mixture-of-Head attention; its weights stay as they are.
+
+    Attributes:
+        path: Of the model, as transformers saves it, or its name on the Hugging Face hub.
+        output: Directory for the converted model; must not hold anything yet.
+        shared: Heads that are always on, a count or a share of all.
+        active: Heads that a token switches on, shared ones included, a count or a share of all.
+        router: query_norm (no parameters, ready at once) or two_stage (learned; tune afterwards).
+        route_groups: Query heads that share a key head are on or off together.
+        calibrate: Text file by which to choose the shared heads of each layer; without it they are
+            the first ones. A quarter of the text is kept to compare the two.
+        by: What calibration goes by: query_norm, or loss (a forward for each head).
+    """
+
+    path: Annotated[str, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    shared: Budget = 0.5
+    active: Budget = 0.75
+    router: HeadRouterName = "query_norm"
+    route_groups: bool = False
+    calibrate: Path | None = None
+    by: Measure = "query_norm"
+
+    def __post_init__(self) -> None:
+        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
+            raise ValueError(f"output is {self.output}, which exists; choose another")
+        if self.calibrate is not None and not self.calibrate.is_file():
+            raise ValueError(f"calibrate is {self.calibrate}; it must be a text file")
+        self.attention()
+
+    def attention(self) -> MoHConfig:
+        """The same as `convert` takes it."""
+        return MoHConfig(
+            shared=self.shared, active=self.active, router=self.router,
+            route_groups=self.route_groups, router_std=0.0,
+        )  # fmt: skip
+
+
+def convert_directory(run: ConversionRun) -> PreTrainedModel:
+    """Load, calibrate if asked to, convert, save beside and rename; returns the model.
+
+    Raises:
+        ValueError: If there is no model or it cannot be converted, or the text does not do.
+        OSError: If the directory cannot be written.
+    """
+    console = Console()
+    model, tokenizer = _load(run.path)
+    attention = run.attention()
+    if run.calibrate is not None:
+        batches = _blocks(run.calibrate.read_text(), tokenizer, model, run.path)
+        kept = -(-len(batches) // 4)
+        attention = calibrate(model, batches[:-kept], attention, by=run.by)
+        console.print(_comparison(model, run.attention(), attention, batches[-kept:]))
+    convert(model, attention=attention)
+
+    def write(directory: Path) -> None:
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(_card(model, run))
+
+    write_whole(run.output, write)
+    for line in _summary(model):
+        console.print(line, highlight=False)
+    console.print(f"saved in {run.output}", highlight=False)
+    return model
+
+
+def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """The model, of the class that its config names, and its tokenizer where it has one."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise ValueError(f"path is {path}, where there is no directory")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type == MODEL_TYPE:
+            raise ValueError("it is converted already; convert the original")
+        (architecture,) = config.architectures or [""]
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
+            raise ValueError(f"transformers has no class {architecture or 'for it'}")
+        model = model_class.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds no model that can be converted: {reason}") from error
+    try:
+        return model, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return model, None
+
+
+def _blocks(
+    text: str, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, path: str
+) -> Batches:
+    """The text as blocks of tokens, each with itself as labels."""
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer, and calibrate needs one; save one beside it")
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    entries = model.get_input_embeddings().num_embeddings
+    if len(ids) and ids.max() >= entries:
+        raise ValueError(
+            f"the tokenizer in {path} does not match its model: it gives token {ids.max()}, and "
+            f"the model has embeddings for 0..{entries - 1}"
+        )
+    blocks = [block[None].to(model.device) for block in ids.split(_BLOCK) if len(block) > 1]
+    if len(blocks) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; calibrate needs more than {_BLOCK}")
+    return [{"input_ids": block, "labels": block} for block in blocks[:_MOST_BLOCKS]]
+
+
+def _comparison(
+    model: PreTrainedModel, first: MoHConfig, named: MoHConfig, batches: Batches
+) -> Table:
+    """Perplexity on text that calibration has not seen."""
+    table = Table("heads", "perplexity", title="on the last quarter of the text")
+    table.add_row("all on", f"{_perplexity(model, batches):.4g}")
+    for name, attention in (("the first ones shared", first), ("calibrated", named)):
+        converted = convert(copy.deepcopy(model), attention=attention)
+        table.add_row(name, f"{_perplexity(converted, batches):.4g}")
+    return table
+
+
+def _perplexity(model: Any, batches: Batches) -> float:
+    with torch.no_grad():
+        tokens = [batch["labels"].numel() - 1 for batch in batches]
+        nats = [model(**b).loss.item() * n for b, n in zip(batches, tokens, strict=True)]
+    return math.exp(sum(nats) / sum(tokens))
+
+
+def _summary(model: Any) -> list[str]:
+    """The budget of each layer; one line where all are the same."""
+    modules: list[Any] = list(attention_modules(model).values())
+    lines = [str(module.router.budget) for module in modules]
+    if len(set(lines)) == 1:
+        return [f"all {len(lines)} layers: {lines[0]}"]
+    return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]
+
+
+def _card(model: Any, run: ConversionRun) -> str:
+    """A model card: what was done and how to load it."""
+    budgets = "\n".join(f"- {line}" for line in _summary(model))
+    auto = auto_class_of(model).__name__
+    return f"""---
+library_name: transformers
+tags: [headwise, mixture-of-head-attention]
+---
+# {Path(run.path).name} with routed heads
+
+{Path(run.path).name}, converted by headwise: Mixture-of-Head attention (arXiv 2410.11842), router
+`{run.router}`. The weights are those of the original; they were not tuned since.
+
+{budgets}
+
+```python
+from transformers import {auto}
+
+import headwise
+
+model = {auto}.from_pretrained("{run.output.name}")
+```
+"""
