@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from headwise import MoHConfig, convert, record_routing
+from headwise import MHMoEConfig, MoHConfig, convert, record_routing
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
 TEXT = SIZES | {
@@ -87,6 +87,15 @@ def test_heads_are_off_as_budgeted(family, router):
         for routing, heads in ((first, [0, 3]), (second, [1])):
             always = routing.weights[..., heads]
             assert (always[... if routing.mask is None else routing.mask] == 1).all()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "BERT"])
+def test_experts_take_the_place_of_the_mlp(family):
+    experts = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+    model = convert(tiny(family), mlp=experts, every=3)
+    with record_routing(model) as routings:
+        model(**inputs(family)).loss.backward()
+    assert len(routings) == 1
 
 
 @pytest.mark.parametrize("router", ROUTERS)

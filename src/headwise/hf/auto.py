@@ -140,11 +140,9 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
 
 def auto_class_of(model: PreTrainedModel) -> Any:
     """The Auto class of transformers that loads the model's class."""
-    classes = [
-        auto for auto in _auto_classes() if type(model) in _classes_of(auto, type(model.config))
-    ]
-    # One for a task says more than AutoModelForPreTraining.
-    return classes[-1]
+    own, config_class = type(model), type(model.config)
+    # The last one: that for a task says more than AutoModelForPreTraining.
+    return [auto for auto in _auto_classes() if own in _classes_of(auto, config_class)][-1]
 
 
 def _auto_classes() -> list[Any]:
