@@ -10,6 +10,8 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -181,6 +183,12 @@ HEADS = {"attention": MoHConfig()}
 REFUSED = {
     "cross attention": (GPT2LMHeadModel, GPT2Config, {"add_cross_attention": True}, HEADS),
     "AttentionInterface": (BloomForCausalLM, BloomConfig, {}, HEADS),
+    "soft caps": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"head_dim": 4, "num_key_value_heads": 2},
+        HEADS,
+    ),
     "no module `mlp`": (BertForMaskedLM, BertConfig, {"intermediate_size": 29}, {"mlp": MOE}),
 }
 

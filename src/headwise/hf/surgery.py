@@ -44,11 +44,17 @@ def build_routers(
     """A router for each attention module, by the module's name; the model is left alone.
 
     Raises:
-        ValueError: If a budget does not fit the heads of its layer.
+        ValueError: If a budget does not fit the heads of its layer, or its attention does something
+            that ours does not.
     """
     routers = {}
     for layer, (name, module) in enumerate(attention_modules(model).items()):
         config, reference = _config_of(model, name), next(module.parameters())
+        if getattr(config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be converted: its attention has soft caps or "
+                "sinks, which transformers' SDPA does not compute either"
+            )
         router = attention.build_router(
             layer,
             dim=config.hidden_size,
