@@ -137,3 +137,54 @@ def test_it_saves_and_loads(family, router, tmp_path):
     assert again.conversion == model.conversion
     given = inputs(family)
     assert_close(again(**given).logits, model(**given).logits, rtol=0, atol=0)
+
+
+OPTIONS = {
+    "static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "beams, static cache": {"num_beams": 3, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", GENERATING)
+def test_all_ways_of_generating_with_a_cache_agree_with_none(family, side, options):
+    model = convert(tiny(family), attention=ROUTERS["query_norm"])
+    given = inputs(family)
+    del given["labels"]
+    if side == "right":
+        given = {name: x.flip(1) for name, x in given.items()}
+    beams = {"num_beams": options.get("num_beams", 1)}
+    common = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    without = model.generate(**given, use_cache=False, **common, **beams)
+    assert torch.equal(model.generate(**given, **common, **options), without)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(family, router):
+    given = inputs(family)
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = convert(tiny(family), attention=ROUTERS[router]).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
+        model(**given).loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_runs_in_bfloat16(family):
+    given = inputs(family)
+    given = {n: x.bfloat16() if x.is_floating_point() else x for n, x in given.items()}
+    model = convert(tiny(family).bfloat16(), attention=ROUTERS["two_stage"])
+    assert model(**given).logits.dtype == torch.bfloat16
+    assert model(**given).loss.isfinite()
