@@ -117,7 +117,9 @@ def test_moh_equals_torchs_counter_less_the_heads_that_are_off(router):
     model = convert(llama(num_key_value_heads=2), attention=attention).eval()
     a_head = 4 * 8 * (T + 1) / 2  # scores and sum, 8 channels, (T + 1) / 2 keys on average
     off = 2 * 2 * a_head  # layers times heads that are off
-    assert by_formula(model) == pytest.approx(measured(model) - off, rel=0.01)
+    # The router multiplies by rows of zeros, up to 16: part of its speed, not of its work.
+    zeros = 2 * 2 * model.config.hidden_size * 8 if router == "two_stage" else 0
+    assert by_formula(model) == pytest.approx(measured(model) - off - zeros, rel=1e-3)
 
 
 @pytest.mark.parametrize("causal", [True, False])
