@@ -1,6 +1,7 @@
 """The command `headwise`: parse, call, print."""
 
 import difflib
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -146,13 +147,19 @@ def compile_kernels() -> None:
     """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
     from headwise.ops import native
 
+    if native.is_built():
+        print(f"built already: {native.library()}")
+        return
+    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        _fail(1, f"cannot build the kernels: {' and '.join(missing)} not found")
     print("compiling, about half a minute …", flush=True)
     try:
         print(native.build())
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines()
         reason = next((line for line in lines if "error:" in line), lines[0])[:300]
-        _fail(1, f"cannot build the kernels ({reason}); they need a C++ compiler and ninja")
+        _fail(1, f"cannot build the kernels: {reason}")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -28,10 +28,10 @@ def for_terminal(rows: Sequence[Row]) -> Table:
         caption=f"{LEGEND} {measured_on(rows)}.",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
     )  # fmt: skip
-    table.add_column("case", min_width=32)
-    table.add_column("rival")
+    table.add_column("case", max_width=30)
+    table.add_column("rival", max_width=12)
     for name in ("ours", "rival's", "ratio", "of ideal", "target"):
-        table.add_column(name, justify="right", no_wrap=name in ("ours", "ratio", "target"))
+        table.add_column(name, justify="right", no_wrap=name != "of ideal")
     for row in rows:
         case, shape, dtype, share, rival, ours, theirs, ratio, _, of_ideal, target = _cells(row)
         about = ", ".join(part for part in (shape, dtype, share) if part)
