@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
+from headwise.hf.auto import check_weights
 from headwise.nn import MHMoE, MoHAttention
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -72,9 +73,10 @@ def _llama(**config: Any) -> nn.Module:
 
 def _llama_of_directory(path: Any) -> nn.Module:
     model, info = LlamaForCausalLM.from_pretrained(path, output_loading_info=True)
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:
-        raise ValueError(f"moh_llama: the weights in {path} do not fit a Llama: {wrong}")
+    try:
+        check_weights(path, info)
+    except ValueError as error:
+        raise ValueError(f"moh_llama: {error}") from None
     return model
 
 

@@ -60,13 +60,13 @@ def attend(
         routing = router(rearrange(query, "b h t c -> b t h c"))
     if router is not None:
         _check(kwargs)
-    if router is None or dropout or _always_all_on(router):
+    all_on = router is None or _always_all_on(router)
+    if all_on or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
-        plain = router is None or _always_all_on(router)
-        return heads if plain else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
+        return heads if all_on else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
     q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = is_causal and q.shape[1] > 1 and attention_mask is None

@@ -39,10 +39,7 @@ class Routed(PreTrainedModel):
         """transformers' own, but a missing, unexpected or misshapen weight is an error."""
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-        if wrong:
-            raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
+        check_weights(path, info)
         return (model, info) if want_info else model
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,6 +73,18 @@ class Routed(PreTrainedModel):
                 experts.append(balance + z_loss)
         kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
         return torch.stack(kinds).sum()
+
+
+def check_weights(path: Any, info: dict[str, Any]) -> None:
+    """Refuse weights that did not fit, given what transformers tells of loading them.
+
+    Raises:
+        ValueError: If one is missing, unexpected or misshapen.
+    """
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    if wrong:
+        raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
 
 
 def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:

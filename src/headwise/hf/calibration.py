@@ -93,13 +93,12 @@ def _rises_of_loss(
     """Without the loss of the whole model: a constant does not change the order."""
     routers = [_Cut(budget.num_heads) for budget in budgets]
     losses = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
-    heads = [(router, head) for router in routers for head in range(router.budget.num_heads)]
+    heads = [(layer, head) for layer, b in enumerate(budgets) for head in range(b.num_heads)]
     with _routed_by(model, routers):
-        for router, head in track(heads, "loss without each head", transient=True):
-            router.head = head
-            total = sum(model(**batch).loss.double().item() for batch in batches)
-            losses[routers.index(router)][head] = total
-            router.head = None
+        for layer, head in track(heads, "loss without each head", transient=True):
+            routers[layer].head = head
+            losses[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
+            routers[layer].head = None
     return losses
 
 

@@ -1,7 +1,6 @@
 """`headwise convert`: a directory with a pretrained model becomes one with routed heads."""
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from headwise.hf.surgery import attention_modules
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
 from headwise.recipes.directory import write_whole
+from headwise.recipes.evaluation import FileLoss
 
 _BLOCK = 256  # tokens
 _MOST_BLOCKS = 64
@@ -152,7 +152,7 @@ def _perplexity(model: Any, batches: Batches) -> float:
     with torch.no_grad():
         tokens = [batch["labels"].numel() - 1 for batch in batches]
         nats = [model(**b).loss.item() * n for b, n in zip(batches, tokens, strict=True)]
-    return math.exp(sum(nats) / sum(tokens))
+    return FileLoss(sum(nats), sum(tokens)).perplexity
 
 
 def _summary(model: Any) -> list[str]:

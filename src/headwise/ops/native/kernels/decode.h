@@ -14,14 +14,6 @@ namespace headwise {
 constexpr int64_t PIECE = 512;  // keys
 constexpr int64_t TOGETHER = 4;  // keys read at once
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // Four keys (or values) from `first` on; the last one stands in where there are fewer.
 template <typename T>
 std::array<const T*, TOGETHER> four(const T* x, int64_t stride, int64_t first, int64_t size) {
@@ -35,10 +27,10 @@ void score(float* s, const float* q, const std::array<const T*, TOGETHER>& keys,
   float a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < channels; ++i) {
-    a += q[i] * to_float(ka[i]);
-    b += q[i] * to_float(kb[i]);
-    c += q[i] * to_float(kc[i]);
-    d += q[i] * to_float(kd[i]);
+    a += q[i] * static_cast<float>(ka[i]);
+    b += q[i] * static_cast<float>(kb[i]);
+    c += q[i] * static_cast<float>(kc[i]);
+    d += q[i] * static_cast<float>(kd[i]);
   }
   s[0] = a, s[1] = b, s[2] = c, s[3] = d;
 }
@@ -50,7 +42,8 @@ void add_values(
   const float a = p[0], b = p[1], c = p[2], d = p[3];
 #pragma omp simd
   for (int64_t i = 0; i < channels; ++i)
-    out[i] += a * to_float(va[i]) + b * to_float(vb[i]) + c * to_float(vc[i]) + d * to_float(vd[i]);
+    out[i] += a * static_cast<float>(va[i]) + b * static_cast<float>(vb[i]) +
+        c * static_cast<float>(vc[i]) + d * static_cast<float>(vd[i]);
 }
 
 // Scores to weights, in place; returns their peak (in powers of 2) and sum.
@@ -153,7 +146,7 @@ Tensor decode(
     for (size_t r = 0; r < lists[list].size(); ++r)
       for (int64_t j = 0; j < c; ++j)
         queries[(starts[list] + r) * c + j] = scale * LOG2E *
-            to_float(q.const_data_ptr<T>()[z.place(list, lists[list][r]) * c + j]);
+            static_cast<float>(q.const_data_ptr<T>()[z.place(list, lists[list][r]) * c + j]);
   share_out(static_cast<int64_t>(active.size()) * pieces, [&] {
     return [&, s = Buffer<float>(most * PIECE)](int64_t i) mutable {
       const int64_t list = active[i / pieces], piece = i % pieces;
