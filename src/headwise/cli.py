@@ -1,5 +1,6 @@
 """The command `headwise`: parse, call, print."""
 
+import argparse
 import difflib
 import shutil
 import sys
@@ -16,6 +17,8 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
 
   train RECIPE   train models and compare them        headwise train lm --help
   convert PATH   route the heads of a model           headwise convert --help
+  tune DIR       train a converted model further      headwise tune --help
+  samples DIR    let a model write text to tune on    headwise samples --help
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
   compile        build the CPU kernels, once          headwise compile
@@ -69,6 +72,36 @@ def _convert(argv: list[str]) -> None:
     run = tyro.cli(ConversionRun, args=argv, prog="headwise convert")
     _quiet_transformers()
     convert_directory(run)
+
+
+def _tune(argv: list[str]) -> None:
+    from headwise.recipes.tune import tune
+    from headwise.recipes.tuning import SCHEDULES, TuningRun
+
+    # The schedule says what the other fields default to, so it is read before them.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--schedule", default="small")
+    chosen, fields = first.parse_known_args(argv)
+    schedule = _nearest("schedule", chosen.schedule, SCHEDULES)
+    described = f"{TuningRun.__doc__}".partition("Attributes:")[0] + "Schedules, by --schedule:\n"
+    described += "\n".join(f"{n}: {f.__doc__}".partition("\n")[0] for n, f in SCHEDULES.items())
+    run = tyro.cli(
+        TuningRun,
+        default=schedule(tyro.MISSING, tyro.MISSING),
+        args=fields,
+        prog="headwise tune",
+        description=f"{(TuningRun.__doc__ or '').partition('Attributes:')[0]}\n{described}",
+    )
+    _quiet_transformers()
+    tune(run)
+
+
+def _samples(argv: list[str]) -> None:
+    from headwise.recipes.samples import SamplesRun, write_samples
+
+    run = tyro.cli(SamplesRun, args=argv, prog="headwise samples")
+    _quiet_transformers()
+    write_samples(run)
 
 
 def _generate(argv: list[str]) -> None:
@@ -165,6 +198,8 @@ def compile_kernels() -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "convert": _convert,
+    "tune": _tune,
+    "samples": _samples,
     "generate": _generate,
     "report": _report,
     "bench": _bench,

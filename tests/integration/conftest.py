@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils import logging
@@ -34,18 +35,22 @@ class Commands:
         ]  # fmt: skip
 
     def start(
-        self, arguments: list[str], launcher: tuple[str, ...] = (sys.executable,)
+        self,
+        arguments: list[str],
+        launcher: tuple[str, ...] = (sys.executable,),
+        script: Path | None = None,
     ) -> subprocess.Popen:
-        """Starts it; one thread a process, the same sums everywhere."""
+        """Starts it, or a script that does; one thread a process, the same sums everywhere."""
+        command = ("-m", "headwise") if script is None else (str(script),)
         return subprocess.Popen(
-            [*launcher, "-m", "headwise", *arguments],
+            [*launcher, *command, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         )
 
-    def run(self, arguments: list[str], **options: tuple[str, ...]) -> str:
+    def run(self, arguments: list[str], **options: Any) -> str:
         """Runs it to its end; what it printed."""
         process = self.start(arguments, **options)
         output, _ = process.communicate(timeout=300)

@@ -83,11 +83,13 @@ def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.int32]:
-    """All documents in one row of tokens, each followed by the end of a text."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+def tokenize(
+    tokenizer: Tokenizer, documents: Iterable[str], *, end: int | None
+) -> NDArray[np.int32]:
+    """All documents in one row of tokens, each followed by the token `end` where there is one."""
+    ends = [] if end is None else [end]
     rows = [
-        np.array([*encoding.ids, end], dtype=np.int32)
+        np.array([*encoding.ids, *ends], dtype=np.int32)
         for batch in _batches(documents, 256)
         for encoding in tokenizer.encode_batch_fast(batch)
     ]

@@ -1,11 +1,14 @@
 """The directory of a run: who may write into it, and files that are whole or not there."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 RUN_FILE = "run.json"
 # What may differ between a run and its continuation.
@@ -83,6 +86,15 @@ class RunDirectory:
 def resolved(run: Any) -> dict[str, Any]:
     """All fields of a run as JSON keeps them."""
     return json.loads(json.dumps(dataclasses.asdict(run), default=str))
+
+
+def fingerprint(tokens: Mapping[str, Iterable[NDArray[Any]]]) -> dict[str, str]:
+    """Of the tokens of each domain: what a run that resumes must find again."""
+    digests = {domain: hashlib.sha256() for domain in tokens}
+    for domain, parts in tokens.items():
+        for part in parts:
+            digests[domain].update(part.tobytes())
+    return {domain: digest.hexdigest() for domain, digest in digests.items()}
 
 
 def write_json(path: Path, value: Any) -> None:

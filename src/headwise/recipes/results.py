@@ -76,7 +76,7 @@ def measure(
         }
     row["tokens_per_second"] = round(trainer.speed.tokens_per_second())
     row |= {"steps": run.steps, "tokens": run.steps * run.batch_size * run.sequence_length}
-    row |= environment(run)
+    row |= environment(run.precision)
     heads = statistics.head_loads()
     history = trainer.state.log_history
     record = ModelRecord(
@@ -114,12 +114,12 @@ def _cost(run: LanguageModelRun, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def environment(run: LanguageModelRun) -> dict[str, Any]:
+def environment(precision: str) -> dict[str, Any]:
     """Device and versions, for beside the figures."""
     return {
         "device": device_name(cuda=torch.cuda.is_available()),
         "threads": torch.get_num_threads(),
-        "precision": run.precision,
+        "precision": precision,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "headwise")},
     }

@@ -1,6 +1,5 @@
 """Carrying out a run: text, models one after another, table, report. All of it resumes."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,9 @@ from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import get_available_reporting_integrations
 
 from headwise.data.text import (
     END_OF_TEXT,
@@ -24,7 +21,8 @@ from headwise.data.text import (
     train_tokenizer,
 )
 from headwise.hf.trainer import SafeTrainer
-from headwise.recipes.directory import RunDirectory, write_whole
+from headwise.recipes.arguments import Stage, check_batch, check_trackers, training_arguments
+from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
 from headwise.recipes.lm import LABELS, LanguageModelRun, build_model
 from headwise.recipes.results import Text, Trained, measure, read_result, report, write_result
 
@@ -40,11 +38,8 @@ def train(run: LanguageModelRun) -> None:
     """
     # Without the hint, processes on CPUs do not find each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    if run.batch_size % state.num_processes:
-        raise ValueError(
-            f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
-        )
-    _check_trackers(run.report_to)
+    check_batch(run, state)
+    check_trackers(run.report_to)
     directory = RunDirectory(run.output)
     if state.is_main_process:
         directory.check(run)
@@ -65,23 +60,14 @@ def train(run: LanguageModelRun) -> None:
         report(run, directory, text, trained)
 
 
-def _check_trackers(names: tuple[str, ...]) -> None:
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name not in available:
-            raise ValueError(
-                f"report_to names {name!r}; it must be a tracker that is installed, of which there "
-                f"are here: {', '.join(available) or 'none'}"
-            )
-
-
 def _tokens(run: LanguageModelRun, domains: list[Domain]) -> Text:
     bpe = train_tokenizer(domains, vocab_size=run.vocab_size)
+    end = bpe.token_to_id(END_OF_TEXT)
     return Text(
         PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT),
-        training={d.name: tokenize(bpe, d.training.values()) for d in domains},
+        training={d.name: tokenize(bpe, d.training.values(), end=end) for d in domains},
         validation={
-            d.name: {file: tokenize(bpe, [text]) for file, text in d.validation.items()}
+            d.name: {file: tokenize(bpe, [text], end=end) for file, text in d.validation.items()}
             for d in domains
         },
     )
@@ -102,9 +88,22 @@ def _train_one(
     set_seed(seed)
     model = build_model(run, name, vocab_size=len(text.tokenizer), seed=seed)
     training, validation = _blocks(run, text, seed)
+    stage = Stage(
+        steps=run.steps,
+        learning_rate=run.learning_rate,
+        final_learning_rate=run.learning_rate / 10,
+        warmup_steps=run.warmup_steps,
+    )
     trainer = SafeTrainer(
         model=model,
-        args=_arguments(run, directory, name, seed, state),
+        args=training_arguments(
+            run,
+            stage,
+            seed=seed,
+            state=state,
+            checkpoints=directory.checkpoints(name, seed),
+            name=f"{directory.root.name}-{name}-seed{seed}",
+        ),
         train_dataset=training,
         eval_dataset=validation,
         data_collator=default_data_collator,
@@ -117,41 +116,6 @@ def _train_one(
         write_whole(finished, lambda partial: _save(partial, trainer.model, text, trained))
     state.wait_for_everyone()
     return trained
-
-
-def _arguments(
-    run: LanguageModelRun, directory: RunDirectory, name: str, seed: int, state: PartialState
-) -> TrainingArguments:
-    on_cpu = state.device.type == "cpu"
-    return TrainingArguments(
-        output_dir=str(directory.checkpoints(name, seed)),
-        run_name=f"{directory.root.name}-{name}-seed{seed}",
-        max_steps=run.steps,
-        per_device_train_batch_size=run.batch_size // state.num_processes,
-        per_device_eval_batch_size=run.batch_size,
-        learning_rate=run.learning_rate,
-        warmup_steps=run.warmup_steps,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        weight_decay=run.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=run.precision == "bf16",
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        logging_steps=run.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=run.eval_every,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=run.save_every,
-        save_total_limit=2,
-        report_to=list(run.report_to) or "none",
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        seed=seed,
-    )
 
 
 def _blocks(
@@ -188,10 +152,7 @@ def _save(directory: Path, model: PreTrainedModel, text: Text, trained: Trained)
 
 
 def _fingerprint(text: Text) -> dict[str, str]:
-    """Of all tokens: what a run that resumes must find again."""
-    digests = {domain: hashlib.sha256(tokens.tobytes()) for domain, tokens in text.training.items()}
-    for domain, files in text.validation.items():
-        for file, tokens in files.items():
-            digests[domain].update(file.encode())
-            digests[domain].update(tokens.tobytes())
-    return {domain: digest.hexdigest() for domain, digest in digests.items()}
+    return fingerprint({
+        domain: [stream, *text.validation[domain].values()]
+        for domain, stream in text.training.items()
+    })  # fmt: skip

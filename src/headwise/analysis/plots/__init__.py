@@ -1,0 +1,31 @@
+"""Numbers become matplotlib figures."""
+
+from headwise.analysis.plots.curves import (
+    final_losses,
+    loss_curves,
+    mean_curve,
+    recovery_curves,
+    thinned,
+)
+from headwise.analysis.plots.loads import (
+    CROWDED,
+    expert_load_chart,
+    head_load_chart,
+    unused_chart,
+)
+from headwise.analysis.plots.speed import time_against_share
+from headwise.analysis.plots.style import to_svg
+
+__all__ = [
+    "CROWDED",
+    "expert_load_chart",
+    "final_losses",
+    "head_load_chart",
+    "loss_curves",
+    "mean_curve",
+    "recovery_curves",
+    "thinned",
+    "time_against_share",
+    "to_svg",
+    "unused_chart",
+]

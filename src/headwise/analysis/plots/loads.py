@@ -1,0 +1,146 @@
+"""How often heads are on, and how much of the work each expert gets."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from headwise.analysis.measure import unused_share
+from headwise.analysis.plots.style import (
+    DOMAINS,
+    INK,
+    MARKERS,
+    MUTED,
+    cycle,
+    legend,
+    mean,
+    new_figure,
+    percent,
+    styled,
+)
+from headwise.analysis.records import ExpertLoads, HeadLoads
+
+# Above so many heads or experts a load chart is drawn wide.
+CROWDED = 16
+
+
+@styled
+def head_load_chart(heads: HeadLoads, layer: int) -> Figure:
+    """How often each routed head of a layer is on, domains side by side.
+
+    The dashed line is the balanced level, where every routed head is on equally often.
+    """
+    loads = {domain: heads.routed(domain, layer) for domain in heads.by_domain}
+    count = max((len(load) for load in loads.values()), default=0)
+    positions = range(heads.shared_heads, heads.shared_heads + count)
+    figure, axes = _load_figure(count)
+    balanced = mean([value for load in loads.values() for value in load])
+    _compare(axes, list(positions), loads, balanced)
+    axes.set_ylim(0, 1.06)
+    axes.set_title(f"Layer {layer}")
+    axes.set_xlabel("Routed head (index)")
+    axes.set_ylabel("On for (% of tokens)")
+    legend(axes, outside=True)
+    return figure
+
+
+@styled
+def expert_load_chart(experts: ExpertLoads, position: int) -> Figure:
+    """Share of the assignments that each expert of a layer gets, the busiest expert first.
+
+    Experts are ordered by their mean over the domains, so that a rank is one expert.
+    """
+    loads = {domain: layers[position] for domain, layers in experts.by_domain.items()}
+    means = [mean(values) for values in zip(*loads.values(), strict=True)]
+    order = sorted(range(len(means)), key=lambda expert: -means[expert])
+    ordered = {domain: [load[expert] for expert in order] for domain, load in loads.items()}
+    figure, axes = _load_figure(len(order))
+    _compare(axes, list(range(1, len(order) + 1)), ordered, 1 / max(len(order), 1))
+    highest = max(
+        (load for layers in experts.by_domain.values() for layer in layers for load in layer),
+        default=1,
+    )
+    axes.set_ylim(-0.03 * highest, highest * 1.1 or 1)
+    axes.set_title(f"Layer {experts.layers[position]}")
+    axes.set_xlabel(f"Rank among {len(order)} experts")
+    axes.set_ylabel("Load (% of assignments)")
+    legend(axes, outside=True)
+    return figure
+
+
+@styled
+def unused_chart(models: Mapping[str, ExpertLoads]) -> Figure:
+    """Share of the experts that got no assignment at all, for each model, layer and domain."""
+    rows = [
+        (f"{label} · layer {layer}", experts, position)
+        for label, experts in models.items()
+        for position, layer in enumerate(experts.layers)
+    ]
+    domains = list(dict.fromkeys(d for experts in models.values() for d in experts.by_domain))
+    figure, axes = new_figure(4.6, 1.4 + 0.34 * len(rows))
+    thickness = 0.7 / max(len(domains), 1)
+    largest = 0.08
+    for index, domain in enumerate(domains):
+        drawn = [row for row, (_, experts, _) in enumerate(rows) if domain in experts.by_domain]
+        shares = [unused_share(rows[row][1].by_domain[domain][rows[row][2]]) for row in drawn]
+        largest = max(largest, *shares)
+        offset = (index - (len(domains) - 1) / 2) * thickness
+        bars = axes.barh(
+            [row + offset for row in drawn],
+            shares,
+            height=thickness * 0.85,
+            color=cycle(DOMAINS, index),
+            hatch=cycle(("", "///", "...", "xx"), index),
+            edgecolor="white",
+            linewidth=0,
+            label=domain,
+        )
+        axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize=8)
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, min(1.08, 1.25 * largest))
+    axes.xaxis.set_major_formatter(percent)
+    axes.set_title("Experts never used")
+    axes.set_xlabel("Share of the layer's experts (%)")
+    axes.set_ylabel("Model and layer")
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(axis="y", visible=False)
+    legend(axes, outside=True)
+    return figure
+
+
+def _load_figure(candidates: int) -> tuple[Figure, Axes]:
+    return new_figure(4.6 if candidates > CROWDED else 3.5, 2.9)
+
+
+def _compare(
+    axes: Axes, positions: list[int], loads: Mapping[str, Sequence[float]], balanced: float
+) -> None:
+    """Dots for each domain; the line between them is as long as the domains differ."""
+    columns = list(zip(*loads.values(), strict=True))
+    axes.vlines(
+        positions,
+        [min(column) for column in columns],
+        [max(column) for column in columns],
+        color=MUTED,
+        linewidth=1.2,
+        alpha=0.6,
+    )
+    size = 6.5 if len(positions) <= CROWDED else 4
+    for index, (domain, load) in enumerate(loads.items()):
+        axes.plot(
+            positions,
+            load,
+            linestyle="none",
+            marker=cycle(MARKERS, index),
+            markersize=size,
+            markeredgecolor=INK,
+            markeredgewidth=0.7,
+            color=cycle(DOMAINS, index),
+            label=domain,
+        )
+    axes.axhline(balanced, color=INK, linestyle="--", linewidth=1, label="balanced")
+    axes.yaxis.set_major_formatter(percent)
+    axes.set_xticks(positions[:: max(1, -(-len(positions) // 12))])
+    axes.grid(axis="x", visible=False)
+    axes.margins(x=0.08 if len(positions) <= CROWDED else 0.02)

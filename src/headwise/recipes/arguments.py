@@ -1,0 +1,123 @@
+"""What transformers' Trainer is told, the same for every recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run: AdamW, linear warmup, cosine down to the final learning rate.
+
+    Attributes:
+        steps: Optimizer steps; 0 leaves the stage out.
+        learning_rate: Peak.
+        final_learning_rate: At the last step.
+        warmup_steps: Steps of linear warmup.
+    """
+
+    steps: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.final_learning_rate <= self.learning_rate < float("inf"):
+            raise ValueError(
+                f"final_learning_rate is {self.final_learning_rate}; it must lie between 0 and "
+                f"learning_rate = {self.learning_rate}"
+            )
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0; it must be above 0")
+
+
+def training_arguments(
+    run: Any,
+    stage: Stage,
+    *,
+    checkpoints: Path,
+    name: str,
+    seed: int,
+    state: PartialState,
+    eval_on_start: bool = False,
+) -> TrainingArguments:
+    """Arguments of Trainer for a stage of a run, whose fields have the names of the recipes'."""
+    on_cpu = state.device.type == "cpu"
+    share = run.batch_size // state.num_processes
+    at_a_time = getattr(run, "device_batch_size", None) or share
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        run_name=name,
+        max_steps=stage.steps,
+        per_device_train_batch_size=at_a_time,
+        per_device_eval_batch_size=at_a_time,
+        gradient_accumulation_steps=share // at_a_time,
+        activation_checkpointing=getattr(run, "activation_checkpointing", False),
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": stage.final_learning_rate / stage.learning_rate},
+        weight_decay=run.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=run.precision == "bf16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=run.eval_every,
+        eval_on_start=eval_on_start,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=run.save_every,
+        save_total_limit=2,
+        report_to=list(run.report_to) or "none",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def check_batch(run: Any, state: PartialState) -> None:
+    """Whether the processes can share the sequences of a step.
+
+    Raises:
+        ValueError: If they do not divide it.
+    """
+    if run.batch_size % state.num_processes:
+        raise ValueError(
+            f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
+        )
+    share, at_a_time = (
+        run.batch_size // state.num_processes,
+        getattr(run, "device_batch_size", None),
+    )
+    if at_a_time is not None and (at_a_time < 1 or share % at_a_time):
+        raise ValueError(
+            f"device_batch_size is {at_a_time}; it must divide a process's share of batch_size, "
+            f"{share}"
+        )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Whether all of them are installed.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to names {name!r}; it must be a tracker that is installed, of which there "
+                f"are here: {', '.join(available) or 'none'}"
+            )

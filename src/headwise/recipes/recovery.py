@@ -1,0 +1,118 @@
+"""How much of the original a tuned model recovers: as data, as a table, as a figure."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from headwise.hf.auto import Routed
+from headwise.hf.distillation import RecoveringTrainer
+from headwise.hf.surgery import attention_modules
+from headwise.recipes.results import environment
+from headwise.recipes.table import Row, write_csv
+from headwise.recipes.tuning import TuningRun
+
+LEGEND = (
+    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. "
+    "±: deviation over seeds."
+)
+
+
+class Point(NamedTuple):
+    """An evaluation: of which model, after how much training."""
+
+    stage: str
+    shared_heads: float
+    active_heads: float
+    step: int
+    tokens: int
+    perplexity: float
+    recovery: float
+    original_perplexity: float
+    tokens_per_second: float
+
+
+def points(run: TuningRun, stage: str, model: Any, trainer: RecoveringTrainer) -> list[Point]:
+    """The evaluations of a stage, by step; shares of heads are means over the layers."""
+    shared, active = _shares(model)
+    per_step = run.batch_size * run.sequence_length
+    before = run.dense.steps * per_step if stage == "routed" else 0
+    evaluations = {int(x["step"]): x for x in trainer.state.log_history if "eval_loss" in x}
+    return [
+        Point(
+            stage, shared, active, step, before + step * per_step,
+            round(x["eval_perplexity"], 4), round(x["eval_recovery"], 2),
+            round(math.exp(trainer.original_loss), 4),
+            round(trainer.speed.tokens_per_second()),
+        )
+        for step, x in sorted(evaluations.items())
+    ]  # fmt: skip
+
+
+def _shares(model: Any) -> tuple[float, float]:
+    if not isinstance(model, Routed):
+        return 1.0, 1.0
+    modules: list[Any] = list(attention_modules(model).values())
+    budgets = [module.router.budget for module in modules]
+    shared = [budget.shared_heads / budget.num_heads for budget in budgets]
+    return statistics.fmean(shared), statistics.fmean(b.active_share for b in budgets)
+
+
+def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
+    """Write results.csv and recovery.png, and print the table."""
+    from headwise.analysis.plots import recovery_curves
+
+    rows: list[Row] = [
+        {
+            "model": Path(run.path).name,
+            "seed": run.seed,
+            "distill": run.distill,
+            **point._asdict(),
+            **environment(run.precision),
+        }
+        for point in evaluations
+    ]
+    write_csv(run.output / "results.csv", rows)
+    recovery_curves(rows).savefig(run.output / "recovery.png", dpi=150)
+    columns, cells = comparison(rows)
+    table = Table(*columns, box=SIMPLE_HEAD, caption=LEGEND)
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+    stages = dict.fromkeys(point.stage for point in evaluations)
+    for stage in stages:
+        print(f"{stage}: {run.output / 'models' / f'{stage}-seed{run.seed}'}")
+    print(f"curve: {run.output / 'recovery.png'}")
+
+
+def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """A line for each stage and share of heads; values over seeds: see `LEGEND`."""
+    columns = ["heads on", "shared", "tokens", "PPL before", "PPL after ↓", "recovered ↑"]
+    cells = []
+    for stage, active in dict.fromkeys((r["stage"], r["active_heads"]) for r in rows):
+        chosen = [r for r in rows if (r["stage"], r["active_heads"]) == (stage, active)]
+        first, last = (
+            [r for r in chosen if int(r["step"]) == end(int(x["step"]) for x in chosen)]
+            for end in (min, max)
+        )
+        name = f"{float(active):.1%}".replace(".0%", "%").replace("%", " %")
+        cells.append([
+            f"all, {stage}" if stage == "dense" else name,
+            f"{float(chosen[0]['shared_heads']):.0%}".replace("%", " %"),
+            f"{int(last[0]['tokens']):,}",
+            _mean(first, "perplexity", "{:.2f}"),
+            _mean(last, "perplexity", "{:.2f}"),
+            _mean(last, "recovery", "{:.1f} %"),
+        ])  # fmt: skip
+    return columns, cells
+
+
+def _mean(rows: Sequence[Row], key: str, form: str) -> str:
+    values = [float(row[key]) for row in rows]
+    text = form.format(statistics.fmean(values))
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2g}"

@@ -1,0 +1,83 @@
+"""Text that a model writes by itself, to tune on where what it was trained on is not at hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import torch
+import tyro
+from rich.progress import track
+from transformers import set_seed
+
+from headwise.recipes.directory import write_whole
+from headwise.recipes.loading import load_causal_lm
+from headwise.recipes.tuning_text import TOKEN_COLUMN
+
+
+@dataclass(frozen=True)
+class SamplesRun:
+    """Let a model write, from its first token on, and keep the tokens for `headwise tune --data`.
+
+    Sampled at temperature 1 from the whole vocabulary, so the model is the best predictor of its
+    samples; a text goes on after its end.
+
+    Attributes:
+        path: Of the model.
+        output: File to write, .parquet.
+        count: Texts.
+        length: Tokens of each, the first one included.
+        batch_size: Texts written at a time.
+        seed: Of the sampling.
+    """
+
+    path: Annotated[str, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    count: int = 1000
+    length: int = 256
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".parquet":
+            raise ValueError(f"output is {self.output}; its name must end in .parquet")
+        if self.output.exists():
+            raise ValueError(f"output is {self.output}, which exists; choose another")
+        for name, least in (("count", 1), ("length", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def write_samples(run: SamplesRun) -> None:
+    """Sample and write, beside and renamed.
+
+    Raises:
+        ValueError: If there is no model, or it has no first token (`bos_token_id`).
+    """
+    model = load_causal_lm(run.path).eval()
+    first = model.config.bos_token_id
+    if first is None:
+        raise ValueError(f"{run.path} has no bos_token_id, with which a text would begin")
+    set_seed(run.seed)
+    rows: list[list[int]] = []
+    for start in track(range(0, run.count, run.batch_size), "sampling"):
+        begun = torch.full((min(run.batch_size, run.count - start), 1), first, device=model.device)
+        rows += _continue(model, begun, run.length)
+    tokens = datasets.Dataset.from_dict({TOKEN_COLUMN: rows})
+    write_whole(run.output, lambda partial: tokens.to_parquet(str(partial)))
+    print(f"{run.count:,} texts of {run.length} tokens in {run.output}")
+
+
+@torch.no_grad()
+def _continue(model: Any, begun: torch.Tensor, length: int) -> list[list[int]]:
+    new = length - begun.shape[1]
+    return model.generate(
+        begun,
+        attention_mask=torch.ones_like(begun),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=-1,  # no token: a text goes on after its end
+        max_new_tokens=new,
+    ).tolist()

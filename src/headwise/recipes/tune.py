@@ -1,0 +1,146 @@
+"""Carrying out a tuning run: the original measured, every head on, heads routed. It resumes."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+
+from headwise.hf.auto import Routed
+from headwise.hf.distillation import RecoveringTrainer
+from headwise.hf.original import original_of
+from headwise.recipes import recovery
+from headwise.recipes.arguments import Stage, check_batch, check_trackers, training_arguments
+from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
+from headwise.recipes.loading import load_causal_lm, load_tokenizer
+from headwise.recipes.recovery import Point
+from headwise.recipes.tuning import TuningRun
+from headwise.recipes.tuning_text import held_out_blocks, load_tokens, training_blocks
+
+_POINTS_FILE = "recovery.json"
+
+
+class _Setting(NamedTuple):
+    """What the stages share."""
+
+    run: TuningRun
+    directory: RunDirectory
+    state: PartialState
+    tokenizer: PreTrainedTokenizerBase | None
+    held_out: list[dict[str, torch.Tensor]]
+    original: Any
+
+
+def tune(run: TuningRun) -> None:
+    """Tune the model of the run, and write how much of the original's quality it has.
+
+    Raises:
+        ValueError: For a model, text or directory that cannot be used, before anything is written.
+        FloatingPointError: When a loss is not finite; checkpoints stay.
+    """
+    # Without the hint, processes on CPUs do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_batch(run, state)
+    check_trackers(run.report_to)
+    directory = RunDirectory(run.output)
+    if state.is_main_process:
+        directory.check(run)
+    model, tokenizer = _load(run.path), load_tokenizer(run.path)
+    original = _original(run, model, tokenizer)
+    text = load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
+    dense_blocks, routed_blocks = training_blocks(run, text)
+    setting = _Setting(run, directory, state, tokenizer, held_out_blocks(run, text), original)
+    if state.is_main_process:
+        directory.claim(run, fingerprint({name: [x] for name, x in text.training.items()}))
+    state.wait_for_everyone()
+    points = []
+    if run.dense.steps:
+        dense = original_of(model) if isinstance(model, Routed) else model
+        points += _train(setting, "dense", run.dense, dense, dense_blocks)
+    if isinstance(model, Routed) and run.routed.steps:
+        if run.dense.steps:
+            adapted = _load(directory.model("dense", run.seed))
+            model.load_state_dict(adapted.state_dict(), strict=False)  # all but the routers
+        points += _train(setting, "routed", run.routed, model, routed_blocks)
+    if state.is_main_process:
+        recovery.report(run, points)
+
+
+def _load(path: str | Path) -> Any:
+    """In float32, which weights are trained in."""
+    return load_causal_lm(str(path), dtype=torch.float32)
+
+
+def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    if not isinstance(model, Routed) and not run.dense.steps:
+        raise ValueError(
+            f"dense.steps is 0, and the model in {run.path} has no routed heads to tune; convert "
+            "it with `headwise convert`, or give dense.steps"
+        )
+    if run.original is None:
+        # Not the model itself, which learns.
+        return original_of(model) if isinstance(model, Routed) else _load(run.path)
+    other = load_tokenizer(run.original)
+    if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
+        raise ValueError(
+            f"original is {run.original}, whose tokenizer is not that of {run.path}; a model can "
+            "only be compared with one that reads the same tokens"
+        )
+    return _load(run.original)
+
+
+def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> list[Point]:
+    """Train a stage and save its model; when it is finished already, read what it came to."""
+    run, state = setting.run, setting.state
+    finished = setting.directory.model(name, run.seed)
+    file = finished / _POINTS_FILE
+    if file.exists():
+        return [Point(**point) for point in json.loads(file.read_text())]
+    set_seed(run.seed)
+    trainer = _trainer(setting, name, stage, model, blocks)
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
+    if trainer.state.global_step % run.eval_every:
+        trainer.evaluate()
+    points = recovery.points(run, name, model, trainer)
+    # Gathered from shards, tied weights come as copies of each other.
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {k: v for k, v in gathered.items() if k not in model.all_tied_weights_keys}
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(directory, state_dict=weights)
+        if setting.tokenizer is not None:
+            setting.tokenizer.save_pretrained(directory)
+        (directory / _POINTS_FILE).write_text(json.dumps([p._asdict() for p in points]))
+
+    if state.is_main_process:
+        write_whole(finished, save)
+    state.wait_for_everyone()
+    return points
+
+
+def _trainer(
+    setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset
+) -> RecoveringTrainer:
+    run, directory = setting.run, setting.directory
+    return RecoveringTrainer(
+        model=model,
+        args=training_arguments(
+            run, stage, seed=run.seed, state=setting.state,
+            checkpoints=directory.checkpoints(name, run.seed), name=f"{run.output.name}-{name}",
+            eval_on_start=True,
+        ),
+        train_dataset=blocks,
+        eval_dataset=setting.held_out,
+        data_collator=default_data_collator,
+        title=name,
+        tokens_per_step=run.batch_size * run.sequence_length,
+        original=setting.original,
+        distill=run.distill if name == "routed" else 0.0,
+    )  # fmt: skip

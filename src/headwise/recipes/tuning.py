@@ -1,0 +1,122 @@
+"""Tuning a converted model until it does with some heads what it did with all: what to run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from headwise.ops.choice import check_choice
+from headwise.recipes.arguments import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRun:
+    """Tune a model with routed heads, in the paper's two stages: every head on, then routed.
+
+    A model that is not converted goes through the first stage only: something to compare with.
+
+    Attributes:
+        path: Of the model that `headwise convert` or `save_pretrained` left.
+        output: Directory of the run.
+        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
+            .parquet file with a column "input_ids", as `headwise samples` writes it.
+        original: Of the model to be as good as, and to learn from; it must have the same tokenizer.
+            None for the model itself as it is in `path`, with every head on.
+        dense: The first stage, every head on: adapts the model to the text.
+        routed: The second stage, heads routed, the router's gradient straight through the choice.
+        distill: Factor of the divergence from the original in the second stage's loss; 0 for none.
+        batch_size: Sequences of a step, over all processes.
+        device_batch_size: Sequences that a process takes at a time; None for all of its share.
+        sequence_length: Tokens of a sequence.
+        weight_decay: Of AdamW.
+        precision: "fp32", or "bf16" for autocast.
+        activation_checkpointing: Compute activations again in the backward pass, to save memory.
+        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
+        eval_blocks: Held-out sequences that perplexity is measured on.
+        log_every: Steps between two lines of progress.
+        eval_every: Steps between two points of the recovery curve.
+        save_every: Steps between two checkpoints.
+        seed: Of the order of the text.
+        report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
+        resume: Go on with the run in `output`.
+        overwrite: Delete the run in `output` and start anew.
+    """
+
+    path: Annotated[str, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    data: str | None = None
+    original: str | None = None
+    dense: Stage
+    routed: Stage
+    distill: float
+    batch_size: int
+    device_batch_size: int | None = None
+    sequence_length: int
+    weight_decay: float = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    domain_exponent: float = 0.5
+    eval_blocks: int = 64
+    log_every: int = 10
+    eval_every: int = 50
+    save_every: int = 100
+    seed: int = 0
+    report_to: tuple[str, ...] = field(default=())
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, Literal["fp32", "bf16"])
+        for name in ("batch_size", "eval_blocks", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2")
+        if not self.distill >= 0:
+            raise ValueError(f"distill is {self.distill}; it must be at least 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.domain_exponent <= 1:
+            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
+        if self.dense.steps + self.routed.steps == 0:
+            raise ValueError("dense.steps and routed.steps are both 0; there is nothing to train")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite are both set; choose one")
+
+
+def small(path: str, output: Path) -> TuningRun:
+    """Minutes on a laptop for a small model: routed stage only, with distillation."""
+    return TuningRun(
+        path=path,
+        output=output,
+        dense=Stage(steps=0, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
+        routed=Stage(steps=300, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
+        distill=1.0,
+        batch_size=8,
+        sequence_length=256,
+    )
+
+
+def paper(path: str, output: Path) -> TuningRun:
+    """LLaMA3-8B as in the MoH paper: 300B tokens with every head on, then 100B routed.
+
+    **Source**: arXiv 2410.11842, section 4.4 and appendix. Batches of 16M tokens, in sequences of
+    8192; no distillation. **Deviates**: the paper adapts the vocabulary in the first stage.
+    """
+    return TuningRun(
+        path=path,
+        output=output,
+        dense=Stage(steps=17_881, learning_rate=6e-5, final_learning_rate=6e-6, warmup_steps=50),
+        routed=Stage(steps=5_960, learning_rate=2e-5, final_learning_rate=1e-6, warmup_steps=50),
+        distill=0.0,
+        batch_size=2048,
+        device_batch_size=1,
+        sequence_length=8192,
+        precision="bf16",
+        activation_checkpointing=True,
+        eval_every=100,
+    )
+
+
+SCHEDULES = {"small": small, "paper": paper}

@@ -1,0 +1,107 @@
+"""Tokens to tune on: from text by the model's tokenizer, or as `headwise samples` wrote them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedTokenizerBase
+
+from headwise.data.text import MixedBlocks, load_text, tokenize
+from headwise.recipes.evaluation import Tokens
+from headwise.recipes.tuning import TuningRun
+
+TOKEN_COLUMN = "input_ids"
+
+
+class TuningText(NamedTuple):
+    """Tokens by domain: a stream to train on, and one held out."""
+
+    training: dict[str, Tokens]
+    held_out: dict[str, Tokens]
+
+
+def load_tokens(
+    run: TuningRun, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> TuningText:
+    """The tokens of `run.data`.
+
+    Raises:
+        ValueError: If there is no text or no tokenizer for it, or its tokens are not the model's.
+    """
+    if run.data is not None and Path(run.data).suffix == ".parquet":
+        text = _of_token_file(Path(run.data), run.sequence_length)
+    elif tokenizer is None:
+        raise ValueError(
+            f"{run.path} has no tokenizer, and text needs one; save one beside it, or give data "
+            "that `headwise samples` wrote"
+        )
+    else:
+        text = _of_text(run.data, tokenizer)
+    for stream in (*text.training.values(), *text.held_out.values()):
+        if len(stream) and not 0 <= stream.min() <= stream.max() < vocab_size:
+            raise ValueError(
+                f"data has token {stream.max()}, and the model in {run.path} has embeddings for "
+                f"0..{vocab_size - 1}: its tokenizer does not match it, or the tokens are another "
+                "model's"
+            )
+    return text
+
+
+def training_blocks(run: TuningRun, text: TuningText) -> tuple[Dataset, Dataset]:
+    """The sequences of the dense stage and of the routed one; none occurs in both while there are
+    new ones."""
+    blocks = MixedBlocks(
+        text.training,
+        sequence_length=run.sequence_length,
+        num_blocks=(run.dense.steps + run.routed.steps) * run.batch_size,
+        exponent=run.domain_exponent,
+        seed=run.seed,
+    )
+    first = run.dense.steps * run.batch_size
+    return Subset(blocks, range(first)), Subset(blocks, range(first, len(blocks)))
+
+
+def held_out_blocks(run: TuningRun, text: TuningText) -> list[dict[str, torch.Tensor]]:
+    """`run.eval_blocks` sequences, spread evenly over what is held out."""
+    length = run.sequence_length
+    blocks = [
+        stream[start : start + length]
+        for stream in text.held_out.values()
+        for start in range(0, len(stream) - length + 1, length)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"sequence_length is {length}, longer than all that is held out of data = {run.data}"
+        )
+    picks = np.linspace(0, len(blocks) - 1, min(run.eval_blocks, len(blocks))).round().astype(int)
+    ids = [torch.from_numpy(blocks[i].astype(np.int64)) for i in picks]
+    return [{"input_ids": block, "labels": block} for block in ids]
+
+
+def _of_text(data: str | None, tokenizer: PreTrainedTokenizerBase) -> TuningText:
+    domains = load_text(data)
+    fast, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    return TuningText(
+        training={d.name: tokenize(fast, d.training.values(), end=end) for d in domains},
+        held_out={d.name: tokenize(fast, d.validation.values(), end=end) for d in domains},
+    )
+
+
+def _of_token_file(file: Path, length: int) -> TuningText:
+    """Each row is cut into whole sequences; every tenth row is held out."""
+    if not file.is_file():
+        raise ValueError(f"data is {str(file)!r}; there is no such file")
+    rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
+    if TOKEN_COLUMN not in rows.column_names:
+        raise ValueError(f"{file} has columns {rows.column_names}; one must be {TOKEN_COLUMN!r}")
+    cut = [
+        np.asarray(row, dtype=np.int32)[: len(row) // length * length]
+        for row in rows.with_format("numpy")[TOKEN_COLUMN]
+    ]
+    held_out, training = cut[::10], [row for i, row in enumerate(cut) if i % 10]
+    if not training or not sum(map(len, training)):
+        raise ValueError(f"{file} has no row of sequence_length = {length} tokens to train on")
+    return TuningText({file.stem: np.concatenate(training)}, {file.stem: np.concatenate(held_out)})

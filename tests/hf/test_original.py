@@ -1,0 +1,56 @@
+"""The way back from routed heads."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from headwise import MoEConfig, MoHConfig, convert
+from headwise.hf.original import original_of
+
+IDS = torch.randint(31, (2, 7))
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, tie_word_embeddings=True))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=24, n_layer=2, n_head=6, n_positions=9))
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("router", ["query_norm", "two_stage"])
+def test_it_is_the_model_before_the_conversion(build, router, tmp_path):
+    before = build().eval()
+    converted = convert(
+        copy.deepcopy(before), attention=MoHConfig(shared=2, active=4, router=router)
+    )
+    back = original_of(converted)
+    assert type(back) is type(before)
+    assert type(back.config) is type(before.config)
+    before.set_attn_implementation("sdpa")
+    assert torch.equal(back(IDS).logits, before(IDS).logits)
+    back.save_pretrained(tmp_path)
+    again, info = type(before).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(IDS).logits, back(IDS).logits)
+
+
+def test_weights_are_copies():
+    converted = convert(llama(), attention=MoHConfig(router="query_norm"))
+    kept = {k: v.clone() for k, v in converted.state_dict().items()}
+    for parameter in original_of(converted).parameters():
+        parameter.data.zero_()
+    assert_close(converted.state_dict(), kept, rtol=0, atol=0)
+
+
+def test_what_has_no_original_is_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not converted"):
+        original_of(llama())
+    experts = convert(llama(), mlp=MoEConfig(num_experts=2, top_k=1, expert_dim=8))
+    with pytest.raises(ValueError, match="replaced by experts"):
+        original_of(experts)
