@@ -1,0 +1,122 @@
+"""Documents of a benchmark out of local files, in the fields of the harness's own task for it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Document = dict[str, Any]
+
+BLIMP = "blimp_"
+_INSTRUCTION = re.compile(
+    r"[^:]*: (?P<question>.*?)\n\n(?:Answer|Solution|Option)1: (?P<choices>.*)"
+    r"(?:\n\n| )Answer format: \S+",
+    re.DOTALL,
+)
+_NEXT_CHOICE = re.compile(r"(?:\n\n| )(?:Answer|Solution|Option)[2-9]: ")
+_TRUE_OR_FALSE = re.compile(
+    r"[^:]*question: (?P<question>.*?)\?*\n\nAnswer format: true/false", re.DOTALL
+)
+
+
+class Source(NamedTuple):
+    """A local form of a task: whose prompt and scoring it has, its file, how to read an entry."""
+
+    task: str
+    file: str
+    read: Callable[[Document], Document]
+    changes: Document
+
+
+def _piqa(entry: Document) -> Document:
+    goal, choices, label = _choices(entry)
+    return {"goal": goal, "sol1": choices[0], "sol2": choices[1], "label": label}
+
+
+def _arc(entry: Document) -> Document:
+    question, choices, answer = _choices(entry)
+    labels = [str(index) for index in range(len(choices))]
+    return {
+        "question": question,
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[answer],
+    }
+
+
+def _openbookqa(entry: Document) -> Document:
+    document = _arc(entry)
+    return document | {"question_stem": document["question"]}
+
+
+def _winogrande(entry: Document) -> Document:
+    sentence, (one, two), answer = _choices(entry)
+    return {"sentence": sentence, "option1": one, "option2": two, "answer": str(answer + 1)}
+
+
+def _boolq(entry: Document) -> Document:
+    match = _TRUE_OR_FALSE.fullmatch(entry["instruction"])
+    if match is None:
+        raise ValueError("its instruction is no question with true or false")
+    return {"question": match["question"], "label": ("false", "true").index(entry["answer"])}
+
+
+def _choices(entry: Document) -> tuple[str, list[str], int]:
+    """Question, choices and the place of the right one, of an instruction that lists them."""
+    match = _INSTRUCTION.fullmatch(entry["instruction"])
+    if match is None:
+        raise ValueError("its instruction is no question with numbered choices")
+    choices = _NEXT_CHOICE.split(match["choices"])
+    answer = int(entry["answer"][-1]) - 1
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"its answer is {entry['answer']!r} of {len(choices)}")
+    return match["question"], choices, answer
+
+
+# The files keep no passages, so this is another task than boolq, and has another name.
+_NO_PASSAGE = {"doc_to_text": "Question: {{question}}?\nAnswer:"}
+SOURCES = {
+    "arc_easy": Source("arc_easy", "arc_easy.json", _arc, {}),
+    "boolq_no_passage": Source("boolq", "boolq.json", _boolq, _NO_PASSAGE),
+    "openbookqa": Source("openbookqa", "openbookqa.json", _openbookqa, {}),
+    "piqa": Source("piqa", "piqa.json", _piqa, {}),
+    "winogrande": Source("winogrande", "winogrande.json", _winogrande, {}),
+}
+
+
+def source_of(task: str) -> Source:
+    """The local form of a task.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if task.startswith(BLIMP):
+        return Source(task, f"{task.removeprefix(BLIMP)}.jsonl", lambda entry: entry, {})
+    if task not in SOURCES:
+        known = ", ".join((*SOURCES, f"{BLIMP}…"))
+        raise ValueError(f"tasks names {task!r}, which data has no form of; there are {known}")
+    return SOURCES[task]
+
+
+def read_documents(source: Source, directories: Sequence[Path]) -> list[Document]:
+    """The documents of the first directory that has the file.
+
+    Raises:
+        ValueError: If none has it, or an entry is of another form.
+    """
+    paths = [path for directory in directories if (path := directory / source.file).is_file()]
+    if not paths:
+        where = " or ".join(map(str, directories))
+        raise ValueError(f"data is {where}, where there is no {source.file}")
+    documents = []
+    try:
+        for entry in _entries(paths[0]):
+            documents.append(source.read(entry))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{paths[0]}, entry {len(documents) + 1}: {error}") from error
+    return documents
+
+
+def _entries(path: Path) -> Iterator[Document]:
+    with path.open() as file:
+        yield from map(json.loads, file) if path.suffix == ".jsonl" else json.load(file)
