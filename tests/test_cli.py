@@ -69,7 +69,7 @@ def test_help_of_a_recipe_explains_every_field(capsys, recipe):
     assert "MH-MoE: sub-tokens of a token." in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("command", ["generate", "report"])
+@pytest.mark.parametrize("command", ["eval", "generate", "report"])
 def test_help_of_a_command(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -80,7 +80,7 @@ def test_help_of_a_command(capsys, command):
     ("arguments", "message"),
     [
         (["trian", "lm"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzz"], "unknown command 'zzz'; there are train, convert, generate, report"),
+        (["zzz"], "unknown command 'zzz'; there are train, convert, generate, report, eval"),
         (["train", "lms"], "unknown recipe 'lms'; did you mean 'lm'?"),
         (["train", "zzz"], "unknown recipe 'zzz'; there are lm"),
         (["train", "lm", "--stepz", "3"], "--steps"),

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   samples DIR    let a model write text to tune on    headwise samples --help
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
+  eval DIR …     score models on tasks, side by side  headwise eval --help
   compile        build the CPU kernels, once          headwise compile
   bench          measure speed on this machine        headwise bench --help
 """
@@ -162,6 +164,16 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     print(write_report(record, directory / "report.html"))
 
 
+def _eval(argv: list[str]) -> None:
+    from headwise.recipes.harness import HarnessRun, score_models
+
+    run = tyro.cli(HarnessRun, args=argv, prog="headwise eval")
+    _quiet_transformers()
+    # The harness warns of what is meant here: a model that is loaded, documents of one's own.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    score_models(run)
+
+
 def _bench(argv: list[str]) -> None:
     from headwise.bench import BENCHMARKS, BenchRun, bench
 
@@ -202,6 +214,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "samples": _samples,
     "generate": _generate,
     "report": _report,
+    "eval": _eval,
     "bench": _bench,
     "compile": _compile,
 }

@@ -1,0 +1,133 @@
+"""The tasks of lm-evaluation-harness by name, preset, file or local data, with their shots."""
+
+import difflib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headwise.recipes.local_documents import read_documents, source_of
+
+# Source: arXiv 2410.11842, Tables 3 and 4; the shots are those in Table 4's heads, 0 without one.
+# The paper names benchmarks, and the released code says that the harness ran them: TruthfulQA is
+# mc1 or mc2 there, so that both are run; CEVAL is taken as ceval-valid, LAMBADA as lambada_openai.
+_LLM = ("sciq", "piqa", "winogrande", "openbookqa", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")
+PRESETS: dict[str, dict[str, int]] = {
+    "paper-llm": dict.fromkeys(_LLM, 0),
+    "paper-llama": {
+        "mmlu": 5, "ceval-valid": 5, "cmmlu": 5, "gsm8k": 8, "truthfulqa_mc1": 0,
+        "truthfulqa_mc2": 0, "hellaswag": 10, "logiqa": 0, "boolq": 32, "lambada_openai": 0,
+        "sciq": 0, "piqa": 0, "winogrande": 0, "nq_open": 32, "arc_challenge": 25,
+    },
+}  # fmt: skip
+
+
+def wanted_tasks(tasks: Sequence[str], num_fewshot: int | None) -> dict[str, int | None]:
+    """Names and files of tasks, with shots where they are not the task's own.
+
+    Args:
+        tasks: Presets, names, files, or directories of files `*.yaml`.
+        num_fewshot: Shots of all tasks; None leaves them to the preset, then to the task.
+
+    Raises:
+        ValueError: If a directory has no task file.
+    """
+    wanted: dict[str, int | None] = {}
+    for name in tasks:
+        if name in PRESETS:
+            wanted |= PRESETS[name]
+        elif Path(name).is_dir():
+            files = sorted(map(str, Path(name).glob("*.yaml")))
+            if not files:
+                raise ValueError(f"tasks names {name}, a directory without a task file (*.yaml)")
+            wanted |= dict.fromkeys(files)
+        else:
+            wanted[name] = None
+    return wanted if num_fewshot is None else dict.fromkeys(wanted, num_fewshot)
+
+
+def load_tasks(wanted: dict[str, int | None], data: Sequence[Path] = ()) -> dict[str, Any]:
+    """The tasks with their documents, as the harness's `evaluate` takes them.
+
+    Args:
+        wanted: As `wanted_tasks` gives them.
+        data: Directories with the documents; without them the harness fetches its own.
+
+    Raises:
+        ValueError: If a task is unknown, its file cannot be read, or data has no form of it.
+        OSError: If documents cannot be fetched.
+    """
+    for name in wanted:
+        _check_name(source_of(name).task if data else name)
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    for name, shots in wanted.items():
+        tasks, groups = _from_files(name, shots, data) if data else _from_harness(name)
+        for task in tasks.values():
+            _set_shots(task, shots)
+        loaded["tasks"] |= tasks
+        loaded["groups"] |= groups
+    return loaded
+
+
+@functools.cache
+def task_manager() -> Any:
+    """The harness's index of its tasks; reading it takes seconds.
+
+    Raises:
+        ValueError: If the harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError("no lm-evaluation-harness; pip install 'headwise[eval]'") from error
+    return TaskManager()
+
+
+def _check_name(name: str) -> None:
+    known = task_manager().task_index
+    if name in known or Path(name).is_file():
+        return
+    near = difflib.get_close_matches(name, (*PRESETS, *known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "give a preset, a name or a file (*.yaml)"
+    raise ValueError(f"tasks names {name!r}, which is unknown; {hint}")
+
+
+def _from_harness(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        loaded = task_manager().load([name])
+    except OSError:
+        raise
+    # A task file can be wrong in as many ways as there are kinds of errors.
+    except Exception as error:
+        raise ValueError(f"tasks names {name}, which cannot be used: {error}") from error
+    return loaded["tasks"], loaded["groups"]
+
+
+def _from_files(
+    name: str, shots: int | None, data: Sequence[Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from datasets import Dataset
+
+    if shots:
+        raise ValueError(f"num_fewshot is {shots}; with data, which has no examples, it must be 0")
+    source = source_of(name)
+    documents = Dataset.from_list(read_documents(source, data))
+    spec = {
+        "task": source.task,
+        "custom_dataset": lambda **_: {"validation": documents},
+        "training_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+        **source.changes,
+    }
+    # Only inside a group does the harness take a task of its own with changes.
+    loaded = task_manager().load([{"group": "local", "task": [spec]}])
+    (task,) = loaded["tasks"].values()
+    return {name: task}, {}
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As the harness's `simple_evaluate` does: 0 in the task's own file stays."""
+    own = task.get_config("num_fewshot")
+    if own != 0:
+        task.set_config("num_fewshot", (own or 0) if shots is None else shots)
