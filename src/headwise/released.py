@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
-from headwise.hf.auto import check_weights
+from headwise.hf.auto import load_strictly
 from headwise.nn import MHMoE, MoHAttention
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -72,9 +72,8 @@ def _llama(**config: Any) -> nn.Module:
 
 
 def _llama_of_directory(path: Any) -> nn.Module:
-    model, info = LlamaForCausalLM.from_pretrained(path, output_loading_info=True)
     try:
-        check_weights(path, info)
+        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, path)
     except ValueError as error:
         raise ValueError(f"moh_llama: {error}") from None
     return model

@@ -38,8 +38,7 @@ class Routed(PreTrainedModel):
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but a missing, unexpected or misshapen weight is an error."""
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        check_weights(path, info)
+        model, info = load_strictly(super().from_pretrained, path, *args, **kwargs)
         return (model, info) if want_info else model
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -75,16 +74,27 @@ class Routed(PreTrainedModel):
         return torch.stack(kinds).sum()
 
 
-def check_weights(path: Any, info: dict[str, Any]) -> None:
-    """Refuse weights that did not fit, given what transformers tells of loading them.
+def load_strictly(
+    load: Callable[..., Any], path: Any, *args: Any, surplus_allowed: bool = False, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What a `from_pretrained` of transformers loads, and what it tells of the weights.
+
+    Args:
+        load: The `from_pretrained` of a model class.
+        path: Of the model.
+        surplus_allowed: Leave out weights that the model does not have.
 
     Raises:
-        ValueError: If one is missing, unexpected or misshapen.
+        ValueError: If a weight is missing, misshapen, or unexpected and not allowed.
     """
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    # Otherwise a misshapen weight is transformers' own error, which does not name it.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(path, *args, **kwargs | told)
+    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not surplus_allowed)
     wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if wrong:
         raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
+    return model, info
 
 
 def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,7 +183,12 @@ class RoutedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the class that `routed_classes` makes for the model's architecture."""
+        """A config of the class that `routed_classes` makes for the model's architecture.
+
+        Raises:
+            ValueError: If the format is newer than this version of headwise reads.
+        """
+        Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
         original = getattr(transformers, architecture.removeprefix(_PREFIX))
         _, config_class = routed_classes(original)

@@ -197,22 +197,23 @@ class Conversion:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: If the format is newer than this version of headwise reads.
+            ValueError: If the format is newer than this version of headwise reads, or fields are
+                missing or unknown.
         """
-        if fields["format"] > FORMAT_VERSION:
-            raise ValueError(
-                f"the model has headwise format {fields['format']}, this version reads up to "
-                f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
-            )
-        attention, mlp = fields["attention"], fields["mlp"]
         try:
+            if fields["format"] > FORMAT_VERSION:
+                raise ValueError(
+                    f"the model has headwise format {fields['format']}, this version reads up to "
+                    f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
+                )
+            attention, mlp = fields["attention"], fields["mlp"]
             return cls(
                 attention=attention and MoHConfig(**attention),
                 mlp=mlp and _mlp_from_dict(**mlp),
                 every=fields["every"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"config.json's 'headwise' is not understood: {error}") from error
+            raise ValueError(f"config.json's 'headwise' is not understood: {error!r}") from error
 
 
 FORMAT_VERSION = 1

@@ -4,10 +4,11 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
 from headwise.hf.configs import Conversion, MoEConfig, MoHConfig
+from headwise.hf.loading import load_original
 from headwise.hf.surgery import attention_modules, install
 
 
@@ -26,8 +27,8 @@ def convert(
 
     Args:
         model_or_path: A model whose attention goes through transformers' AttentionInterface (Llama,
-            Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, BERT, ViT and many more), or what
-            AutoModelForCausalLM.from_pretrained takes.
+            Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, BERT, ViT and many more), or the
+            path or hub name of one.
         attention: What to make of every attention; None leaves it.
         mlp: What to put for the MLP of every `every`-th layer; None leaves it. The layers must have
             a module `mlp`.
@@ -38,8 +39,8 @@ def convert(
         loads with the Auto class that loads the original's class.
 
     Raises:
-        ValueError: If the model is converted already or of another layout, or a budget does not
-            fit it. The model is then as it was.
+        ValueError: If the model is converted already or of another layout, its path does not hold
+            all of its weights, or a budget does not fit it. The model is then as it was.
     """
     conversion = Conversion(attention=attention, mlp=mlp, every=every)
     model: Any = model_or_path
@@ -48,7 +49,7 @@ def convert(
             f"model_or_path is a {type(model).__name__}; it must be a transformers model or a path"
         )
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(model_or_path)
+        model = load_original(model)
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
     original: Any = type(model)

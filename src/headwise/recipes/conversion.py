@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.hf import MoHConfig, calibrate, convert
-from headwise.hf.auto import MODEL_TYPE, auto_class_of
+from headwise.hf.auto import auto_class_of
 from headwise.hf.calibration import Batches, Measure
+from headwise.hf.loading import load_original
 from headwise.hf.surgery import attention_modules
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
@@ -73,7 +73,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         OSError: If the directory cannot be written.
     """
     console = Console()
-    model, tokenizer = _load(run.path)
+    model, tokenizer = load_original(run.path), _tokenizer(run.path)
     attention = run.attention()
     if run.calibrate is not None:
         batches = _blocks(run.calibrate.read_text(), tokenizer, model, run.path)
@@ -95,26 +95,12 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     return model
 
 
-def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """The model, of the class that its config names, and its tokenizer where it has one."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise ValueError(f"path is {path}, where there is no directory")
+def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """Where there is one."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type == MODEL_TYPE:
-            raise ValueError("it is converted already; convert the original")
-        (architecture,) = config.architectures or [""]
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
-            raise ValueError(f"transformers has no class {architecture or 'for it'}")
-        model = model_class.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no model that can be converted: {reason}") from error
-    try:
-        return model, AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
-        return model, None
+        return None
 
 
 def _blocks(

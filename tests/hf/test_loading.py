@@ -1,0 +1,116 @@
+"""Originals from a path: weights and directories that do not fit are refused and left alone."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
+
+from headwise import MoHConfig, convert
+from headwise.recipes.conversion import ConversionRun, convert_directory
+
+QUERY_NORM = MoHConfig(router="query_norm", shared=2, active=4)
+UP = "model.layers.1.mlp.up_proj.weight"
+BERT = {
+    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def original(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
+
+
+def contents(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def edit_weights(directory, edit):
+    weights = load_file(directory / "model.safetensors")
+    edit(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(directory, edit):
+    config = json.loads((directory / "config.json").read_text())
+    edit(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def refuse(directory, message):
+    """By the function and by the command, and nothing is written."""
+    before, new = contents(directory), directory.with_name("new")
+    with pytest.raises(ValueError, match=message):
+        convert(directory, attention=QUERY_NORM)
+    with pytest.raises(ValueError, match=message):
+        convert_directory(ConversionRun(path=str(directory), output=new))
+    assert contents(directory) == before
+    assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda weights: weights.pop(UP), rf"missing_keys.*{UP}"),
+        (lambda weights: weights.update({UP: torch.zeros(3, 24)}), rf"mismatched_keys.*{UP}"),
+        (lambda weights: weights.pop("lm_head.weight"), r"missing_keys.*lm_head\.weight"),
+    ],
+)
+def test_a_missing_or_misshapen_weight_is_named(original, edit, message):
+    edit_weights(original, edit)
+    refuse(original, message)
+
+
+def test_a_surplus_weight_is_left_out(original, tiny, ids):
+    edit_weights(original, lambda weights: weights.update(surplus=torch.zeros(3)))
+    want = convert(tiny(), attention=QUERY_NORM)(ids).logits
+    assert torch.equal(convert(original, attention=QUERY_NORM)(ids).logits, want)
+
+
+def test_tied_weights_are_not_missing(tiny, tmp_path, ids):
+    model = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    want = convert(model, attention=QUERY_NORM)(ids).logits
+    assert torch.equal(convert(tmp_path, attention=QUERY_NORM)(ids).logits, want)
+
+
+def test_the_config_names_the_class(tmp_path):
+    BertForSequenceClassification(BertConfig(**BERT)).save_pretrained(tmp_path)
+    assert isinstance(convert(tmp_path, attention=QUERY_NORM), BertForSequenceClassification)
+    # A head that the class lacks is surplus, one that the file lacks is missing.
+    edit_config(tmp_path, lambda config: config.update(architectures=["BertModel"]))
+    assert isinstance(convert(tmp_path, attention=QUERY_NORM), BertModel)
+    edit_config(tmp_path, lambda config: config.update(architectures=["BertForMaskedLM"]))
+    refuse(tmp_path, r"missing_keys.*cls\.predictions")
+
+
+def test_a_directory_without_a_model(original, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", r"path is .*empty, which holds no model: config\.json is missing")
+    (original / "model.safetensors").unlink()
+    refuse(original, r"holds no model that can be converted: .*no file named model\.safetensors")
+    with pytest.raises(ValueError, match=r"path is .*none, where there is no directory"):
+        convert(tmp_path / "none", attention=QUERY_NORM)
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", ""])
+def test_a_class_that_transformers_lacks(original, name):
+    edit_config(original, lambda config: config.update(architectures=[name] if name else None))
+    refuse(original, f"transformers has no class {name or 'for it'}")
+
+
+def test_a_converted_directory(tiny, tmp_path):
+    directory = tmp_path / "converted"
+    convert(tiny(), attention=QUERY_NORM).save_pretrained(directory)
+    refuse(directory, "converted already; give the original")
+    edit_config(directory, lambda config: config["headwise"].update(format=99))
+    refuse(directory, "headwise format 99, this version reads up to 1; upgrade with")
+    with pytest.raises(ValueError, match="headwise format 99"):
+        AutoConfig.from_pretrained(directory)
+    edit_config(directory, lambda config: config.pop("headwise"))
+    refuse(directory, r"config\.json's 'headwise' is not understood")
