@@ -239,13 +239,3 @@ def test_with_attention_dropout_heads_that_are_off_stay_off(tiny, ids):
     assert (once[off] == 0).all()
     model(ids)
     assert not torch.equal(heads[-1].unflatten(-1, (6, 4)), once)
-
-
-def test_another_attention_function_is_refused(tiny, ids):
-    model = convert(tiny(), attention=MoHConfig(shared=1, active=3))
-    with pytest.raises(ValueError, match="attn_implementation is 'sdpa'"):
-        model.set_attn_implementation("sdpa")
-    assert model.config._attn_implementation == "headwise"
-    convert(tiny(), mlp=MoEConfig(num_experts=3, top_k=1, expert_dim=5)).set_attn_implementation(
-        "eager"
-    )

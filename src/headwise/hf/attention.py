@@ -18,15 +18,27 @@ NAME = "headwise"
 def install_router(attention: nn.Module, router: TwoStageRouter | QueryNormRouter) -> None:
     """Give a transformers attention module a router; its class and parameter names stay."""
     attention.router = router
-    if isinstance(router, TwoStageRouter):
-        attention.register_forward_pre_hook(_route_by_input, with_kwargs=True)
+    attention.register_forward_pre_hook(_begin, with_kwargs=True)
 
 
-def _route_by_input(
+def check_implementation(name: Any) -> None:
+    """Raises ValueError unless it is our attention function, for another would ignore routers."""
+    if name != NAME:
+        raise ValueError(
+            f"attn_implementation is {name!r}; a model with routed heads takes {NAME!r} only"
+        )
+
+
+def _begin(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
-    router: Any = attention.router
+    # A part of a model can set its function without asking the whole.
+    config: Any = attention.config
+    check_implementation(config._attn_implementation)
+    router = attention.router
+    if not isinstance(router, TwoStageRouter):
+        return None
     x = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, "routing": router(x)}
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from headwise.hf import attention
+from headwise.hf.attention import check_implementation
 from headwise.hf.configs import Conversion
 from headwise.hf.recorder import collect_routings
 from headwise.hf.surgery import install
@@ -31,8 +31,11 @@ class Routed(PreTrainedModel):
     """Mixed into the class of a converted model: balance in the training loss, strict loading."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        conversion = Conversion.from_dict(config.headwise)
+        if conversion.attention is not None:
+            _check_attention_asked_for(config)
         super().__init__(config, *args, **kwargs)
-        install(self, Conversion.from_dict(config.headwise))
+        install(self, conversion)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,11 +46,8 @@ class Routed(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own, but not away from routed heads: another function would ignore them."""
-        if self.conversion.attention is not None and attn_implementation != attention.NAME:
-            raise ValueError(
-                f"attn_implementation is {attn_implementation!r}; a model with routed heads takes "
-                f"{attention.NAME!r} only"
-            )
+        if self.conversion.attention is not None:
+            check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
@@ -72,6 +72,12 @@ class Routed(PreTrainedModel):
                 experts.append(balance + z_loss)
         kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
         return torch.stack(kinds).sum()
+
+
+def _check_attention_asked_for(config: PreTrainedConfig) -> None:
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None and part._attn_implementation is not None:
+            check_implementation(part._attn_implementation)
 
 
 def load_strictly(

@@ -45,11 +45,17 @@ def build_routers(
 
     Raises:
         ValueError: If a budget does not fit the heads of its layer, or its attention does something
-            that ours does not.
+            that ours does not, or another attention function than the usual ones was asked for.
     """
     routers = {}
     for layer, (name, module) in enumerate(attention_modules(model).items()):
         config, reference = _config_of(model, name), next(module.parameters())
+        if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
+            raise ValueError(
+                f"{type(model).__name__} cannot be converted: it was loaded with "
+                f"attn_implementation = {config._attn_implementation!r}, and routed heads take "
+                f"{headwise_attention.NAME!r} only; load it without"
+            )
         if getattr(config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
             raise ValueError(
                 f"{type(model).__name__} cannot be converted: its attention has soft caps or "
