@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.nn import HeadBudget, LinearRouter, MHMoE
-from headwise.nn.mh_moe import Experts
-from headwise.nn.routers import CosineRouter
+from headwise.nn.mh_moe import ExpertMatrices
+from headwise.nn.routers import CosineRouter, ScoreMap
 
 
 class SparseMoEMatch(NamedTuple):
@@ -136,11 +136,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _module_flops(module: nn.Module, keys: float) -> float:
-    if isinstance(module, nn.Linear | LinearRouter):
+    if isinstance(module, nn.Linear | LinearRouter | ScoreMap):
         return 2 * module.weight.numel()
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
-    if isinstance(module, Experts):
+    if isinstance(module, ExpertMatrices):
         return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
     q_proj = getattr(module, "q_proj", None)
     if isinstance(q_proj, nn.Linear):

@@ -40,7 +40,7 @@ def test_linear_is_route_tokens_of_a_product():
 def test_two_stage_is_route_heads_of_three_products():
     for mode in ("released", "paper"):
         router, x = TwoStageRouter(13, BUDGET, mode=mode), torch.randn(2, 3, 13)
-        logits = [router.shared(x), router.routed(x), router.stage(x)]
+        logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
         assert_close(router(x)[:4], route_heads(*logits, top_k=3, mode=mode)[:4])
 
 
@@ -84,7 +84,7 @@ def test_two_stage_gates_of_groups_by_hand():
 def test_maps_score_groups_and_all_heads_of_a_group_get_its_gate():
     for mode in ("released", "paper"):
         router, x = TwoStageRouter(13, GROUPS, mode=mode), torch.randn(2, 3, 13)
-        logits = [router.shared(x), router.routed(x), router.stage(x)]
+        logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
         assert [x.shape[-1] for x in logits] == [2, 3, 2]
         want = route_heads(*logits, top_k=2, mode=mode)
         routing = router(x)

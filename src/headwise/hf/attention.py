@@ -18,7 +18,9 @@ NAME = "headwise"
 def install_router(attention: nn.Module, router: TwoStageRouter | QueryNormRouter) -> None:
     """Give a transformers attention module a router; its class and parameter names stay."""
     attention.router = router
-    attention.register_forward_pre_hook(_begin, with_kwargs=True)
+    attention.register_forward_pre_hook(_check_function)
+    if isinstance(router, TwoStageRouter):
+        attention.register_forward_pre_hook(_route_by_input, with_kwargs=True)
 
 
 def check_implementation(name: Any) -> None:
@@ -29,16 +31,17 @@ def check_implementation(name: Any) -> None:
         )
 
 
-def _begin(
-    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
-    # A part of a model can set its function without asking the whole.
+def _check_function(attention: nn.Module, _: tuple[Any, ...]) -> None:
+    """Before the attention's forward: a part of a model sets its function without the whole."""
     config: Any = attention.config
     check_implementation(config._attn_implementation)
-    router = attention.router
-    if not isinstance(router, TwoStageRouter):
-        return None
+
+
+def _route_by_input(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
+    router: Any = attention.router
     x = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, "routing": router(x)}
 
@@ -68,7 +71,7 @@ def attend(
             and for what SDPA does not compute: soft caps and sinks.
     """
     router = getattr(module, "router", None)
-    if isinstance(router, QueryNormRouter):
+    if router is not None and routing is None:
         routing = router(rearrange(query, "b h t c -> b t h c"))
     if router is not None:
         _check(kwargs)

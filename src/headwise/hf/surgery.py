@@ -24,10 +24,10 @@ def install(model: PreTrainedModel, conversion: Conversion) -> None:
     experts = {}
     for layer, name in enumerate(attentions):
         if conversion.mlp is not None and (layer + 1) % conversion.every == 0:
-            config, reference = _config_of(model, name), next(attentions[name].parameters())
+            config = _config_of(model, name)
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
-            experts[_mlp_beside(model, name)] = RoutedMLP(mlp).to(reference.device, reference.dtype)
+            experts[_mlp_beside(model, name)] = _placed(RoutedMLP(mlp), attentions[name])
     if conversion.mlp is not None and not experts:
         raise ValueError(f"every is {conversion.every}, but the model has {len(attentions)} layers")
     for name, router in routers.items():
@@ -49,7 +49,7 @@ def build_routers(
     """
     routers = {}
     for layer, (name, module) in enumerate(attention_modules(model).items()):
-        config, reference = _config_of(model, name), next(module.parameters())
+        config = _config_of(model, name)
         if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
             raise ValueError(
                 f"{type(model).__name__} cannot be converted: it was loaded with "
@@ -67,8 +67,20 @@ def build_routers(
             num_heads=config.num_attention_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None),
         )
-        routers[name] = router.to(reference.device, reference.dtype)
+        routers[name] = _placed(router, module)
     return routers
+
+
+def _placed(new: Any, neighbour: nn.Module) -> Any:
+    """The new module, on the device and in the dtype of its neighbour."""
+    reference = next(neighbour.parameters())
+    offloaded = reference.is_meta and any(hasattr(m, "_hf_hook") for m in neighbour.modules())
+    if offloaded and list(new.parameters()):
+        raise ValueError(
+            "the model's weights are offloaded, where new ones cannot go; convert it without "
+            "device_map, save it, and load that with device_map"
+        )
+    return new.to(reference.device, reference.dtype)
 
 
 def _config_of(model: PreTrainedModel, attention: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -90,9 +90,8 @@ class MHMoE(nn.Module):
         kind = LinearRouter if router == "linear" else CosineRouter
         self.router = kind(sub_dim, num_experts, top_k=top_k, normalize_top_k=normalize_top_k)
         self.experts = Experts(num_experts, sub_dim, expert_dim, glu=glu)
-        # A shared expert is one expert that every token goes to, whole.
         self.shared_expert = (
-            Experts(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
+            SharedExpert(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
         )
         self.reset_parameters()
 
@@ -131,12 +130,10 @@ class MHMoE(nn.Module):
         u = rearrange(u, "b t (h s) -> b t h s", h=self.num_heads)
         routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))
         flat = rearrange(u, "b t h s -> (b t h) s")
-        out = expert_mlp(
+        out = self.experts(
             flat,
             rearrange(routing.weights, "b t h k -> (b t h) k"),
             rearrange(routing.indices, "b t h k -> (b t h) k"),
-            self.experts.up_proj,
-            self.experts.down_proj,
             activation=self.activation,
             impl=self.impl,
         )
@@ -144,7 +141,7 @@ class MHMoE(nn.Module):
         y = out.reshape(x.shape)
         y = y if self.merge_proj is None else self.merge_proj(y)
         if self.shared_expert is not None:
-            y = y + self.shared_expert.first(x, self.activation)
+            y = y + self.shared_expert(x, self.activation)
         return y, routing
 
     def extra_repr(self) -> str:
@@ -193,8 +190,8 @@ class MoE(MHMoE):
         )
 
 
-class Experts(nn.Module):
-    """The stacked matrices of E two-layer MLPs; `ops.expert_mlp` computes with them.
+class ExpertMatrices(nn.Module):
+    """The stacked matrices of E two-layer MLPs.
 
     up_proj [E, 2F, D] holds the gate rows first (glu) or is [E, F, D]; down_proj is [E, D, F].
     """
@@ -207,12 +204,35 @@ class Experts(nn.Module):
         for weight in (self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
-    def first(self, x: Float[Tensor, "*batch D"], activation: Activation) -> Tensor:
-        """What the first expert says of every token."""
-        up, down = self.up_proj[0], self.down_proj[0]
-        return linear(activate(linear(x, up), activation, down.shape[1]), down)
-
     def extra_repr(self) -> str:
         num_experts, dim, hidden = self.down_proj.shape
         glu = self.up_proj.shape[1] != hidden
         return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden}, glu={glu}"
+
+
+class Experts(ExpertMatrices):
+    """Experts of which each row goes to those that its routing names."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        indices: Int[Tensor, "N K"],
+        *,
+        activation: Activation,
+        impl: Impl,
+    ) -> Float[Tensor, "N D"]:
+        """`ops.expert_mlp` with its own matrices."""
+        up, down = self.up_proj, self.down_proj
+        return expert_mlp(x, weights, indices, up, down, activation=activation, impl=impl)
+
+
+class SharedExpert(ExpertMatrices):
+    """One expert that every token goes to, whole."""
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], activation: Activation
+    ) -> Float[Tensor, "*batch D"]:
+        """What it says of every token."""
+        up, down = self.up_proj[0], self.down_proj[0]
+        return linear(activate(linear(x, up), activation, down.shape[1]), down)

@@ -18,6 +18,26 @@ class Router(nn.Module):
     """Base of all routers: forward returns a Routing, and a recorder finds them by this type."""
 
 
+class ScoreMap(nn.Module):
+    """The weight [num_scores, D] of one of the linear maps that TwoStageRouter computes as one.
+
+    Calling it gives the weight, so that hooks which bring weights to where they are needed
+    (offloading) run. No nn.Linear: what adapts or replaces these would have no effect here.
+    """
+
+    def __init__(self, dim: int, num_scores: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_scores, dim))
+
+    def forward(self) -> Float[Tensor, "K D"]:
+        """The weight."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        num_scores, dim = self.weight.shape
+        return f"dim={dim}, num_scores={num_scores}"
+
+
 class TwoStageRouter(Router):
     """MoH's learned router: scores for shared heads, for routed heads and for these two stages.
 
@@ -35,9 +55,9 @@ class TwoStageRouter(Router):
         super().__init__()
         self.budget, self.mode = budget, mode
         shared, routed = len(budget.shared_groups), budget.routed_groups
-        self.shared = nn.Linear(dim, shared, bias=False) if shared > 1 else None
-        self.routed = nn.Linear(dim, routed, bias=False) if routed else None
-        self.stage = nn.Linear(dim, 2, bias=False) if shared and routed else None
+        self.shared = ScoreMap(dim, shared) if shared > 1 else None
+        self.routed = ScoreMap(dim, routed) if routed else None
+        self.stage = ScoreMap(dim, 2) if shared and routed else None
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
 
@@ -54,7 +74,7 @@ class TwoStageRouter(Router):
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of shared groups, routed ones and the stages; even where there is no choice to make."""
-        maps = [m.weight for m in (self.shared, self.routed, self.stage) if m is not None]
+        maps = [m() for m in (self.shared, self.routed, self.stage) if m is not None]
         even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=_wide(x))
         if not maps:
             return even, even[..., :0], None
