@@ -9,11 +9,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+)
 
 import headwise
 from headwise import MHMoE, MoE, MoHAttention
@@ -87,6 +94,18 @@ def model(router: str) -> None:
     assert_close(*results)
 
 
+def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
+    """A padded prompt and its continuation in a static cache, each step one graph."""
+    converted = headwise.convert(
+        model_class(config).eval(), attention=headwise.MoHConfig(router=router)
+    )
+    ids, mask = torch.randint(3, 31, (B, T)), half_mask().long().flip(1)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    want = converted.generate(ids, **options)
+    converted.forward = torch.compile(converted.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(converted.generate(ids, cache_implementation="static", **options), want)
+
+
 def decoding() -> None:
     """One token against a cache, without gradients."""
     q, k, v = torch.randn(B, 1, 6, 10), *torch.randn(2, B, T, 3, 10)
@@ -121,6 +140,12 @@ CASES: dict[str, Callable[[], None]] = {
     "moe, inductor": lambda: layer("moe", backend="inductor"),
     "model, two_stage": lambda: model("two_stage"),
     "model, query_norm": lambda: model("query_norm"),
+    "generating, two_stage": lambda: generating(
+        "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
+    ),
+    "generating, query_norm, sliding window": lambda: generating(
+        "query_norm", MistralForCausalLM, MistralConfig(**LLAMA, sliding_window=5)
+    ),
 }
 
 

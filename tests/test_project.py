@@ -22,7 +22,7 @@ TABLES = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, 
 MARKDOWN = {"lm": lm_markdown, "performance": performance_markdown}
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = ("matplotlib", "headwise.ops.head_attention.triton", "diffusers", "sklearn")
-ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval")
+ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
 PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",
     "load_released", "balance_loss", "router_z_loss", "record_routing", "ops",
