@@ -1,6 +1,7 @@
-"""Whole transformers models: a Llama, and the same converted so that half of its heads are on."""
+"""Whole transformers models: a Llama, and the same converted so that some of its heads are off."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -8,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.bench.comparison import Builder, Comparison, Effort
@@ -18,17 +19,51 @@ from headwise.ops import Routing, head_attention
 _INPUTS = 3
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A Llama and what becomes of its heads."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    shared: int
+    active: int
+    route_groups: bool = False
+
+    def __str__(self) -> str:
+        kv = "" if self.kv_heads == self.heads else f", {self.kv_heads} kv"
+        return f"Llama d={self.dim}, {self.heads} heads{kv}, 2 layers"
+
+    @property
+    def suffix(self) -> str:
+        return ", whole key groups" if self.route_groups else ""
+
+
+_PLAIN = _Kind(768, 12, 12, shared=2, active=6)
+_GROUPED = (
+    _Kind(1024, 16, 4, shared=4, active=8),
+    _Kind(1024, 16, 4, shared=4, active=12),
+    _Kind(1024, 16, 4, shared=4, active=8, route_groups=True),
+)
+
+
 def comparisons(effort: Effort) -> Iterator[Builder]:
     """Reading a prompt, and a step of generation on a filled cache."""
     length = 67 if effort.toy else 1024 if effort.quick else 4096
+    grouped_length = 67 if effort.toy else 1024 if effort.quick else 2048
+    contexts = (67,) if effort.toy else (4096,) if effort.quick else (4096, 16384)
     for dtype in (torch.float32, torch.bfloat16):
-        yield partial(prompt, effort, dtype, length)
-        yield partial(next_token, effort, dtype, length)
+        yield partial(prompt, effort, dtype, length, _PLAIN)
+        yield partial(next_token, effort, dtype, length, _PLAIN)
+        for kind in _GROUPED:
+            yield partial(prompt, effort, dtype, grouped_length, kind)
+            for context in contexts:
+                yield partial(next_token, effort, dtype, context, kind)
 
 
-def prompt(effort: Effort, dtype: torch.dtype, length: int) -> Comparison:
+def prompt(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comparison:
     """The forward over a prompt."""
-    dense, ours = _models(effort, dtype, length)
+    dense, ours = _models(effort, dtype, length, kind)
     prompts = [torch.randint(512, (1, length), device=effort.device) for _ in range(_INPUTS)]
     turn = cycle(prompts)
 
@@ -38,55 +73,58 @@ def prompt(effort: Effort, dtype: torch.dtype, length: int) -> Comparison:
 
     return Comparison(
         "model",
-        "prompt",
-        f"T={length}, Llama d=768, 12 heads, 2 layers",
+        f"prompt{kind.suffix}",
+        f"T={length}, {kind}",
         dtype,
-        0.5,
+        kind.active / kind.heads,
         lambda: run(ours),
         {"dense model": lambda: run(dense)},
         lambda: _compared(ours, prompts[0][:, :67]),
     )
 
 
-def next_token(effort: Effort, dtype: torch.dtype, length: int) -> Comparison:
-    """One token on a cache that holds the prompt, and is cropped back to it each time."""
-    dense, ours = _models(effort, dtype, length)
-    ids = torch.randint(512, (1, length), device=effort.device)
-    token = torch.randint(512, (1, 1), device=effort.device)
-    caches = {}
-    for name, model in (("dense", dense), ("ours", ours)):
-        with torch.no_grad():
-            caches[name] = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+def next_token(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comparison:
+    """One token on a cache of that many, cropped back each time; both models read the same."""
+    dense, ours = _models(effort, dtype, length, kind)
+    ids = torch.randint(512, (1, 67), device=effort.device)
+    turn = cycle(torch.randint(512, (_INPUTS, 1, 1), device=effort.device))
+    cache = DynamicCache(config=dense.config)
+    size = (1, kind.kv_heads, length, kind.dim // kind.heads)
+    for layer in range(dense.config.num_hidden_layers):
+        keys, values = (torch.randn(size, device=effort.device).to(dtype) for _ in range(2))
+        cache.update(keys, values, layer)
 
-    def run(name: str, model: Any) -> None:
-        cache = caches[name]
+    def run(model: Any) -> None:
         with torch.no_grad():
-            model(token, past_key_values=cache, use_cache=True)
+            model(next(turn), past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
     return Comparison(
         "model",
-        "next token",
-        f"S={length}, Llama d=768, 12 heads, 2 layers",
+        f"next token{kind.suffix}",
+        f"S={length}, {kind}",
         dtype,
-        0.5,
-        lambda: run("ours", ours),
-        {"dense model": lambda: run("dense", dense)},
-        lambda: _compared(ours, ids[:, :67]),
+        kind.active / kind.heads,
+        lambda: run(ours),
+        {"dense model": lambda: run(dense)},
+        lambda: _compared(ours, ids),
     )
 
 
-def _models(effort: Effort, dtype: torch.dtype, length: int) -> tuple[Any, Any]:
+def _models(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> tuple[Any, Any]:
     config = LlamaConfig(
-        vocab_size=512, hidden_size=768, num_attention_heads=12, num_hidden_layers=2,
-        intermediate_size=2048, max_position_embeddings=length + 8,
+        vocab_size=512, hidden_size=kind.dim, num_attention_heads=kind.heads,
+        num_key_value_heads=kind.kv_heads, num_hidden_layers=2, intermediate_size=8 * kind.dim // 3,
+        max_position_embeddings=length + 8,
     )  # fmt: skip
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         models.append(LlamaForCausalLM(config).to(effort.device, dtype).eval())
-    half = headwise.MoHConfig(shared=2, active=6, router="query_norm")
-    return models[0], headwise.convert(models[1], attention=half)
+    routed = headwise.MoHConfig(
+        shared=kind.shared, active=kind.active, router="query_norm", route_groups=kind.route_groups
+    )
+    return models[0], headwise.convert(models[1], attention=routed)
 
 
 def _compared(ours: Any, ids: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
