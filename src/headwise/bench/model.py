@@ -55,7 +55,7 @@ def comparisons(effort: Effort) -> Iterator[Builder]:
     for dtype in (torch.float32, torch.bfloat16):
         yield partial(prompt, effort, dtype, length, _PLAIN)
         yield partial(next_token, effort, dtype, length, _PLAIN)
-        for kind in _GROUPED:
+        for kind in _GROUPED[::2] if effort.quick else _GROUPED:
             yield partial(prompt, effort, dtype, grouped_length, kind)
             for context in contexts:
                 yield partial(next_token, effort, dtype, context, kind)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.routing import HeadMode
 
+ExpertsFrom = Literal["random", "mlp"]
 OfDepth = Callable[[int, int], Budget]
 
 
@@ -110,7 +111,17 @@ class MoHConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """An ordinary sparse mixture of experts in place of a model's MLP. Fields are `MoE`'s."""
+    """An ordinary sparse mixture of experts in place of a model's MLP. Fields are `MoE`'s.
+
+    Attributes:
+        balance_coefficient: Factor of the balance loss in the training loss.
+        z_loss_coefficient: Factor of the router's z-loss in the training loss.
+        experts_from: "random", or "mlp": expert e starts as the e-th slice of the hidden units of
+            the gated MLP that it replaces, so num_experts * expert_dim must be the MLP's hidden
+            width. With every expert on (top_k = num_experts) the layer starts as the MLP, up to
+            rounding; with fewer, as an estimate of it that needs training. **Source**: LLaMA-MoE,
+            arXiv 2406.16554 (slices); sparse upcycling, arXiv 2212.05055.
+    """
 
     num_experts: int
     top_k: int
@@ -123,6 +134,7 @@ class MoEConfig:
     router: ExpertRouterName = "linear"
     balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
+    experts_from: ExpertsFrom = "random"
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "expert_dim"):
@@ -134,6 +146,23 @@ class MoEConfig:
             self.build(getattr(self, "num_heads", 1))
         _check_coefficient("balance_coefficient", self.balance_coefficient)
         _check_coefficient("z_loss_coefficient", self.z_loss_coefficient)
+        check_choice("experts_from", self.experts_from, ExpertsFrom)
+        if self.experts_from == "mlp":
+            self._check_is_an_mlp_in_slices()
+
+    def _check_is_an_mlp_in_slices(self) -> None:
+        needed = {"glu": True, "router": "linear", "inner_residual": False}
+        for field, value in needed.items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}; with experts_from 'mlp' it must be "
+                    f"{value!r}"
+                )
+        if self.shared_expert_dim:
+            raise ValueError(
+                f"shared_expert_dim is {self.shared_expert_dim}; with experts_from 'mlp' it must "
+                "be None"
+            )
 
     def build(self, dim: int) -> MHMoE:
         """The layer for tokens of that width."""
@@ -141,18 +170,25 @@ class MoEConfig:
 
     def _layer_fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        del fields["balance_coefficient"], fields["z_loss_coefficient"]
+        for name in ("balance_coefficient", "z_loss_coefficient", "experts_from"):
+            del fields[name]
         return fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class MHMoEConfig(MoEConfig):
-    """Multi-Head Mixture-of-Experts in place of a model's MLP. Fields are `MHMoE`'s."""
+    """Multi-Head Mixture-of-Experts in place of a model's MLP. Fields are `MHMoE`'s.
+
+    Its experts start at random: a sub-token has a part of the token, of which the MLP needs all.
+    """
 
     num_heads: int
     bias: bool = False
     head_layer: bool = True
     merge_layer: bool = True
+
+    def _check_is_an_mlp_in_slices(self) -> None:
+        raise ValueError("experts_from is 'mlp'; for multi-head experts it must be 'random'")
 
     def build(self, dim: int) -> MHMoE:
         """The layer for tokens of that width."""

@@ -23,7 +23,8 @@ def convert(
 
     The model is changed in place and stays an instance of its class; the names of the parameters
     that it keeps stay. Routers and experts are new and untrained; experts replace the MLP's
-    weights. In training, the balance losses join the model's loss.
+    weights, or start as slices of them (`MoEConfig.experts_from`). In training,
+    the balance losses join the model's loss.
 
     Args:
         model_or_path: A model whose attention goes through transformers' AttentionInterface (Llama,
@@ -58,7 +59,7 @@ def convert(
     if attention is not None:
         num_layers = len(attention_modules(model))
         conversion = replace(conversion, attention=attention.resolve(num_layers))
-    install(model, conversion)
+    install(model, conversion, keep_mlps=True)
     model.__class__ = model_class
     model.config.__class__ = config_class
     model.config.base_model_type = base_model_type

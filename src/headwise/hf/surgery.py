@@ -8,13 +8,16 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
 from headwise.hf.configs import Conversion, MoHConfig
+from headwise.hf.upcycling import start_as_slices
 from headwise.nn import MHMoE, QueryNormRouter, TwoStageRouter
 
 
-def install(model: PreTrainedModel, conversion: Conversion) -> None:
+def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool = False) -> None:
     """Put routers and experts where the conversion says. All are built before one is placed.
 
-    Experts start with the deviation of the MLPs that they replace (`config.initializer_range`).
+    Experts start with the deviation of the MLPs that they replace (`config.initializer_range`), or
+    with `keep_mlps` as slices of these where the conversion says so. When weights are loaded
+    afterwards, there is nothing to keep.
 
     Raises:
         ValueError: If the model's layers do not take them, or a budget does not fit its heads.
@@ -27,7 +30,10 @@ def install(model: PreTrainedModel, conversion: Conversion) -> None:
             config = _config_of(model, name)
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
-            experts[_mlp_beside(model, name)] = _placed(RoutedMLP(mlp), attentions[name])
+            place = _mlp_beside(model, name)
+            experts[place] = _placed(RoutedMLP(mlp), attentions[name])
+            if keep_mlps and conversion.mlp.experts_from == "mlp":
+                start_as_slices(mlp, model.get_submodule(place))
     if conversion.mlp is not None and not experts:
         raise ValueError(f"every is {conversion.every}, but the model has {len(attentions)} layers")
     for name, router in routers.items():

@@ -1,0 +1,115 @@
+"""Experts that start from the MLP: equal with all on, an estimate with fewer; what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
+from headwise.hf import Conversion
+
+FIELDS = {"num_experts": 5, "top_k": 5, "expert_dim": 7, "experts_from": "mlp"}
+MLP_DIM = 35
+
+
+@pytest.fixture
+def original(tiny):
+    return tiny(intermediate_size=MLP_DIM)
+
+
+@pytest.mark.parametrize("normalize_top_k", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_with_every_expert_on_the_model_is_as_it_was(tiny, ids, family, normalize_top_k):
+    model = tiny(family, intermediate_size=MLP_DIM)
+    want = model(ids).logits
+    convert(model, mlp=MoEConfig(**FIELDS, normalize_top_k=normalize_top_k))
+    assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_with_heads_routed_as_well(original, ids):
+    attention = MoHConfig(router="query_norm", shared=2, active=4)
+    want = convert(copy.deepcopy(original), attention=attention)(ids).logits
+    got = convert(original, attention=attention, mlp=MoEConfig(**FIELDS), every=2)(ids).logits
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_expert_alone_by_hand(original):
+    mlp, x = original.model.layers[0].mlp, torch.randn(2, 3, 24)
+    layer = convert(original, mlp=MoEConfig(**FIELDS | {"top_k": 1})).model.layers[0].mlp.layer
+    y, routing = layer(x)
+    gate, up = (p.weight.unflatten(0, (5, 7)) for p in (mlp.gate_proj, mlp.up_proj))
+    down = mlp.down_proj.weight.unflatten(1, (5, 7))
+    for row, token, expert in zip(
+        y.flatten(0, 1), x.flatten(0, 1), routing.indices.flatten(), strict=True
+    ):
+        hidden = torch.nn.functional.silu(gate[expert] @ token) * (up[expert] @ token)
+        assert_close(row, 5 * down[:, expert] @ hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_with_fewer_experts_tokens_spread_and_all_train(original, ids):
+    model = convert(original, mlp=MoEConfig(**FIELDS | {"top_k": 2})).train()
+    model(ids, labels=ids).loss.backward()
+    for layer in model.model.layers:
+        gradient = layer.mlp.layer.experts.down_proj.grad
+        assert gradient.flatten(1).any(1).sum() > 2
+
+
+def test_a_saved_model_keeps_what_was_trained(original, tmp_path, ids):
+    model = convert(original, mlp=MoEConfig(**FIELDS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.conversion == model.conversion
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_configurations_from_before_the_field_load():
+    saved = json.loads(json.dumps(Conversion(mlp=MoEConfig(**FIELDS)).to_dict()))
+    del saved["mlp"]["experts_from"]
+    assert Conversion.from_dict(saved).mlp.experts_from == "random"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts_from": "mean"}, "experts_from is 'mean'"),
+        ({"glu": False}, "glu is False; with experts_from 'mlp' it must be True"),
+        ({"router": "cosine"}, "router is 'cosine'.* must be 'linear'"),
+        ({"inner_residual": True}, "inner_residual is True.* must be False"),
+        ({"shared_expert_dim": 3}, "shared_expert_dim is 3.* must be None"),
+    ],
+)
+def test_fields_that_do_not_go_with_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**FIELDS | fields)
+
+
+def test_heads_of_experts_do_not_go_with_it():
+    with pytest.raises(ValueError, match=r"experts_from is 'mlp'; for multi-head experts it must"):
+        MHMoEConfig(num_heads=1, **FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_dim": 6}, "expert_dim is 6 with 5 experts.* LlamaMLP, 35: expert_dim 7"),
+        ({"num_experts": 6, "top_k": 1}, "LlamaMLP, 35: num_experts must divide it"),
+        ({"activation": "gelu"}, "activation is 'gelu'.* that of LlamaMLP, SiLU"),
+    ],
+)
+def test_experts_that_do_not_fit_leave_the_model_as_it_was(original, ids, fields, message):
+    want = original(ids).logits
+    with pytest.raises(ValueError, match=message):
+        convert(original, mlp=MoEConfig(**FIELDS | fields))
+    assert torch.equal(original(ids).logits, want)
+
+
+def test_an_mlp_of_another_layout_is_refused_by_name():
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 6, "vocab_size": 31, "n_inner": MLP_DIM}
+    with pytest.raises(ValueError, match=r"GPT2MLP is not made of gate_proj.*must be 'random'"):
+        convert(GPT2LMHeadModel(GPT2Config(**sizes)), mlp=MoEConfig(**FIELDS))
