@@ -65,6 +65,7 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
         printed = capsys.readouterr().out
         for name in ("all on", "the first ones shared", "calibrated"):
             assert name in printed
+        assert "| calibrated |" in (tmp_path / by / "README.md").read_text()
         again = AutoModelForCausalLM.from_pretrained(tmp_path / by)
         assert again.conversion == model.conversion
 

@@ -12,12 +12,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.hf import MoHConfig, calibrate, convert
-from headwise.hf.auto import auto_class_of
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
 from headwise.hf.surgery import attention_modules
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
+from headwise.recipes.card import model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss
 
@@ -74,19 +74,22 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     """
     console = Console()
     model, tokenizer = load_original(run.path), _tokenizer(run.path)
-    attention = run.attention()
+    attention, perplexities = run.attention(), {}
     if run.calibrate is not None:
         batches = _blocks(run.calibrate.read_text(), tokenizer, model, run.path)
         kept = -(-len(batches) // 4)
         attention = calibrate(model, batches[:-kept], attention, by=run.by)
-        console.print(_comparison(model, run.attention(), attention, batches[-kept:]))
+        perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
+        console.print(_table(perplexities))
     convert(model, attention=attention)
+
+    card = model_card(model, run.path, run.output.name, _summary(model), perplexities)
 
     def write(directory: Path) -> None:
         model.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(_card(model, run))
+        (directory / "README.md").write_text(card)
 
     write_whole(run.output, write)
     for line in _summary(model):
@@ -124,13 +127,19 @@ def _blocks(
 
 def _comparison(
     model: PreTrainedModel, first: MoHConfig, named: MoHConfig, batches: Batches
-) -> Table:
+) -> dict[str, float]:
     """Perplexity on text that calibration has not seen."""
-    table = Table("heads", "perplexity", title="on the last quarter of the text")
-    table.add_row("all on", f"{_perplexity(model, batches):.4g}")
+    perplexities = {"all on": _perplexity(model, batches)}
     for name, attention in (("the first ones shared", first), ("calibrated", named)):
         converted = convert(copy.deepcopy(model), attention=attention)
-        table.add_row(name, f"{_perplexity(converted, batches):.4g}")
+        perplexities[name] = _perplexity(converted, batches)
+    return perplexities
+
+
+def _table(perplexities: dict[str, float]) -> Table:
+    table = Table("heads", "perplexity", title="on the last quarter of the text")
+    for name, perplexity in perplexities.items():
+        table.add_row(name, f"{perplexity:.4g}")
     return table
 
 
@@ -148,28 +157,3 @@ def _summary(model: Any) -> list[str]:
     if len(set(lines)) == 1:
         return [f"all {len(lines)} layers: {lines[0]}"]
     return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]
-
-
-def _card(model: Any, run: ConversionRun) -> str:
-    """A model card: what was done and how to load it."""
-    budgets = "\n".join(f"- {line}" for line in _summary(model))
-    auto = auto_class_of(model).__name__
-    return f"""---
-library_name: transformers
-tags: [headwise, mixture-of-head-attention]
----
-# {Path(run.path).name} with routed heads
-
-{Path(run.path).name}, converted by headwise: Mixture-of-Head attention (arXiv 2410.11842), router
-`{run.router}`. The weights are those of the original; they were not tuned since.
-
-{budgets}
-
-```python
-from transformers import {auto}
-
-import headwise
-
-model = {auto}.from_pretrained("{run.output.name}")
-```
-"""

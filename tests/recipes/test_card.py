@@ -1,0 +1,58 @@
+"""The model card: metadata that the hub reads, where the original came from, figures."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from headwise import MoHConfig, convert
+from headwise.recipes.card import model_card
+
+SIZES = {
+    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}  # fmt: skip
+
+
+def card(path, original=None, perplexities=None):
+    original = original or LlamaForCausalLM(LlamaConfig(**SIZES))
+    model = convert(original, attention=MoHConfig(router="query_norm"))
+    return model_card(
+        model, str(path), "new", ["layer 0: six", "layer 1: four"], perplexities or {}
+    )
+
+
+def test_the_metadata_of_a_model_from_the_hub():
+    text = card("someone/some-model")
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "base_model": "someone/some-model",
+        "pipeline_tag": "text-generation",
+        "tags": ["headwise", "mixture-of-head-attention"],
+    }
+    for part in ("# some-model with", "- layer 1: four", "pip install headwise", "import headwise"):
+        assert part in text
+    assert "perplexity" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "base_model"), [("someone/some-model", "someone/some-model"), ("/a/b", None)]
+)
+def test_a_directory_names_its_original_where_that_is_on_the_hub(tmp_path, source, base_model):
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": source}))
+    assert ModelCard(card(tmp_path)).data.base_model == base_model
+    (tmp_path / "config.json").write_text("{}")
+    assert ModelCard(card(tmp_path)).data.base_model is None
+
+
+def test_another_kind_of_model():
+    text = card("bert", BertForMaskedLM(BertConfig(**SIZES)))
+    assert ModelCard(text).data.pipeline_tag == "fill-mask"
+    assert "AutoModelForMaskedLM.from_pretrained" in text
+
+
+def test_figures_of_a_calibration():
+    assert "| all on | 12.35 |\n| calibrated | 13 |\n" in card(
+        "a/b", perplexities={"all on": 12.3456, "calibrated": 13.0}
+    )
