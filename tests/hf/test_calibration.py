@@ -38,7 +38,7 @@ def test_the_longest_queries_are_shared(tiny, batches):
     model = tiny()
     enlarge(model, 0, (1, 4), 10)
     enlarge(model, 1, (5, 0), 10)
-    assert calibrate(model, batches, CONFIG).shared == ((1, 4), (0, 5))
+    assert calibrate(model, batches, CONFIG, by="query_norm").shared == ((1, 4), (0, 5))
 
 
 def test_heads_that_nobody_reads_are_not_shared(tiny, batches):
@@ -59,18 +59,38 @@ def test_heads_that_nobody_reads_are_not_shared(tiny, batches):
         assert (head in alone[layer]) == (loss > whole)
 
 
+def test_the_gradient_of_a_gate_is_what_scaling_the_head_does_to_the_loss(tiny, batches):
+    model = tiny().double()
+    calibrated = calibrate(model, batches, CONFIG)
+    slopes, step = torch.zeros(2, 6), 1e-4
+    for layer, attention in enumerate(module.self_attn for module in model.model.layers):
+        weight = attention.o_proj.weight.data
+        for head in range(6):
+            columns = weight[:, 4 * head : 4 * head + 4]
+            kept = columns.clone()
+            for batch in batches:
+                losses = []
+                for sign in (1, -1):
+                    columns.copy_(kept * (1 + sign * step))
+                    losses.append(model(**batch).loss.item())
+                slopes[layer, head] += abs(losses[0] - losses[1]) / (2 * step)
+            columns.copy_(kept)
+    best = slopes.topk(2).indices.sort().values
+    assert calibrated.shared == tuple(tuple(row) for row in best.tolist())
+
+
 def test_groups_are_named_whole(tiny, batches):
     model = tiny()
     enlarge(model, 0, (3,), 10)
     enlarge(model, 1, (0,), 10)
     config = MoHConfig(router="query_norm", shared=3, active=3, route_groups=True)
     with pytest.raises(ValueError, match="layer 0"):
-        calibrate(model, batches, config)
+        calibrate(model, batches, config, by="query_norm")
     model = tiny(num_key_value_heads=3)
     enlarge(model, 0, (3,), 10)
     enlarge(model, 1, (0,), 10)
     config = MoHConfig(router="query_norm", shared=2, active=4, route_groups=True)
-    calibrated = calibrate(model, batches, config)
+    calibrated = calibrate(model, batches, config, by="query_norm")
     assert calibrated.shared == ((2, 3), (0, 1))
     convert(model, attention=calibrated)
 
@@ -82,7 +102,7 @@ def test_budgets_of_layers_stay(tiny, batches):
     assert calibrated.active == (4, 5)
 
 
-@pytest.mark.parametrize("by", ["query_norm", "loss"])
+@pytest.mark.parametrize("by", ["gradient", "loss", "query_norm"])
 def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
     model = tiny().train()
     original = copy.deepcopy(model)
@@ -91,6 +111,7 @@ def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
     assert model.training
     assert model.config.to_dict() == original.config.to_dict()
     assert model.config._attn_implementation == original.config._attn_implementation
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(model.eval()(ids).logits, original.eval()(ids).logits)
 
 

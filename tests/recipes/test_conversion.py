@@ -110,7 +110,7 @@ def test_what_it_refuses(original, tmp_path, capsys):
     (original / "tokenizer.json").rename(tmp_path / "small" / "tokenizer.json")
     assert "has no tokenizer" in refusal(capsys, original, "-o", new, "--calibrate", text)
     message = refusal(capsys, tmp_path / "small", "-o", new, "--calibrate", text)
-    assert "does not match its model" in message
+    assert "its tokenizer does not match it" in message
     (tmp_path / "small" / "tokenizer.json").rename(original / "tokenizer.json")
     (tmp_path / "small" / "model.safetensors").unlink()
     assert "holds no model" in refusal(capsys, tmp_path / "small", "-o", new)

@@ -177,9 +177,9 @@ def test_wrong_input_is_refused_before_anything_is_written(converted, original, 
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(bare)
     for changes, message in [
         ({"path": original}, "dense.steps is 0, and the model in .* has no routed heads"),
-        ({"data": tokens}, "data has token 300, and the model in .* has embeddings for 0..299"),
+        ({"data": tokens}, "the text has token 300, and the model in .* has embeddings for 0..299"),
         ({"data": short}, "no row of sequence_length = 16 tokens"),
-        ({"data": str(tmp_path / "none.parquet")}, "there is no such file"),
+        ({"data": str(tmp_path / "none.parquet")}, "there is no file"),
         ({"original": str(other)}, "original is .*, whose tokenizer is not that of"),
         ({"path": bare}, "has no tokenizer, and text needs one"),
         ({"path": tmp_path}, "holds no model that can be loaded"),

@@ -19,24 +19,30 @@ from headwise.nn import HeadBudget, QueryNormRouter
 from headwise.ops import Routing
 from headwise.ops.choice import check_choice
 
-Measure = Literal["query_norm", "loss"]
+Measure = Literal["gradient", "loss", "query_norm"]
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 def calibrate(
-    model: PreTrainedModel, batches: Batches, config: MoHConfig, *, by: Measure = "query_norm"
+    model: PreTrainedModel, batches: Batches, config: MoHConfig, *, by: Measure = "gradient"
 ) -> MoHConfig:
     """The same configuration with the shared heads of every layer named: those of most weight.
 
-    Weight is, "query_norm": the mean norm of a head's queries, which is what the router without
-    parameters goes by; "loss": how much the loss rises when the head alone is cut, which takes a
-    forward for every head. With `route_groups` whole groups are chosen, by the sum over heads.
+    Weight is, "gradient": how steeply the loss changes with the gate g of the head, |∂L/∂g| at
+    g = 1, mean over batches; "loss": how much the loss rises when the head alone is cut, which the
+    gradient estimates, and which takes a forward for every head; "query_norm": the mean norm of the
+    head's queries, which is what the router without parameters goes by. With `route_groups` whole
+    groups are chosen, by the sum over heads.
+
+    **Source**: "gradient" is the head importance of arXiv 1905.10650, Eq. 2, without its
+    normalisation by layer, which the choice within a layer does not need.
 
     Args:
         model: Not yet converted; it is left as it was.
-        batches: What its forward takes, with `labels` for "loss"; padding has attention_mask 0.
+        batches: What its forward takes, with `labels` but for "query_norm"; padding has
+            attention_mask 0.
         config: Says how many heads each layer shares.
-        by: "query_norm" or "loss".
+        by: "gradient", "loss" or "query_norm".
 
     Returns:
         The configuration to give to `convert`.
@@ -52,12 +58,11 @@ def calibrate(
         raise ValueError("batches is empty; it must hold at least one")
     config = config.resolve(len(attention_modules(model)))
     budgets = [router.budget for router in build_routers(model, config).values()]
-    weigh = _query_norms if by == "query_norm" else _rises_of_loss
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            weights = weigh(model, batches, budgets)
+        with torch.set_grad_enabled(by == "gradient"):
+            weights = _MEASURES[by](model, batches, budgets)
     finally:
         model.train(training)
     shared = tuple(_heaviest(w, budget) for w, budget in zip(weights, budgets, strict=True))
@@ -91,29 +96,45 @@ def _rises_of_loss(
     model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
 ) -> list[Tensor]:
     """Without the loss of the whole model: a constant does not change the order."""
-    routers = [_Cut(budget.num_heads) for budget in budgets]
+    routers = [_Gated(budget.num_heads) for budget in budgets]
     losses = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     heads = [(layer, head) for layer, b in enumerate(budgets) for head in range(b.num_heads)]
     with _routed_by(model, routers):
         for layer, head in track(heads, "loss without each head", transient=True):
-            routers[layer].head = head
+            routers[layer].gates[head] = 0
             losses[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
-            routers[layer].head = None
+            routers[layer].gates[head] = 1
     return losses
 
 
-class _Cut(QueryNormRouter):
-    """All heads on but one, or all."""
+def _slopes_of_loss(
+    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
+) -> list[Tensor]:
+    routers = [_Gated(budget.num_heads) for budget in budgets]
+    gates = [router.gates.requires_grad_() for router in routers]
+    slopes = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
+    with _routed_by(model, routers):
+        for batch in track(batches, "gradient of each head", transient=True):
+            # Only the gates: the gradients of the model's weights stay as they were.
+            gradients = torch.autograd.grad(model(**batch).loss, gates)
+            for total, gradient in zip(slopes, gradients, strict=True):
+                total += gradient.abs()
+    return slopes
+
+
+_MEASURES = {"gradient": _slopes_of_loss, "loss": _rises_of_loss, "query_norm": _query_norms}
+
+
+class _Gated(QueryNormRouter):
+    """The same gates for every token, at first all 1."""
 
     def __init__(self, num_heads: int):
         # Not all active by its budget, or attention would not ask it.
         super().__init__(HeadBudget.resolve(num_heads, shared=0, active=max(1, num_heads - 1)))
-        self.head: int | None = None
+        self.gates = torch.ones(num_heads)
 
     def forward(self, q: Tensor, mask: Tensor | None = None) -> Routing:
-        gates = q.new_ones(q.shape[:-1], dtype=torch.float32)
-        if self.head is not None:
-            gates[..., self.head] = 0
+        gates = self.gates.to(q.device).expand(q.shape[:-1])
         return Routing(gates, gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long), gates, gates)
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
@@ -20,6 +21,8 @@ from headwise.nn.moh import HeadRouterName
 from headwise.recipes.card import model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss
+from headwise.recipes.loading import load_tokenizer
+from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
 
 _BLOCK = 256  # tokens
 _MOST_BLOCKS = 64
@@ -36,9 +39,11 @@ class ConversionRun:
         active: Heads that a token switches on, shared ones included, a count or a share of all.
         router: query_norm (no parameters, ready at once) or two_stage (learned; tune afterwards).
         route_groups: Query heads that share a key head are on or off together.
-        calibrate: Text file by which to choose the shared heads of each layer; without it they are
-            the first ones. A quarter of the text is kept to compare the two.
-        by: What calibration goes by: query_norm, or loss (a forward for each head).
+        calibrate: Text file, or tokens that `headwise samples` wrote, by which to choose the shared
+            heads of each layer; without it they are the first ones. A quarter of the text is kept
+            to compare the two.
+        by: What calibration goes by: gradient of the loss with respect to the head's gate, loss (a
+            forward for each head), or query_norm.
     """
 
     path: Annotated[str, tyro.conf.Positional]
@@ -48,7 +53,7 @@ class ConversionRun:
     router: HeadRouterName = "query_norm"
     route_groups: bool = False
     calibrate: Path | None = None
-    by: Measure = "query_norm"
+    by: Measure = "gradient"
 
     def __post_init__(self) -> None:
         if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
@@ -73,10 +78,10 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         OSError: If the directory cannot be written.
     """
     console = Console()
-    model, tokenizer = load_original(run.path), _tokenizer(run.path)
+    model, tokenizer = load_original(run.path), load_tokenizer(run.path)
     attention, perplexities = run.attention(), {}
     if run.calibrate is not None:
-        batches = _blocks(run.calibrate.read_text(), tokenizer, model, run.path)
+        batches = _blocks(run.calibrate, tokenizer, model, run.path)
         kept = -(-len(batches) // 4)
         attention = calibrate(model, batches[:-kept], attention, by=run.by)
         perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
@@ -98,31 +103,24 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     return model
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """Where there is one."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def _blocks(
-    text: str, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, path: str
+    file: Path, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, path: str
 ) -> Batches:
     """The text as blocks of tokens, each with itself as labels."""
-    if tokenizer is None:
+    if file.suffix == TOKEN_FILE:
+        rows = token_rows(file)
+    elif tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, and calibrate needs one; save one beside it")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    entries = model.get_input_embeddings().num_embeddings
-    if len(ids) and ids.max() >= entries:
-        raise ValueError(
-            f"the tokenizer in {path} does not match its model: it gives token {ids.max()}, and "
-            f"the model has embeddings for 0..{entries - 1}"
-        )
-    blocks = [block[None].to(model.device) for block in ids.split(_BLOCK) if len(block) > 1]
+    else:
+        ids = tokenizer(file.read_text(), verbose=False)["input_ids"]
+        rows = np.split(np.array(ids, dtype=np.int32), range(_BLOCK, len(ids), _BLOCK))
+    blocks = [row[:_BLOCK] for row in rows if len(row) > 1][:_MOST_BLOCKS]
     if len(blocks) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; calibrate needs more than {_BLOCK}")
-    return [{"input_ids": block, "labels": block} for block in blocks[:_MOST_BLOCKS]]
+        tokens = sum(map(len, rows))
+        raise ValueError(f"the text has {tokens} tokens; calibrate needs more than {_BLOCK}")
+    check_tokens(np.concatenate(blocks), model.get_input_embeddings().num_embeddings, path)
+    ids = [torch.from_numpy(block.astype(np.int64))[None].to(model.device) for block in blocks]
+    return [{"input_ids": block, "labels": block} for block in ids]
 
 
 def _comparison(

@@ -14,6 +14,7 @@ from headwise.recipes.evaluation import Tokens
 from headwise.recipes.tuning import TuningRun
 
 TOKEN_COLUMN = "input_ids"
+TOKEN_FILE = ".parquet"
 
 
 class TuningText(NamedTuple):
@@ -31,7 +32,7 @@ def load_tokens(
     Raises:
         ValueError: If there is no text or no tokenizer for it, or its tokens are not the model's.
     """
-    if run.data is not None and Path(run.data).suffix == ".parquet":
+    if run.data is not None and Path(run.data).suffix == TOKEN_FILE:
         text = _of_token_file(Path(run.data), run.sequence_length)
     elif tokenizer is None:
         raise ValueError(
@@ -41,13 +42,36 @@ def load_tokens(
     else:
         text = _of_text(run.data, tokenizer)
     for stream in (*text.training.values(), *text.held_out.values()):
-        if len(stream) and not 0 <= stream.min() <= stream.max() < vocab_size:
-            raise ValueError(
-                f"data has token {stream.max()}, and the model in {run.path} has embeddings for "
-                f"0..{vocab_size - 1}: its tokenizer does not match it, or the tokens are another "
-                "model's"
-            )
+        check_tokens(stream, vocab_size, run.path)
     return text
+
+
+def check_tokens(tokens: Tokens, vocab_size: int, path: str) -> None:
+    """Whether the model in that path has embeddings for all of them.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"the text has token {tokens.max()}, and the model in {path} has embeddings for "
+            f"0..{vocab_size - 1}: its tokenizer does not match it, or the tokens are another "
+            "model's"
+        )
+
+
+def token_rows(file: Path) -> list[Tokens]:
+    """The rows of a file that `headwise samples` wrote.
+
+    Raises:
+        ValueError: If there is no such file, or it has no column "input_ids".
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
+    if TOKEN_COLUMN not in rows.column_names:
+        raise ValueError(f"{file} has columns {rows.column_names}; one must be {TOKEN_COLUMN!r}")
+    return [np.asarray(row, dtype=np.int32) for row in rows.with_format("numpy")[TOKEN_COLUMN]]
 
 
 def training_blocks(run: TuningRun, text: TuningText) -> tuple[Dataset, Dataset]:
@@ -92,15 +116,7 @@ def _of_text(data: str | None, tokenizer: PreTrainedTokenizerBase) -> TuningText
 
 def _of_token_file(file: Path, length: int) -> TuningText:
     """Each row is cut into whole sequences; every tenth row is held out."""
-    if not file.is_file():
-        raise ValueError(f"data is {str(file)!r}; there is no such file")
-    rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    if TOKEN_COLUMN not in rows.column_names:
-        raise ValueError(f"{file} has columns {rows.column_names}; one must be {TOKEN_COLUMN!r}")
-    cut = [
-        np.asarray(row, dtype=np.int32)[: len(row) // length * length]
-        for row in rows.with_format("numpy")[TOKEN_COLUMN]
-    ]
+    cut = [row[: len(row) // length * length] for row in token_rows(file)]
     held_out, training = cut[::10], [row for i, row in enumerate(cut) if i % 10]
     if not training or not sum(map(len, training)):
         raise ValueError(f"{file} has no row of sequence_length = {length} tokens to train on")
