@@ -92,7 +92,7 @@ def small(path: str, output: Path) -> TuningRun:
         output=output,
         dense=Stage(steps=0, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
         routed=Stage(steps=300, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
-        distill=1.0,
+        distill=10.0,
         batch_size=8,
         sequence_length=256,
     )
