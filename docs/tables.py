@@ -1,25 +1,40 @@
-"""Write the tables of README.md again, from results/."""
+"""Write the tables of README.md and docs/ again, and a figure of results/, from results/*.csv."""
 
 from pathlib import Path
 
+from headwise.analysis.plots import recovery_curves
 from headwise.bench import table as performance
+from headwise.recipes import harness_table, recovery
 from headwise.recipes import table as lm
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"lm": lm.markdown, "performance": performance.markdown}
+PAGES = ("README.md", "docs/convert.md")
+TABLES = {
+    "lm": lm.markdown,
+    "performance": performance.markdown,
+    "stories260k": recovery.markdown,
+    "smollm2": harness_table.markdown,
+}
 
 
 def main() -> None:
     """Replace what stands between the marks of each table."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, markdown in TABLES.items():
-        start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        rows = lm.read_csv(ROOT / "results" / f"{name}.csv")
-        text = f"{before}{start}{markdown(rows)}{end}{after}"
-    readme.write_text(text)
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for name, markdown in TABLES.items():
+            start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
+            before, found, rest = text.partition(start)
+            if found:
+                _, _, after = rest.partition(end)
+                text = f"{before}{start}{markdown(rows_of(name))}{end}{after}"
+        (ROOT / page).write_text(text)
+    figure = recovery_curves(rows_of("stories260k"))
+    figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
+
+
+def rows_of(name: str) -> list[lm.Row]:
+    """The rows of results/NAME.csv."""
+    return lm.read_csv(ROOT / "results" / f"{name}.csv")
 
 
 if __name__ == "__main__":

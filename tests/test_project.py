@@ -13,13 +13,22 @@ import headwise
 import headwise.parity
 from headwise.bench.table import markdown as performance_markdown
 from headwise.cli import main
+from headwise.recipes.harness_table import markdown as harness_markdown
+from headwise.recipes.recovery import markdown as recovery_markdown
 from headwise.recipes.table import markdown as lm_markdown
 from headwise.recipes.table import read_csv
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-TABLES = dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL))
-MARKDOWN = {"lm": lm_markdown, "performance": performance_markdown}
+README, CONVERT = ((ROOT / page).read_text() for page in ("README.md", "docs/convert.md"))
+TABLES = dict(
+    re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README + CONVERT, re.DOTALL)
+)
+MARKDOWN = {
+    "lm": lm_markdown,
+    "performance": performance_markdown,
+    "smollm2": harness_markdown,
+    "stories260k": recovery_markdown,
+}
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = ("matplotlib", "headwise.ops.head_attention.triton", "diffusers", "sklearn")
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
@@ -31,6 +40,15 @@ TINY = shlex.split(
     "--data text.txt --dim 32 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 "
     "--sequence-length 16 --batch-size 2 --steps 2 --warmup-steps 0 --eval-blocks-per-file 1"
 )
+
+
+SMALLER = {
+    "train": TINY,
+    "tune": shlex.split(
+        "--data text.txt --routed.steps 1 --routed.warmup-steps 0 --sequence-length 16 "
+        "--batch-size 2 --eval-blocks 2"
+    ),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -97,15 +115,14 @@ def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
     for command in commands():
-        overrides = TINY if command[0] == "train" and "--help" not in command else []
-        main([*command, *overrides])
+        main([*command, *SMALLER.get(command[0], [])])
         assert capsys.readouterr().out
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_readmes_table_equals_results(name):
+def test_tables_equal_results(name):
     results = ROOT / "results" / f"{name}.csv"
     if not results.exists():
         pytest.skip(f"results/{name}.csv is not there yet")

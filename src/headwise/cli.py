@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import logging
 import shutil
 import sys
@@ -85,14 +86,14 @@ def _tune(argv: list[str]) -> None:
     first.add_argument("--schedule", default="small")
     chosen, fields = first.parse_known_args(argv)
     schedule = _nearest("schedule", chosen.schedule, SCHEDULES)
-    described = f"{TuningRun.__doc__}".partition("Attributes:")[0] + "Schedules, by --schedule:\n"
-    described += "\n".join(f"{n}: {f.__doc__}".partition("\n")[0] for n, f in SCHEDULES.items())
+    what = inspect.cleandoc(TuningRun.__doc__ or "").partition("Attributes:")[0].strip()
+    listed = [f"{name}: {make.__doc__}".partition("\n")[0] for name, make in SCHEDULES.items()]
     run = tyro.cli(
         TuningRun,
         default=schedule(tyro.MISSING, tyro.MISSING),
         args=fields,
         prog="headwise tune",
-        description=f"{(TuningRun.__doc__ or '').partition('Attributes:')[0]}\n{described}",
+        description="\n\n".join([what, "Schedules, by --schedule NAME:", *listed]),
     )
     _quiet_transformers()
     tune(run)

@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 RUN_FILE = "run.json"
+MODELS = "models"
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to"}
 
@@ -29,7 +30,7 @@ class RunDirectory:
 
     def model(self, name: str, seed: int) -> Path:
         """Where a finished model lies."""
-        return self.root / "models" / f"{name}-seed{seed}"
+        return self.root / MODELS / f"{name}-seed{seed}"
 
     def checkpoints(self, name: str, seed: int) -> Path:
         """Where Trainer keeps checkpoints of a model."""

@@ -1,6 +1,5 @@
 """`headwise eval`: models on the tasks of lm-evaluation-harness, side by side."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from headwise.ops.choice import check_choice
+from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved, write_json
 from headwise.recipes.harness_tasks import load_tasks, wanted_tasks
 from headwise.recipes.results import environment
@@ -91,7 +89,7 @@ def score_models(run: HarnessRun) -> list[Row]:
     for path in run.models:
         console.print(path, highlight=False)
         rows += _rows(run, path, _evaluate(run, path, tasks))
-    console.print(_table(run.models, rows))
+    console.print(harness_table.for_terminal(rows))
     if run.output is not None:
         write_json(run.output / "eval.json", {"run": resolved(run), "rows": rows})
         write_csv(run.output / "eval.csv", rows)
@@ -165,29 +163,3 @@ def _rows(run: HarnessRun, path: str, results: dict[str, Any]) -> list[Row]:
                 "lm_eval": version("lm_eval"),
             })  # fmt: skip
     return rows
-
-
-def _table(models: Sequence[str], rows: Sequence[Row]) -> Table:
-    """A line a task and metric, a column a model; what a group sums up is left out."""
-    table = Table("task", "metric", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("n", justify="right")
-    for heading in _headings(models):
-        table.add_column(heading, justify="right", overflow="fold")
-    lines: dict[tuple[str, str, int], dict[str, str]] = {}
-    for row in rows:
-        if not row["group"]:
-            line = lines.setdefault((row["task"], row["metric"], row["documents"]), {})
-            line[row["model"]] = _cell(row["value"], row["standard_error"])
-    for (task, metric, documents), cells in lines.items():
-        table.add_row(task, metric, str(documents), *(cells[model] for model in models))
-    return table
-
-
-def _headings(models: Sequence[str]) -> Sequence[str]:
-    """The last parts of the paths where they differ."""
-    names = [Path(model).name for model in models]
-    return names if len(set(names)) == len(names) else models
-
-
-def _cell(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"

@@ -18,8 +18,9 @@ from headwise.recipes.table import Row, write_csv
 from headwise.recipes.tuning import TuningRun
 
 LEGEND = (
-    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. "
-    "±: deviation over seeds."
+    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. To "
+    "dense: the model's perplexity over that of the original tuned with every head on. ±: "
+    "deviation over seeds."
 )
 
 
@@ -71,7 +72,7 @@ def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
         {
             "model": Path(run.path).name,
             "seed": run.seed,
-            "distill": run.distill,
+            "distill": run.distill if point.stage == "routed" else 0.0,
             **point._asdict(),
             **environment(run.precision),
         }
@@ -84,32 +85,61 @@ def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
     for line in cells:
         table.add_row(*line)
     Console().print(table)
-    stages = dict.fromkeys(point.stage for point in evaluations)
-    for stage in stages:
+    for stage in dict.fromkeys(point.stage for point in evaluations):
         print(f"{stage}: {run.output / 'models' / f'{stage}-seed{run.seed}'}")
     print(f"curve: {run.output / 'recovery.png'}")
 
 
 def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line for each stage and share of heads; values over seeds: see `LEGEND`."""
-    columns = ["heads on", "shared", "tokens", "PPL before", "PPL after ↓", "recovered ↑"]
+    """A line for each share of heads, most first; values over seeds: see `LEGEND`."""
+    columns = ["heads on", "shared", "tuned on", "PPL before", "PPL after ↓", "recovered ↑"]
+    ends = {key: _ends(rows, key) for key in dict.fromkeys(map(_kind, rows))}
+    dense = next((last for (stage, _), (_, last) in ends.items() if stage == "dense"), None)
     cells = []
-    for stage, active in dict.fromkeys((r["stage"], r["active_heads"]) for r in rows):
-        chosen = [r for r in rows if (r["stage"], r["active_heads"]) == (stage, active)]
-        first, last = (
-            [r for r in chosen if int(r["step"]) == end(int(x["step"]) for x in chosen)]
-            for end in (min, max)
-        )
-        name = f"{float(active):.1%}".replace(".0%", "%").replace("%", " %")
+    for (stage, active), (first, last) in sorted(ends.items(), key=lambda item: -item[0][1]):
         cells.append([
-            f"all, {stage}" if stage == "dense" else name,
-            f"{float(chosen[0]['shared_heads']):.0%}".replace("%", " %"),
+            f"{100 * active:.4g} %" + (", tuned dense" if stage == "dense" else ""),
+            f"{100 * float(last[0]['shared_heads']):.3g} %",
             f"{int(last[0]['tokens']):,}",
             _mean(first, "perplexity", "{:.2f}"),
-            _mean(last, "perplexity", "{:.2f}"),
+            _mean(last, "perplexity", "{:.3f}"),
             _mean(last, "recovery", "{:.1f} %"),
+            *([] if dense is None else [f"{_mean_of(last) / _mean_of(dense):.3f}"]),
         ])  # fmt: skip
-    return columns, cells
+    return columns + ([] if dense is None else ["to dense ↓"]), cells
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The comparison as a Markdown table, its legend, and what it was measured on."""
+    columns, cells = comparison(rows)
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    row = rows[-1]
+    seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
+    versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
+    return (
+        f"{table}\n\n{LEGEND} The original's perplexity is {row['original_perplexity']}.\n"
+        f"Measured on {row['device']}, {row['threads']} thread(s), {row['precision']}; seeds "
+        f"{seeds}; {versions}.\n"
+    )
+
+
+def _kind(row: Row) -> tuple[str, float]:
+    return row["stage"], float(row["active_heads"])
+
+
+def _ends(rows: Sequence[Row], kind: tuple[str, float]) -> tuple[list[Row], list[Row]]:
+    """The first and the last evaluation of each seed."""
+    chosen = [row for row in rows if _kind(row) == kind]
+    first, last = (end(int(row["step"]) for row in chosen) for end in (min, max))
+    return (
+        [row for row in chosen if int(row["step"]) == first],
+        [row for row in chosen if int(row["step"]) == last],
+    )
+
+
+def _mean_of(rows: Sequence[Row]) -> float:
+    return statistics.fmean(float(row["perplexity"]) for row in rows)
 
 
 def _mean(rows: Sequence[Row], key: str, form: str) -> str:

@@ -102,7 +102,8 @@ def paper(path: str, output: Path) -> TuningRun:
     """LLaMA3-8B as in the MoH paper: 300B tokens with every head on, then 100B routed.
 
     **Source**: arXiv 2410.11842, section 4.4 and appendix. Batches of 16M tokens, in sequences of
-    8192; no distillation. **Deviates**: the paper adapts the vocabulary in the first stage.
+    8192; no distillation. **Deviates**: the vocabulary stays as it is; the paper enlarges it in
+    the first stage.
     """
     return TuningRun(
         path=path,

@@ -1,0 +1,53 @@
+"""The recovery table, by hand."""
+
+from headwise.analysis.plots import recovery_curves
+from headwise.recipes.recovery import comparison, markdown
+
+COMMON = {
+    "shared_heads": "0.5", "original_perplexity": "3.0", "device": "abacus", "threads": "1",
+    "precision": "fp32", "torch": "2", "transformers": "5", "python": "3",
+}  # fmt: skip
+
+
+def row(stage: str, active: str, seed: int, step: int, perplexity: float) -> dict[str, str]:
+    numbers = {"seed": seed, "step": step, "tokens": 64 * step, "perplexity": perplexity}
+    numbers["recovery"] = round(100 * 3 / perplexity, 2)
+    return (
+        {"stage": stage, "active_heads": active} | {k: str(v) for k, v in numbers.items()} | COMMON
+    )
+
+
+ROWS = [
+    row("routed", "0.75", 0, 0, 6.0), row("routed", "0.75", 0, 10, 4.0),
+    row("routed", "0.75", 1, 0, 6.0), row("routed", "0.75", 1, 10, 5.0),
+]  # fmt: skip
+DENSE = [row("dense", "1.0", 0, 0, 3.0), row("dense", "1.0", 0, 10, 3.6)]
+
+
+def test_means_and_deviations_over_seeds():
+    columns, (line,) = comparison(ROWS)
+    assert columns[-1] == "recovered ↑"
+    assert line == ["75 %", "50 %", "640", "6.00 ± 0", "4.500 ± 0.71", "67.5 % ± 11"]
+
+
+def test_compared_with_the_dense_model_tuned_alike():
+    columns, (dense, routed) = comparison(ROWS + DENSE)
+    assert columns[-1] == "to dense ↓"
+    assert dense[:5] == ["100 %, tuned dense", "50 %", "640", "3.00", "3.600"]
+    assert (dense[-1], routed[-1]) == ("1.000", "1.250")
+
+
+def test_the_text_says_what_it_was_measured_on():
+    text = markdown(ROWS + DENSE)
+    assert text.splitlines()[0].startswith("| heads on | shared |")
+    assert "original's perplexity is 3.0" in text
+    assert "abacus, 1 thread(s), fp32; seeds 0, 1; torch 2" in text
+
+
+def test_a_line_for_each_share_of_heads():
+    (axes,) = recovery_curves(ROWS + DENSE).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()[1:]}
+    assert lines == {
+        "0.75 of the heads": [[0, 50.0], [640, 67.5]],
+        "every head on": [[0, 100.0], [640, 83.33]],
+    }
