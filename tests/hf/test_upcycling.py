@@ -89,15 +89,39 @@ def test_fields_that_do_not_go_with_it(fields, message):
         MoEConfig(**FIELDS | fields)
 
 
-def test_heads_of_experts_do_not_go_with_it():
-    with pytest.raises(ValueError, match=r"experts_from is 'mlp'; for multi-head experts it must"):
-        MHMoEConfig(num_heads=1, **FIELDS)
+def test_one_head_of_experts_keeps_the_model(original, ids):
+    want = original(ids).logits
+    convert(original, mlp=MHMoEConfig(num_heads=1, bias=True, **FIELDS))
+    assert_close(original(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_of_several_heads_by_hand(original):
+    mlp, x = original.model.layers[0].mlp, torch.randn(1, 1, 24)
+    fields = FIELDS | {"num_experts": 10, "top_k": 1}
+    layer = convert(original, mlp=MHMoEConfig(num_heads=2, **fields)).model.layers[0].mlp.layer
+    y, routing = layer(x)
+    for part, expert in enumerate(routing.indices.flatten().tolist()):
+        hidden, read = slice(7 * (expert // 2), 7 * (expert // 2) + 7), 12 * (expert % 2)
+        token = x[0, 0, 12 * part : 12 * part + 12]
+        gate, up = (
+            2**0.5 * p.weight[hidden, read : read + 12] @ token
+            for p in (mlp.gate_proj, mlp.up_proj)
+        )
+        want = (
+            5 * mlp.down_proj.weight[read : read + 12, hidden] @ (up * torch.sigmoid(gate) * gate)
+        )
+        assert_close(y[0, 0, 12 * part : 12 * part + 12], want, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_need_experts_for_each_part():
+    with pytest.raises(ValueError, match="num_experts is 5; .* a multiple of num_heads = 2"):
+        MHMoEConfig(num_heads=2, **FIELDS)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_dim": 6}, "expert_dim is 6 with 5 experts.* LlamaMLP, 35: expert_dim 7"),
+        ({"expert_dim": 6}, "expert_dim is 6 with 5 slices.* LlamaMLP, 35: expert_dim 7"),
         ({"num_experts": 6, "top_k": 1}, "LlamaMLP, 35: num_experts must divide it"),
         ({"activation": "gelu"}, "activation is 'gelu'.* that of LlamaMLP, SiLU"),
     ],

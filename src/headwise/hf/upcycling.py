@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from headwise.nn import MHMoE
@@ -12,29 +13,40 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def start_as_slices(layer: MHMoE, mlp: Any) -> None:
-    """Give expert e the e-th slice of the MLP's hidden units, with its output times E.
+    """Cut the MLP's hidden units into S slices, one an expert, each with its output times S.
 
-        mlp(x) = sum_e slice_e(x) = sum_e 1/E · (E · slice_e(x))
+        mlp(x) = sum_e slice_e(x) = sum_e 1/S · (S · slice_e(x))
 
-    The weights of all E experts are 1/E where the router is 0: it starts so if all are on. With
+    The weights of all S experts are 1/S where the router is 0: it starts so if all are on. With
     fewer, the router stays as it was, so that tokens spread over the experts.
 
+    With h heads there are h experts a slice: expert i·h + j reads part j of the token and writes
+    part j. Head and merge layers start as identities, the matrices that read times √h, because a
+    sum over one part of h has 1/h of the variance.
+
     **Source**: LLaMA-MoE, arXiv 2406.16554, section 3 (slices of neighbours, scaled outputs);
-    sparse upcycling, arXiv 2212.05055.
+    sparse upcycling, arXiv 2212.05055. The parts are ours.
 
     Raises:
         ValueError: If the MLP is of another layout, width or activation.
     """
     _check(layer, mlp)
-    num_experts = layer.num_experts
+    heads = layer.num_heads
+    slices = layer.num_experts // heads
     experts: Any = layer.experts
     router: Any = layer.router
+    gate, up = (
+        rearrange(p.weight, "(i f) (j s) -> (i j) f s", i=slices, j=heads)
+        for p in (mlp.gate_proj, mlp.up_proj)
+    )
+    down = rearrange(mlp.down_proj.weight, "(j s) (i f) -> (i j) s f", i=slices, j=heads)
     with torch.no_grad():
-        gate, up = (p.weight.unflatten(0, (num_experts, -1)) for p in (mlp.gate_proj, mlp.up_proj))
-        down = mlp.down_proj.weight.unflatten(1, (num_experts, -1)).movedim(1, 0)
-        experts.up_proj.copy_(torch.cat([gate, up], dim=1))
-        experts.down_proj.copy_(num_experts * down)
-        if router.top_k == num_experts:
+        experts.up_proj.copy_(heads**0.5 * torch.cat([gate, up], dim=1))
+        experts.down_proj.copy_(slices * down)
+        for proj in (layer.head_proj, layer.merge_proj):
+            if proj is not None:
+                nn.init.eye_(proj.weight)
+        if router.top_k == slices == layer.num_experts:
             router.weight.zero_()
 
 
@@ -47,11 +59,12 @@ def _check(layer: MHMoE, mlp: Any) -> None:
             f"experts_from is 'mlp', but {kind} is not made of {', '.join(_PROJECTIONS)} (without "
             "biases) and act_fn; it must be 'random'"
         )
-    width, count = mlp.down_proj.in_features, layer.num_experts
-    if count * layer.expert_dim != width:
-        fitting = "num_experts must divide it" if width % count else f"expert_dim {width // count}"
+    width, slices = mlp.down_proj.in_features, layer.num_experts // layer.num_heads
+    if slices * layer.expert_dim != width:
+        unit = "num_experts" if layer.num_heads == 1 else "num_experts / num_heads"
+        fitting = f"{unit} must divide it" if width % slices else f"expert_dim {width // slices}"
         raise ValueError(
-            f"expert_dim is {layer.expert_dim} with {count} experts; with experts_from 'mlp' all "
+            f"expert_dim is {layer.expert_dim} with {slices} slices; with experts_from 'mlp' all "
             f"together must have the hidden width of {kind}, {width}: {fitting}"
         )
     x = torch.linspace(-4, 4, 65)
