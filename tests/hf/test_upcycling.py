@@ -114,7 +114,7 @@ def test_an_expert_of_several_heads_by_hand(original):
 
 
 def test_heads_need_experts_for_each_part():
-    with pytest.raises(ValueError, match="num_experts is 5; .* a multiple of num_heads = 2"):
+    with pytest.raises(ValueError, match=r"num_experts is 5; .* a multiple of num_heads = 2"):
         MHMoEConfig(num_heads=2, **FIELDS)
 
 
