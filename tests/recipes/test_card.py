@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoHConfig, convert
-from headwise.recipes.card import model_card
+from headwise.recipes.card import budget_lines, calibration_figures, model_card
 
 SIZES = {
     "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
@@ -18,9 +18,8 @@ SIZES = {
 def card(path, original=None, perplexities=None):
     original = original or LlamaForCausalLM(LlamaConfig(**SIZES))
     model = convert(original, attention=MoHConfig(router="query_norm"))
-    return model_card(
-        model, str(path), "new", ["layer 0: six", "layer 1: four"], perplexities or {}
-    )
+    figures = calibration_figures(perplexities or {})
+    return model_card(model, str(path), "new", weights="As they were.", figures=figures)
 
 
 def test_the_metadata_of_a_model_from_the_hub():
@@ -31,8 +30,9 @@ def test_the_metadata_of_a_model_from_the_hub():
         "pipeline_tag": "text-generation",
         "tags": ["headwise", "mixture-of-head-attention"],
     }
-    for part in ("# some-model with", "- layer 1: four", "pip install headwise", "import headwise"):
+    for part in ("# some-model with", "As they were.", "pip install headwise", "import headwise"):
         assert part in text
+    assert "- all 2 layers: heads=6: 2 shared" in text
     assert "perplexity" not in text
 
 
@@ -50,6 +50,14 @@ def test_another_kind_of_model():
     text = card("bert", BertForMaskedLM(BertConfig(**SIZES)))
     assert ModelCard(text).data.pipeline_tag == "fill-mask"
     assert "AutoModelForMaskedLM.from_pretrained" in text
+
+
+def test_a_line_for_each_layer_where_they_differ():
+    attention = MoHConfig(router="query_norm", shared=[1, 2], active=4)
+    model = convert(LlamaForCausalLM(LlamaConfig(**SIZES)), attention=attention)
+    first, second = budget_lines(model)
+    assert first.startswith("layer 0: heads=6: 1 shared")
+    assert second.startswith("layer 1: heads=6: 2 shared")
 
 
 def test_figures_of_a_calibration():

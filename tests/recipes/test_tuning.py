@@ -91,6 +91,9 @@ def test_two_stages(converted, tmp_path, capsys):
         AutoModelForCausalLM.from_pretrained(converted).model.layers[0].self_attn.router.budget
     )
     assert PreTrainedTokenizerFast.from_pretrained(routed)("def").input_ids
+    card = (routed / "README.md").read_text()
+    assert f"{rows(output)[-1]['recovery']} % recovered" in card
+    assert "Tuned on 160 tokens" in card
 
 
 def test_the_routed_stage_begins_where_the_dense_one_ended(converted, tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from headwise.hf.auto import auto_class_of
+from headwise.hf.surgery import attention_modules
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -18,17 +19,15 @@ _PIPELINES = {
 }
 
 
-def model_card(
-    model: Any, path: str, name: str, budgets: Sequence[str], perplexities: Mapping[str, float]
-) -> str:
+def model_card(model: Any, path: str, name: str, *, weights: str, figures: str = "") -> str:
     """What was done, how to load it, and what it cost where that was measured.
 
     Args:
         model: With routed heads.
         path: Of the original, a directory or a name on the hub.
         name: Of the converted model.
-        budgets: A line for each layer, or one for all.
-        perplexities: On text kept from calibration, by which heads are on; may be empty.
+        weights: A sentence on where they come from.
+        figures: What was measured, in Markdown; may be empty.
     """
     auto = auto_class_of(model).__name__
     data = ModelCardData(
@@ -38,14 +37,14 @@ def model_card(
         tags=["headwise", "mixture-of-head-attention"],
     )
     router = model.conversion.attention.router
-    listed = "\n".join(f"- {line}" for line in budgets)
+    listed = "\n".join(f"- {line}" for line in budget_lines(model))
     return f"""---
 {data.to_yaml()}
 ---
 # {Path(path).name} with routed heads
 
 {Path(path).name}, converted by headwise: Mixture-of-Head attention (arXiv 2410.11842), router
-`{router}`. The weights are those of the original; they were not tuned since.
+`{router}`. {weights}
 
 {listed}
 
@@ -60,7 +59,16 @@ import headwise
 
 model = {auto}.from_pretrained("{name}")
 ```
-{_compared(perplexities)}"""
+{figures}"""
+
+
+def budget_lines(model: Any) -> list[str]:
+    """The budget of each layer; one line where all are the same."""
+    modules: list[Any] = list(attention_modules(model).values())
+    lines = [str(module.router.budget) for module in modules]
+    if len(set(lines)) == 1:
+        return [f"all {len(lines)} layers: {lines[0]}"]
+    return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]
 
 
 def _hub_name(path: str) -> str | None:
@@ -72,7 +80,8 @@ def _hub_name(path: str) -> str | None:
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
 
 
-def _compared(perplexities: Mapping[str, float]) -> str:
+def calibration_figures(perplexities: Mapping[str, float]) -> str:
+    """Perplexity by which heads are on, on text kept from calibration; nothing of nothing."""
     if not perplexities:
         return ""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in perplexities.items())

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
-from headwise.hf.surgery import attention_modules
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
-from headwise.recipes.card import model_card
+from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss
 from headwise.recipes.loading import load_tokenizer
@@ -88,7 +87,13 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         console.print(_table(perplexities))
     convert(model, attention=attention)
 
-    card = model_card(model, run.path, run.output.name, _summary(model), perplexities)
+    card = model_card(
+        model,
+        run.path,
+        run.output.name,
+        weights="The weights are those of the original; they were not tuned since.",
+        figures=calibration_figures(perplexities),
+    )
 
     def write(directory: Path) -> None:
         model.save_pretrained(directory)
@@ -97,7 +102,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         (directory / "README.md").write_text(card)
 
     write_whole(run.output, write)
-    for line in _summary(model):
+    for line in budget_lines(model):
         console.print(line, highlight=False)
     console.print(f"saved in {run.output}", highlight=False)
     return model
@@ -146,12 +151,3 @@ def _perplexity(model: Any, batches: Batches) -> float:
         tokens = [batch["labels"].numel() - 1 for batch in batches]
         nats = [model(**b).loss.item() * n for b, n in zip(batches, tokens, strict=True)]
     return FileLoss(sum(nats), sum(tokens)).perplexity
-
-
-def _summary(model: Any) -> list[str]:
-    """The budget of each layer; one line where all are the same."""
-    modules: list[Any] = list(attention_modules(model).values())
-    lines = [str(module.router.budget) for module in modules]
-    if len(set(lines)) == 1:
-        return [f"all {len(lines)} layers: {lines[0]}"]
-    return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]

@@ -18,6 +18,7 @@ from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.original import original_of
 from headwise.recipes import recovery
 from headwise.recipes.arguments import Stage, check_batch, check_trackers, training_arguments
+from headwise.recipes.card import model_card
 from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
 from headwise.recipes.loading import load_causal_lm, load_tokenizer
 from headwise.recipes.recovery import Point
@@ -117,12 +118,29 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
         model.save_pretrained(directory, state_dict=weights)
         if setting.tokenizer is not None:
             setting.tokenizer.save_pretrained(directory)
+        if isinstance(model, Routed):
+            (directory / "README.md").write_text(_card(run, model, points))
         (directory / _POINTS_FILE).write_text(json.dumps([p._asdict() for p in points]))
 
     if state.is_main_process:
         write_whole(finished, save)
     state.wait_for_everyone()
     return points
+
+
+def _card(run: TuningRun, model: Any, points: list[Point]) -> str:
+    last = points[-1]
+    weights = (
+        f"Tuned on {last.tokens:,} tokens of {Path(run.data).name if run.data else 'text'}, "
+        f"divergence from the original weighted {run.distill:g} (0: none)."
+    )
+    figures = (
+        f"\nPerplexity of held-out text: {last.perplexity}, the original's "
+        f"{last.original_perplexity}: {last.recovery} % recovered.\n"
+    )
+    return model_card(
+        model, run.original or run.path, run.output.name, weights=weights, figures=figures
+    )
 
 
 def _trainer(
