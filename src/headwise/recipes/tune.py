@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedTokenizerBase,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
@@ -54,6 +50,11 @@ def tune(run: TuningRun) -> None:
     if state.is_main_process:
         directory.check(run)
     model, tokenizer = _load(run.path), load_tokenizer(run.path)
+    if not isinstance(model, Routed) and not run.dense.steps:
+        raise ValueError(
+            f"dense.steps is 0, and the model in {run.path} has no routed heads to tune; convert "
+            "it with `headwise convert`, or give dense.steps"
+        )
     original = _original(run, model, tokenizer)
     text = load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
     dense_blocks, routed_blocks = training_blocks(run, text)
@@ -80,11 +81,6 @@ def _load(path: str | Path) -> Any:
 
 
 def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    if not isinstance(model, Routed) and not run.dense.steps:
-        raise ValueError(
-            f"dense.steps is 0, and the model in {run.path} has no routed heads to tune; convert "
-            "it with `headwise convert`, or give dense.steps"
-        )
     if run.original is None:
         # Not the model itself, which learns.
         return original_of(model) if isinstance(model, Routed) else _load(run.path)
@@ -94,7 +90,13 @@ def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | N
             f"original is {run.original}, whose tokenizer is not that of {run.path}; a model can "
             "only be compared with one that reads the same tokens"
         )
-    return _load(run.original)
+    original = _load(run.original)
+    if original.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"original is {run.original}, with {original.config.vocab_size} entries in its "
+            f"vocabulary; the model in {run.path} has {model.config.vocab_size}"
+        )
+    return original
 
 
 def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> list[Point]:

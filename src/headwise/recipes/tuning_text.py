@@ -75,8 +75,7 @@ def token_rows(file: Path) -> list[Tokens]:
 
 
 def training_blocks(run: TuningRun, text: TuningText) -> tuple[Dataset, Dataset]:
-    """The sequences of the dense stage and of the routed one; none occurs in both while there are
-    new ones."""
+    """The sequences of the dense stage, then those of the routed one, which go on from there."""
     blocks = MixedBlocks(
         text.training,
         sequence_length=run.sequence_length,
