@@ -27,7 +27,7 @@ DENSE = [row("dense", "1.0", 0, 0, 3.0), row("dense", "1.0", 0, 10, 3.6)]
 def test_means_and_deviations_over_seeds():
     columns, (line,) = comparison(ROWS)
     assert columns[-1] == "recovered ↑"
-    assert line == ["75 %", "50 %", "640", "6.00 ± 0", "4.500 ± 0.71", "67.5 % ± 11"]
+    assert line == ["75 %", "50 %", "640", "6.00", "4.500 ± 0.71", "67.5 % ± 11"]
 
 
 def test_compared_with_the_dense_model_tuned_alike():

@@ -145,4 +145,4 @@ def _mean_of(rows: Sequence[Row]) -> float:
 def _mean(rows: Sequence[Row], key: str, form: str) -> str:
     values = [float(row[key]) for row in rows]
     text = form.format(statistics.fmean(values))
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2g}"
+    return text if min(values) == max(values) else f"{text} ± {statistics.stdev(values):.2g}"
