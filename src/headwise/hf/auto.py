@@ -165,9 +165,10 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
 
 def auto_class_of(model: PreTrainedModel) -> Any:
     """The Auto class of transformers that loads the model's class."""
-    own, config_class = type(model), type(model.config)
+    # Sharding puts a class of its own before the model's.
+    own, config_class = set(type(model).__mro__), type(model.config)
     # The last one: that for a task says more than AutoModelForPreTraining.
-    return [auto for auto in _auto_classes() if own in _classes_of(auto, config_class)][-1]
+    return [auto for auto in _auto_classes() if own & {*_classes_of(auto, config_class)}][-1]
 
 
 def _auto_classes() -> list[Any]:

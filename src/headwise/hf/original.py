@@ -20,7 +20,7 @@ def original_of(model: PreTrainedModel) -> Any:
         raise ValueError(f"{type(model).__name__} is not converted; it is its own original")
     if model.conversion.mlp is not None:
         raise ValueError("the model's MLPs were replaced by experts; its original must be given")
-    original_class: Any = type(model).__mro__[2]
+    original_class = _class_before(model)
     config = original_class.config_class.from_dict(_plain_fields(model))
     original = original_class._from_config(config, dtype=model.dtype)
     weights = {k: v for k, v in model.state_dict().items() if ".router." not in k}
@@ -28,9 +28,14 @@ def original_of(model: PreTrainedModel) -> Any:
     return original.to(model.device).train(model.training)
 
 
+def _class_before(model: Routed) -> Any:
+    classes = type(model).__mro__
+    return classes[classes.index(Routed) + 1]
+
+
 def _plain_fields(model: Any) -> dict[str, Any]:
     fields = model.config.to_dict()
     base_model_type = fields.pop("base_model_type")
     del fields["headwise"]
-    architectures = [type(model).__mro__[2].__name__]
+    architectures = [_class_before(model).__name__]
     return fields | {"model_type": base_model_type, "architectures": architectures}

@@ -17,9 +17,9 @@ from headwise.recipes.results import environment
 from headwise.recipes.table import Row, write_csv
 from headwise.recipes.tuning import TuningRun
 
-LEGEND = (
-    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. To "
-    "dense: the model's perplexity over that of the original tuned with every head on. ±: "
+LEGEND = "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's."
+_OVER_RUNS = (
+    "To dense: the model's perplexity over that of the original tuned with every head on. ±: "
     "deviation over seeds."
 )
 
@@ -115,10 +115,11 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     row = rows[-1]
+    legend = f"{LEGEND} {_OVER_RUNS} The original's perplexity is {row['original_perplexity']}."
     seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
     versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
     return (
-        f"{table}\n\n{LEGEND} The original's perplexity is {row['original_perplexity']}.\n"
+        f"{table}\n\n{legend}\n"
         f"Measured on {row['device']}, {row['threads']} thread(s), {row['precision']}; seeds "
         f"{seeds}; {versions}.\n"
     )
