@@ -22,7 +22,7 @@ for budget in 5:7 4:6; do # shared:active, of 9
 done
 [ -e "$runs/eval" ] || headwise eval "$model" "$runs"/moh-7 "$runs"/tuned-7/models/routed-seed0 \
     "$runs"/moh-6 "$runs"/tuned-6/models/routed-seed0 --output "$runs/eval" --data "$@" \
-    --precision bf16 --limit 100 --batch-size 16 --tasks piqa arc_easy openbookqa winogrande \
+    --precision bf16 --limit 200 --batch-size 16 --tasks piqa arc_easy openbookqa winogrande \
     boolq_no_passage blimp_anaphor_number_agreement blimp_determiner_noun_agreement_1 \
     blimp_regular_plural_subject_verb_agreement_1
 cp "$runs/eval/eval.csv" "$results/smollm2.csv"
