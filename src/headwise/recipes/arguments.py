@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+
+from headwise.recipes.directory import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +90,29 @@ def training_arguments(
     )
 
 
-def check_batch(run: Any, state: PartialState) -> None:
-    """Whether the processes can share the sequences of a step.
+def begin(run: Any) -> tuple[PartialState, RunDirectory]:
+    """The processes of a run and its directory; nothing is written yet.
 
     Raises:
-        ValueError: If they do not divide it.
+        ValueError: If the processes, the trackers or the directory do not do.
     """
+    # Without the hint, processes on CPUs do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    _check_batch(run, state)
+    _check_trackers(run.report_to)
+    directory = RunDirectory(run.output)
+    if state.is_main_process:
+        directory.check(run)
+    return state, directory
+
+
+def _check_batch(run: Any, state: PartialState) -> None:
     if run.batch_size % state.num_processes:
         raise ValueError(
             f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
         )
-    share, at_a_time = (
-        run.batch_size // state.num_processes,
-        getattr(run, "device_batch_size", None),
-    )
+    share = run.batch_size // state.num_processes
+    at_a_time = getattr(run, "device_batch_size", None)
     if at_a_time is not None and (at_a_time < 1 or share % at_a_time):
         raise ValueError(
             f"device_batch_size is {at_a_time}; it must divide a process's share of batch_size, "
@@ -108,12 +120,7 @@ def check_batch(run: Any, state: PartialState) -> None:
         )
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Whether all of them are installed.
-
-    Raises:
-        ValueError: If one is not.
-    """
+def _check_trackers(names: tuple[str, ...]) -> None:
     available = get_available_reporting_integrations()
     for name in names:
         if name not in available:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headwise.recipes.directory import MODELS
-from headwise.recipes.table import Row
+from headwise.recipes.table import Row, in_markdown
 
 LEGEND = (
     "± is the standard error of a score over the task's documents (n), of which the models see the "
@@ -48,8 +48,7 @@ def for_terminal(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table, its legend, and what it was measured on."""
     columns, cells = comparison(rows)
-    lines = [columns, ["---", "---"] + ["---:"] * (len(columns) - 2), *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = in_markdown(columns, cells, left=2)
     row = rows[0]
     versions = ", ".join(f"{k} {row[k]}" for k in ("lm_eval", "torch", "transformers", "python"))
     return f"{table}\n\n{LEGEND}\nMeasured on {row['device']}, {row['precision']}; {versions}.\n"

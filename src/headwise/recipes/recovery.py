@@ -13,8 +13,9 @@ from rich.table import Table
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.surgery import attention_modules
+from headwise.recipes.directory import RunDirectory
 from headwise.recipes.results import environment
-from headwise.recipes.table import Row, write_csv
+from headwise.recipes.table import Row, in_markdown, write_csv
 from headwise.recipes.tuning import TuningRun
 
 LEGEND = "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's."
@@ -86,7 +87,7 @@ def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
         table.add_row(*line)
     Console().print(table)
     for stage in dict.fromkeys(point.stage for point in evaluations):
-        print(f"{stage}: {run.output / 'models' / f'{stage}-seed{run.seed}'}")
+        print(f"{stage}: {RunDirectory(run.output).model(stage, run.seed)}")
     print(f"curve: {run.output / 'recovery.png'}")
 
 
@@ -112,8 +113,7 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table, its legend, and what it was measured on."""
     columns, cells = comparison(rows)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = in_markdown(columns, cells)
     row = rows[-1]
     legend = f"{LEGEND} {_OVER_RUNS} The original's perplexity is {row['original_perplexity']}."
     seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))

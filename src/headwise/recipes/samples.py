@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from headwise.recipes.directory import write_whole
 from headwise.recipes.loading import load_causal_lm
-from headwise.recipes.tuning_text import TOKEN_COLUMN
+from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class SamplesRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"output is {self.output}; its name must end in .parquet")
+        if self.output.suffix != TOKEN_FILE:
+            raise ValueError(f"output is {self.output}; its name must end in {TOKEN_FILE}")
         if self.output.exists():
             raise ValueError(f"output is {self.output}, which exists; choose another")
         for name, least in (("count", 1), ("length", 2), ("batch_size", 1)):

@@ -77,9 +77,14 @@ def domains(row: Row) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table, its legend, and what it was measured on."""
     columns, cells = comparison(rows)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = in_markdown(columns, cells)
     return f"{table}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+
+
+def in_markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Lines of a Markdown table; the first `left` columns are set left, the others right."""
+    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def measured_on(rows: Sequence[Row]) -> str:

@@ -21,7 +21,7 @@ from headwise.data.text import (
     train_tokenizer,
 )
 from headwise.hf.trainer import SafeTrainer
-from headwise.recipes.arguments import Stage, check_batch, check_trackers, training_arguments
+from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
 from headwise.recipes.lm import LABELS, LanguageModelRun, build_model
 from headwise.recipes.results import Text, Trained, measure, read_result, report, write_result
@@ -36,13 +36,7 @@ def train(run: LanguageModelRun) -> None:
         ValueError: For data or an output directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    # Without the hint, processes on CPUs do not find each other.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    check_batch(run, state)
-    check_trackers(run.report_to)
-    directory = RunDirectory(run.output)
-    if state.is_main_process:
-        directory.check(run)
+    state, directory = begin(run)
     domains = load_text(run.data)
     if state.is_main_process:
         print("Training a tokenizer on the text", flush=True)

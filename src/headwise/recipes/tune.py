@@ -13,7 +13,7 @@ from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.original import original_of
 from headwise.recipes import recovery
-from headwise.recipes.arguments import Stage, check_batch, check_trackers, training_arguments
+from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.card import model_card
 from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
 from headwise.recipes.loading import load_causal_lm, load_tokenizer
@@ -42,13 +42,7 @@ def tune(run: TuningRun) -> None:
         ValueError: For a model, text or directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    # Without the hint, processes on CPUs do not find each other.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    check_batch(run, state)
-    check_trackers(run.report_to)
-    directory = RunDirectory(run.output)
-    if state.is_main_process:
-        directory.check(run)
+    state, directory = begin(run)
     model, tokenizer = _load(run.path), load_tokenizer(run.path)
     if not isinstance(model, Routed) and not run.dense.steps:
         raise ValueError(
