@@ -26,7 +26,13 @@ def record():
             "prose": [[1.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.5, 0.5]],
         },
     )
-    experts = ExpertLoads([1], {"code": [[0.5, 0.5, 0, 0, 0]], "prose": [[0.0, 0.5, 0.5, 0, 0]]})
+    experts = ExpertLoads(
+        [1],
+        {"code": [[0.5, 0.5, 0, 0, 0]], "prose": [[0.0, 0.5, 0.5, 0, 0]]},
+        top_k=2,
+        assignments={"code": [24], "prose": [12]},
+        overlap={"code": [0.25], "prose": [0.75]},
+    )
     texts = [
         RoutedText("code", ["\t", HOSTILE, "x", "\n\n  "], [[[0, 1], [0, 2], [0, 3], [0, 2]]] * 2),
         RoutedText("prose", ["\x00", " naïve 蛇"], [[[0, 3], [0, 1]]] * 2),

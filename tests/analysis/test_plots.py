@@ -101,7 +101,7 @@ def test_curves_without_a_value_are_drawn(record, losses):
 
 def test_many_heads_and_experts_get_room():
     heads = HeadLoads(0, {"code": [[0.5] * 24]})
-    experts = ExpertLoads([0], {"code": [[1 / 44] * 44]})
+    experts = ExpertLoads([0], {"code": [[1 / 44] * 44]}, 1, {"code": [44]}, {"code": [None]})
     wide = plots.head_load_chart(heads, 0).get_figwidth()
     assert wide == plots.expert_load_chart(experts, 0).get_figwidth()
     assert wide > plots.head_load_chart(HeadLoads(0, {"code": [[0.5] * 8]}), 0).get_figwidth()

@@ -53,8 +53,15 @@ def test_what_does_not_fit_is_refused():
         Curve([1, 2], [0.5])
     with pytest.raises(ValueError, match="differ in layers or candidates"):
         HeadLoads(1, {"code": [[1.0]], "prose": [[1.0, 0.5]]})
-    with pytest.raises(ValueError, match="has 1 layers; layers names 2"):
-        ExpertLoads([1, 3], {"code": [[1.0]]})
+    loads, counted, overlap = {"code": [[1.0]]}, {"code": [7]}, {"code": [None]}
+    with pytest.raises(ValueError, match=r"by_domain\['code'\] has 1 layers; layers names 2"):
+        ExpertLoads([1, 3], loads, 1, counted, overlap)
+    with pytest.raises(ValueError, match=r"overlap\['code'\] has 2 layers; layers names 1"):
+        ExpertLoads([1], loads, 1, counted, {"code": [0.5, 0.5]})
+    with pytest.raises(ValueError, match=r"assignments has the domains \['prose'\]"):
+        ExpertLoads([1], loads, 1, {"prose": [7]}, overlap)
+    with pytest.raises(ValueError, match=r"assignments\['code'\] is \[0\]; .* at least 1"):
+        ExpertLoads([1], loads, 1, {"code": [0]}, overlap)
     with pytest.raises(ValueError, match=r"heads_on\[1\] has 0 tokens; the text has 1"):
         RoutedText("code", ["a"], [[[0]], []])
     with pytest.raises(ValueError, match="heads is None"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headwise import MoHConfig, convert
+from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
 from headwise.recipes.evaluation import (
     FileLoss,
     RoutingStatistics,
@@ -100,6 +100,34 @@ def test_loads_of_routed_groups_are_of_heads(files):
     for layer in loads.by_domain["text"]:
         assert layer[0::2] == layer[1::2]
         assert sum(layer) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("sub_tokens", [1, 3])
+def test_experts_are_counted_over_all_forwards(files, sub_tokens):
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2,
+    )  # fmt: skip
+    mlp = MoEConfig(num_experts=7, top_k=2, expert_dim=5)
+    if sub_tokens > 1:
+        mlp = MHMoEConfig(num_heads=sub_tokens, num_experts=7, top_k=2, expert_dim=5)
+    model = convert(LlamaForCausalLM(config), mlp=mlp, every=2).eval()
+    statistics = RoutingStatistics(model)
+    file_losses(
+        model, files, sequence_length=T, max_blocks=99, batch_size=5,
+        observe=lambda routings: statistics.add("text", routings),
+    )  # fmt: skip
+    experts = statistics.expert_loads()
+    assert (experts.layers, experts.top_k) == ([1], 2)
+    # Of the files with 100, 5 and 11 tokens, padded to blocks of 8.
+    assert experts.assignments == {"text": [116 * sub_tokens * 2]}
+    (load,), (overlap,) = experts.by_domain["text"], experts.overlap["text"]
+    assert sum(load) == pytest.approx(1)
+    if sub_tokens == 1:
+        assert overlap is None
+    else:
+        assert overlap * 116 * 3 * 2 == pytest.approx(round(overlap * 116 * 3 * 2))
+        assert 0 < overlap < 1
 
 
 def test_routed_text_names_the_heads_of_every_token(model):

@@ -3,6 +3,14 @@
 Only `plots` needs matplotlib; it and `report` are imported by name, never from here.
 """
 
+from headwise.analysis.experts import (
+    ExpertUse,
+    count_overlap,
+    effective_experts,
+    expert_use,
+    specialisation,
+    specialisation_by_chance,
+)
 from headwise.analysis.measure import (
     LoadMeter,
     count_experts,
@@ -28,6 +36,7 @@ from headwise.analysis.records import (
 __all__ = [
     "Curve",
     "ExpertLoads",
+    "ExpertUse",
     "HeadLoads",
     "LoadMeter",
     "ModelRecord",
@@ -35,12 +44,17 @@ __all__ = [
     "RunRecord",
     "count_experts",
     "count_heads",
+    "count_overlap",
+    "effective_experts",
     "expert_load",
+    "expert_use",
     "from_json",
     "head_load",
     "heads_on",
     "load_distance",
     "load_entropy",
+    "specialisation",
+    "specialisation_by_chance",
     "to_json",
     "unused_share",
 ]

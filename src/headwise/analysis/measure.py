@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -115,7 +116,7 @@ def load_entropy(load: Load) -> float:
     Raises:
         ValueError: If the load sums to 0.
     """
-    p = _distribution(load)
+    p = as_distribution(load)
     if len(p) == 1:
         return 1.0
     entropy = torch.special.entr(p).sum() / torch.tensor(len(p)).double().log()
@@ -134,7 +135,7 @@ def load_distance(first: Load, second: Load) -> float:
     Raises:
         ValueError: If the lengths differ or a load sums to 0.
     """
-    p, q = _distribution(first), _distribution(second)
+    p, q = as_distribution(first), as_distribution(second)
     if p.shape != q.shape:
         raise ValueError(f"loads of {len(p)} and {len(q)} candidates cannot be compared")
     return float((p - q).abs().sum() / 2)
@@ -146,13 +147,22 @@ def unused_share(load: Load) -> float:
     return float((values == 0).double().mean()) if len(values) else 0.0
 
 
-class LoadMeter:
-    """Adds up loads over many forwards, by domain and layer.
+class Count(Protocol):
+    """Exact integers that add up."""
+
+    def __add__(self, other: Self) -> Self: ...
+
+
+C = TypeVar("C", bound=Count)
+
+
+class LoadMeter(Generic[C]):
+    """Adds up counts over many forwards, by domain and layer.
 
     Tokens are counted and divided once at the end, so a short batch weighs less than a long one.
 
     Args:
-        count: `count_heads` or `count_experts`.
+        count: `count_heads`, `count_experts` or `count_overlap`.
 
     Example:
         >>> meter = LoadMeter(count_heads)
@@ -163,9 +173,9 @@ class LoadMeter:
         >>> HeadLoads(shared_heads=3, by_domain=meter.by_domain())
     """
 
-    def __init__(self, count: Callable[[Routing], LoadCount]):
+    def __init__(self, count: Callable[[Routing], C]):
         self._count = count
-        self._sums: dict[str, list[LoadCount]] = {}
+        self._sums: dict[str, list[C]] = {}
 
     def add(self, domain: str, routings: Iterable[Routing]) -> None:
         """Count one forward: the routings of the layers, in the model's order.
@@ -179,7 +189,11 @@ class LoadMeter:
             raise ValueError(f"domain {domain!r} had {len(old)} layers and now has {len(new)}")
         self._sums[domain] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
-    def by_domain(self) -> dict[str, list[list[float]]]:
+    def counts(self) -> dict[str, list[C]]:
+        """Counts so far, [layer] for each domain."""
+        return {domain: list(counts) for domain, counts in self._sums.items()}
+
+    def by_domain(self: "LoadMeter[LoadCount]") -> dict[str, list[list[float]]]:
         """Loads so far, [layer][head or expert] for each domain, as the records hold them."""
         return {
             domain: [count.load().tolist() for count in counts]
@@ -187,7 +201,12 @@ class LoadMeter:
         }
 
 
-def _distribution(load: Load) -> Tensor:
+def as_distribution(load: Load) -> Float[Tensor, " E"]:
+    """The load over its sum, float64.
+
+    Raises:
+        ValueError: If the load sums to 0.
+    """
     values = torch.as_tensor(load, dtype=torch.float64)
     total = values.sum()
     if not total > 0:

@@ -40,24 +40,40 @@ class HeadLoads:
 
 @dataclass(frozen=True)
 class ExpertLoads:
-    """How much of the work each expert gets.
+    """How much of the work each expert gets, and how alike a token's sub-tokens choose.
 
     Attributes:
         layers: Indices of the layers that have experts.
         by_domain: For each domain [layer with experts][expert], share of the assignments in 0..1.
+        top_k: Experts that a token or sub-token goes to.
+        assignments: For each domain [layer with experts], how many were counted.
+        overlap: For each domain [layer with experts], see `count_overlap`; None where tokens are
+            not split.
     """
 
     layers: list[int]
     by_domain: dict[str, Layers]
+    top_k: int
+    assignments: dict[str, list[int]]
+    overlap: dict[str, list[float | None]]
 
     def __post_init__(self) -> None:
         _check_same_shape("by_domain", self.by_domain)
-        for domain, loads in self.by_domain.items():
-            if len(loads) != len(self.layers):
+        for name in ("by_domain", "assignments", "overlap"):
+            values: dict[str, list] = getattr(self, name)
+            if values.keys() != self.by_domain.keys():
                 raise ValueError(
-                    f"by_domain[{domain!r}] has {len(loads)} layers; layers names "
-                    f"{len(self.layers)}"
+                    f"{name} has the domains {list(values)}; by_domain has {list(self.by_domain)}"
                 )
+            for domain, of_layers in values.items():
+                if len(of_layers) != len(self.layers):
+                    raise ValueError(
+                        f"{name}[{domain!r}] has {len(of_layers)} layers; layers names "
+                        f"{len(self.layers)}"
+                    )
+        for domain, counted in self.assignments.items():
+            if any(n < 1 for n in counted):
+                raise ValueError(f"assignments[{domain!r}] is {counted}; all must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwise.analysis.experts import count_overlap
 from headwise.analysis.measure import LoadMeter, count_experts, count_heads, heads_on
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf import record_routing
@@ -47,12 +48,13 @@ def perplexity(losses: list[FileLoss]) -> Perplexity:
 
 
 class RoutingStatistics:
-    """Collects head and expert loads of a model, domain by domain."""
+    """Collects what a model's heads and experts do, domain by domain."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.heads = LoadMeter(count_heads)
         self.experts = LoadMeter(count_experts)
+        self.overlaps = LoadMeter(count_overlap)
 
     def add(self, domain: str, routings: dict[str, Routing]) -> None:
         """Count the routings of one forward."""
@@ -61,7 +63,9 @@ class RoutingStatistics:
             self.heads.add(domain, heads.values())
         if experts:
             self.experts.add(domain, experts.values())
+            self.overlaps.add(domain, experts.values())
             self._expert_layers = [_layer(name) for name in experts]
+            self._top_k = next(iter(experts.values())).indices.shape[-1]
 
     def head_loads(self) -> HeadLoads | None:
         """None for a model whose heads are not routed."""
@@ -72,8 +76,16 @@ class RoutingStatistics:
 
     def expert_loads(self) -> ExpertLoads | None:
         """None for a model without experts."""
-        loads = self.experts.by_domain()
-        return ExpertLoads(self._expert_layers, loads) if loads else None
+        counts, overlaps = self.experts.counts(), self.overlaps.counts()
+        if not counts:
+            return None
+        return ExpertLoads(
+            self._expert_layers,
+            self.experts.by_domain(),
+            top_k=self._top_k,
+            assignments={domain: [c.total for c in layers] for domain, layers in counts.items()},
+            overlap={domain: [c.share() for c in layers] for domain, layers in overlaps.items()},
+        )
 
 
 @torch.no_grad()
