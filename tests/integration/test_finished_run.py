@@ -36,7 +36,8 @@ def model(run: Path, name: str = "moh_mh_moe"):
 
 def test_directory_holds_the_run_and_nothing_half_written(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "models", "record.json", "report.html", "results.csv", "run.json",
+        "checkpoints", "experts.csv", "models", "record.json", "report.html", "results.csv",
+        "run.json",
     ]  # fmt: skip
     assert not list(run.rglob("*.partial"))
 
@@ -79,6 +80,18 @@ def test_record_has_curves_and_loads(run):
     (loads,) = routed["heads"]["by_domain"].values()
     assert [round(sum(layer), 4) for layer in loads] == [3, 3]  # heads on of 4, in 2 layers
     assert routed["texts"]
+
+
+def test_a_row_for_each_layer_with_experts(run):
+    with (run / "experts.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    experts = model(run).conversion.mlp.num_experts
+    where = ("model", "seed", "layer", "domain", "experts")
+    assert [row[key] for key in where] == ["moh_mh_moe", "0", "1", "library", str(experts)]
+    assert 1 <= float(row["effective"]) <= int(row["used"]) <= experts
+    assert 0 <= float(row["overlap"]) <= 1
+    assert float(row["overlap_by_chance"]) == pytest.approx(2 / experts, abs=1e-6)
+    assert row["specialisation"] == row["specialisation_by_chance"] == ""  # a single domain
 
 
 def test_saved_model_is_ours_and_generates(run):

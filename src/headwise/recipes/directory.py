@@ -22,7 +22,7 @@ class RunDirectory:
     run.json                  the resolved configuration and a fingerprint of the text
     models/NAME-seedS/        finished models and tokenizer, as AutoModel takes them
     checkpoints/NAME-seedS/   Trainer's checkpoints
-    results.csv record.json report.html
+    results.csv experts.csv record.json report.html
     """
 
     def __init__(self, root: Path):

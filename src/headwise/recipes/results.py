@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from headwise.analysis.experts import expert_use
 from headwise.analysis.records import (
     Curve,
     ModelRecord,
@@ -164,12 +165,14 @@ def read_result(directory: Path) -> Trained | None:
 def report(
     run: LanguageModelRun, directory: RunDirectory, text: Text, trained: list[Trained]
 ) -> None:
-    """Print the table, and write results.csv, record.json and report.html."""
+    """Print the table, and write results.csv, experts.csv, record.json and report.html."""
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
 
     rows = [result.row for result in trained]
     table.write_csv(directory.root / "results.csv", rows)
+    if of_experts := _expert_rows(trained):
+        table.write_csv(directory.root / "experts.csv", of_experts)
     columns, cells = table.comparison(rows)
     best = min(trained, key=lambda result: _mean_log_perplexity(result.row))
     sample = _sample(run, directory.model(best.record.name, best.record.seed), text)
@@ -191,6 +194,17 @@ def report(
     console.print(f"\n[bold]{record.sample_model}[/bold] continues {run.sample_prompt!r}:\n")
     console.print(sample, markup=False, highlight=False)
     console.print(f"\nTable: {directory.root / 'results.csv'}\nPage:  {page}")
+
+
+def _expert_rows(trained: list[Trained]) -> list[table.Row]:
+    """For each model, layer with experts and domain what `ExpertUse` holds."""
+    rows = []
+    for _, record in trained:
+        for use in expert_use(record.experts) if record.experts else []:
+            values = use._asdict().items()
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values}
+            rows.append({"model": record.name, "seed": record.seed, **rounded})
+    return rows
 
 
 _NOTES = [
