@@ -11,6 +11,7 @@ FIGURES = {
     "final": plots.final_losses,
     "heads": lambda record: plots.head_load_chart(record.models[2].heads, 0),
     "experts": lambda record: plots.expert_load_chart(record.models[3].experts, 0),
+    "effective": plots.effective_chart,
     "unused": lambda record: plots.unused_chart({"MoE": record.models[3].experts}),
 }
 
@@ -88,6 +89,29 @@ def test_experts_are_ordered_by_their_mean_load(record):
 def test_unused_experts_are_labelled(record):
     (axes,) = plots.unused_chart({"MoE": record.models[3].experts}).axes
     assert [text.get_text() for text in axes.texts] == ["60%", "60%"]
+
+
+def test_effective_experts_of_each_layer_over_domains_and_seeds(record):
+    def run(name, seed, *loads):
+        domains = {"code": list(loads)}
+        count, overlap = {"code": [8] * len(loads)}, {"code": [None] * len(loads)}
+        experts = ExpertLoads([1, 3], domains, 1, count, overlap)
+        return replace(record.models[0], name=name, label=name, seed=seed, experts=experts)
+
+    even, two, one = [0.25] * 4, [0.5, 0.5, 0, 0], [1.0, 0, 0, 0]
+    models = [
+        record.models[0],
+        run("a", 0, even, two),
+        run("a", 1, two, one),
+        run("b", 0, one, one),
+    ]
+    (axes,) = plots.effective_chart(replace(record, models=models)).axes
+    a, b = axes.lines
+    assert list(a.get_xdata()) == [1, 3]
+    assert list(a.get_ydata()) == pytest.approx([3 / 4, 3 / 8])
+    assert list(b.get_ydata()) == pytest.approx([1 / 4, 1 / 4])
+    # As in the chart of the losses, where the dense model is the first.
+    assert [line.get_color() for line in (a, b)] == ["#0072b2", "#d55e00"]
 
 
 @pytest.mark.parametrize("losses", [[], [float("nan")] * 3])

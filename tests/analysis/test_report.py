@@ -91,6 +91,7 @@ def test_the_page_has_its_sections(text):
         "Losses",
         "Which heads light up",
         "Load of the routed heads",
+        "How the experts are used",
         "Load of the experts",
         "A sample",
         "How it was run",
@@ -101,6 +102,17 @@ def test_the_page_has_its_sections(text):
     assert "<td><strong>1.49</strong></td><td>900</td>" in text
 
 
+def test_the_use_of_the_experts_is_a_row_a_model(text):
+    part = text[text.index("How the experts are used") : text.index("Load of the experts")]
+    # Two of five experts in each domain, equally busy; the domains share one of three. By chance
+    # (3 - 1) / 2 · 1/4 · (1/24 + 1/12) / ln 2.
+    cells = ["5", "40.0", "40.0", "50.0", "40.0", "50.00", "4.51"]
+    row = '<tr><th scope="row">MoE</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    assert row in part
+    assert part.count("<tr>") == 2
+    assert part.count("<svg") == 1
+
+
 def test_the_same_record_gives_the_same_page(record, text):
     assert render_report(from_json(to_json(record))) == text
 
@@ -109,6 +121,7 @@ def test_a_page_of_nothing():
     page = Page(render_report(RunRecord("t", {}, [], [], [], [])))
     assert page.open == []
     assert "Losses" not in page.texts
+    assert "How the experts are used" not in page.texts
 
 
 def test_a_run_without_validation():

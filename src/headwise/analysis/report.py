@@ -2,15 +2,15 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from headwise.analysis import plots
+from headwise.analysis.elements import escaped, printable, section, sentences, table
+from headwise.analysis.expert_table import LEGEND, expert_table
 from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.summary import best_cells, headline, representatives, tiles
 
@@ -42,15 +42,16 @@ def render_report(record: RunRecord) -> str:
         _losses(record),
         _viewer(record),
         _head_loads(record),
+        _expert_use(record),
         _expert_loads(record),
         _sample(record),
         _facts(record),
     )
     return Template(_resource("report.html")).substitute(
-        title=_text(record.title),
-        headline=_text(headline(record)),
+        title=escaped(record.title),
+        headline=escaped(headline(record)),
         tiles="".join(
-            f"<div><dt>{_text(tile.caption)}</dt><dd>{_text(tile.value)}</dd></div>"
+            f"<div><dt>{escaped(tile.caption)}</dt><dd>{escaped(tile.value)}</dd></div>"
             for tile in tiles(record)
         ),
         sections="\n".join(section for section in sections if section),
@@ -64,31 +65,14 @@ def _table(record: RunRecord) -> str:
     if not record.table_rows:
         return ""
     best = best_cells(record.table_columns, record.table_rows)
-    # An arrow stays on the line of the word before it.
-    columns = [
-        re.sub(r"\s+([↓↑])$", "\N{NO-BREAK SPACE}\\1", name) for name in record.table_columns
-    ]
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
-    rows = []
-    for r, row in enumerate(record.table_rows):
-        cells = [f'<th scope="row">{_text(row[0])}</th>'] if row else []
-        for c, cell in enumerate(row[1:], start=1):
-            text = _text(cell)
-            cells.append(
-                f"<td><strong>{text}</strong></td>" if (r, c) in best else f"<td>{text}</td>"
-            )
-        rows.append("<tr>" + "".join(cells) + "</tr>")
     legend = (
         "<p class='note'>Bold: the best of a column marked ↓ or ↑, and every value within the "
         "column's largest ± of it.</p>"
         if best
         else ""
     )
-    body = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Comparison, scrolls sideways">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{legend}"
-    )
-    return _section("Comparison", "", body + _notes(record.notes))
+    body = table("Comparison", record.table_columns, record.table_rows, best)
+    return section("Comparison", "", body + legend + sentences(record.notes))
 
 
 def _losses(record: RunRecord) -> str:
@@ -101,7 +85,7 @@ def _losses(record: RunRecord) -> str:
         "Thin lines are the training loss and markers the validation loss, averaged over the "
         "seeds of a variant; a band is their range. The other chart shows every run by itself."
     )
-    return _section("Losses", intro, _charts(charts, "pair"))
+    return section("Losses", intro, _charts(charts, "pair"))
 
 
 def _viewer(record: RunRecord) -> str:
@@ -116,7 +100,7 @@ def _viewer(record: RunRecord) -> str:
         '<div id="viewer"><noscript>This part needs JavaScript; the charts below do not.</noscript>'
         "</div>"
     )
-    return _section("Which heads light up", intro, body)
+    return section("Which heads light up", intro, body)
 
 
 def _head_loads(record: RunRecord) -> str:
@@ -131,7 +115,20 @@ def _head_loads(record: RunRecord) -> str:
         "How often each routed head is on, over whole evaluation texts. The longer the line "
         "between two marks, the more the domains differ. Shared heads are always on and left out."
     )
-    return _section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+    return section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+
+
+def _expert_use(record: RunRecord) -> str:
+    columns, rows = expert_table(record)
+    if not rows:
+        return ""
+    body = table("Use of the experts", columns, rows)
+    chart = _charts([("effective", plots.effective_chart(record))], "single")
+    intro = (
+        "Means over layers, domains and seeds, on the held-out texts. They do not say whether a "
+        "model is good; the losses above do."
+    )
+    return section("How the experts are used", intro, body + sentences(LEGEND) + chart)
 
 
 def _expert_loads(record: RunRecord) -> str:
@@ -151,28 +148,26 @@ def _expert_loads(record: RunRecord) -> str:
         "How the work spreads over the experts, the busiest first; the dashed line is a perfectly "
         "even load."
     )
-    return _section(
-        "Load of the experts", intro, "".join(groups) + f"<h3>Idle experts</h3>{unused}"
-    )
+    return section("Load of the experts", intro, "".join(groups) + f"<h3>Idle experts</h3>{unused}")
 
 
 def _sample(record: RunRecord) -> str:
     if not record.sample_text:
         return ""
     body = (
-        f'<pre class="sample"><span class="prompt">{_text(record.sample_prompt)}</span>'
-        f"{_text(record.sample_text)}</pre>"
+        f'<pre class="sample"><span class="prompt">{escaped(record.sample_prompt)}</span>'
+        f"{escaped(record.sample_text)}</pre>"
     )
-    who = f"Written by {_text(record.sample_model)}; the prompt is underlined."
-    return _section("A sample", who, body)
+    who = f"Written by {escaped(record.sample_model)}; the prompt is underlined."
+    return section("A sample", who, body)
 
 
 def _facts(record: RunRecord) -> str:
     rows = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
         for name, value in record.facts.items()
     )
-    return _section("How it was run", "", f'<dl class="facts">{rows}</dl>') if rows else ""
+    return section("How it was run", "", f'<dl class="facts">{rows}</dl>') if rows else ""
 
 
 def _passages(record: RunRecord) -> str:
@@ -189,7 +184,7 @@ def _passages(record: RunRecord) -> str:
                     "texts": [
                         {
                             "domain": text.domain,
-                            "tokens": [_printable(token) for token in text.tokens],
+                            "tokens": [printable(token) for token in text.tokens],
                             "on": text.heads_on,
                         }
                         for text in model.texts
@@ -197,11 +192,6 @@ def _passages(record: RunRecord) -> str:
                 }
             )
     return json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _section(title: str, intro: str, body: str) -> str:
-    paragraph = f'<p class="intro">{intro}</p>' if intro else ""
-    return f"<section><h2>{title}</h2>{paragraph}{body}</section>"
 
 
 def _charts(charts: Iterable[tuple[str, Any]], layout: str) -> str:
@@ -212,27 +202,10 @@ def _charts(charts: Iterable[tuple[str, Any]], layout: str) -> str:
 def _load_charts(
     name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
 ) -> str:
-    heading = f"<h3>{_text(model.label)} <small>seed {model.seed}</small></h3>"
+    heading = f"<h3>{escaped(model.label)} <small>seed {model.seed}</small></h3>"
     charts = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
     crowded = max(map(len, loads), default=0) > plots.CROWDED
     return heading + _charts(charts, "pair" if crowded else "grid")
-
-
-def _notes(notes: list[str]) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    return f'<ul class="notes">{items}</ul>' if items else ""
-
-
-def _text(text: str) -> str:
-    return escape(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """Control characters other than tab and line feed as their pictures (␀, ␛)."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\t\n" else "␡" if c == "\x7f" else c
-        for c in text
-    )
 
 
 def _resource(name: str) -> str:

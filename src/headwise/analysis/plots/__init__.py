@@ -9,6 +9,7 @@ from headwise.analysis.plots.curves import (
 )
 from headwise.analysis.plots.loads import (
     CROWDED,
+    effective_chart,
     expert_load_chart,
     head_load_chart,
     unused_chart,
@@ -18,6 +19,7 @@ from headwise.analysis.plots.style import to_svg
 
 __all__ = [
     "CROWDED",
+    "effective_chart",
     "expert_load_chart",
     "final_losses",
     "head_load_chart",

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from headwise.analysis.experts import expert_use
 from headwise.analysis.measure import unused_share
 from headwise.analysis.plots.style import (
+    DASHES,
     DOMAINS,
     INK,
     MARKERS,
     MUTED,
+    VARIANTS,
     cycle,
     legend,
     mean,
@@ -18,7 +21,7 @@ from headwise.analysis.plots.style import (
     percent,
     styled,
 )
-from headwise.analysis.records import ExpertLoads, HeadLoads
+from headwise.analysis.records import ExpertLoads, HeadLoads, RunRecord
 
 # Above so many heads or experts a load chart is drawn wide.
 CROWDED = 16
@@ -69,6 +72,43 @@ def expert_load_chart(experts: ExpertLoads, position: int) -> Figure:
 
 
 @styled
+def effective_chart(record: RunRecord) -> Figure:
+    """Effective share of a layer's experts against the layer, in the variants' colours.
+
+    The mean over domains and seeds; the band is the range over seeds.
+    """
+    figure, axes = new_figure(4.6, 3.2)
+    layers: set[int] = set()
+    for index, runs in enumerate(record.variants().values()):
+        shares = [_effective_shares(run.experts) for run in runs if run.experts]
+        if not shares:
+            continue
+        layers.update(drawn := sorted(shares[0]))
+        columns = [[share[layer] for share in shares] for layer in drawn]
+        colour = cycle(VARIANTS, index)
+        axes.plot(
+            drawn,
+            [mean(column) for column in columns],
+            color=colour,
+            linestyle=cycle(DASHES, index),
+            marker=cycle(MARKERS, index),
+            markersize=6.5,
+            label=runs[0].label,
+        )
+        lowest, highest = ([end(column) for column in columns] for end in (min, max))
+        axes.fill_between(drawn, lowest, highest, color=colour, alpha=0.18, linewidth=0)
+    axes.set_ylim(0, 1.06)
+    axes.yaxis.set_major_formatter(percent)
+    axes.set_xticks(sorted(layers))
+    axes.margins(x=0.12)
+    axes.set_title("Effective experts")
+    axes.set_xlabel("Layer (index)")
+    axes.set_ylabel("Share of the layer's experts (%)")
+    legend(axes, outside=True)
+    return figure
+
+
+@styled
 def unused_chart(models: Mapping[str, ExpertLoads]) -> Figure:
     """Share of the experts that got no assignment at all, for each model, layer and domain."""
     rows = [
@@ -107,6 +147,14 @@ def unused_chart(models: Mapping[str, ExpertLoads]) -> Figure:
     axes.grid(axis="y", visible=False)
     legend(axes, outside=True)
     return figure
+
+
+def _effective_shares(experts: ExpertLoads) -> dict[int, float]:
+    """By layer, the mean over the domains."""
+    shares: dict[int, list[float]] = {layer: [] for layer in experts.layers}
+    for use in expert_use(experts):
+        shares[use.layer].append(use.effective / use.experts)
+    return {layer: mean(values) for layer, values in shares.items()}
 
 
 def _load_figure(candidates: int) -> tuple[Figure, Axes]:

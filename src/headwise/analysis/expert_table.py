@@ -1,0 +1,60 @@
+"""How models use their experts, as a table for people."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from headwise.analysis.experts import ExpertUse, expert_use
+from headwise.analysis.records import RunRecord
+
+LEGEND = [
+    "Used: experts of a layer that got any work at all.",
+    "Effective: so many equally busy experts are as evenly loaded (exp of the load's entropy).",
+    "Overlap: of the experts that a sub-token goes to, those that another sub-token of the token "
+    "goes to as well; 100 % would be as if no token had been split, less than chance where first, "
+    "second, … sub-tokens keep to experts of their own.",
+    "Specialisation: how much the expert tells of the domain; 0 % where all domains load the "
+    "experts alike, 100 % where no two share an expert.",
+    "By chance: what choices at random, and domains that do not differ, would come to.",
+]
+_COLUMNS: list[tuple[str, str, Callable[[ExpertUse], float | None]]] = [
+    ("experts", "{:.4g}", lambda use: use.experts),
+    ("used (%)", "{:.1f}", lambda use: 100 * use.used / use.experts),
+    ("effective (%)", "{:.1f}", lambda use: 100 * use.effective / use.experts),
+    ("overlap (%)", "{:.1f}", lambda use: _percent(use.overlap)),
+    ("by chance (%)", "{:.1f}", lambda use: _percent(use.overlap_by_chance)),
+    ("specialisation (%)", "{:.2f}", lambda use: _percent(use.specialisation)),
+    ("by chance (%)", "{:.2f}", lambda use: _percent(use.specialisation_by_chance)),
+]
+
+
+def expert_table(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Columns and a row of cells for each variant with experts, explained by `LEGEND`.
+
+    A cell is the mean over layers and domains, ± its deviation over the runs of a variant: unlike
+    the loads, these numbers do not depend on which expert is which.
+    """
+    rows = []
+    for runs in record.variants().values():
+        uses = [expert_use(run.experts) for run in runs if run.experts and run.experts.by_domain]
+        if uses:
+            cells = [
+                _over_runs([[value(use) for use in run] for run in uses], form)
+                for _, form, value in _COLUMNS
+            ]
+            rows.append([runs[0].label, *cells])
+    return ["model", *(name for name, _, _ in _COLUMNS)], rows
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _over_runs(runs: Sequence[Sequence[float | None]], form: str) -> str:
+    known = [[value for value in run if value is not None] for run in runs]
+    means = [statistics.fmean(run) for run in known if run]
+    if not means:
+        return "–"
+    text = form.format(statistics.fmean(means))
+    if min(means) == max(means):
+        return text
+    return f"{text} ± {form.format(statistics.stdev(means))}"
