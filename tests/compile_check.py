@@ -24,6 +24,7 @@ from transformers import (
 
 import headwise
 from headwise import MHMoE, MoE, MoHAttention
+from headwise.bitnet import ternarize
 from headwise.ops import head_attention
 
 B, T, D = 2, 7, 15
@@ -42,6 +43,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),
     "mh_moe cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
     "moe": lambda: MoE(D, **EXPERTS),
+    "ternary heads": lambda: ternarize(MoHAttention(D, **HEADS, causal=True)),
+    "ternary experts": lambda: ternarize(MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS)),
     "native heads": lambda: MoHAttention(20, **HEADS, causal=True, impl="native"),
     "native experts": lambda: MHMoE(
         20, num_heads=2, num_experts=7, top_k=2, expert_dim=12, impl="native"
@@ -138,6 +141,8 @@ CASES: dict[str, Callable[[], None]] = {
     "moe": lambda: layer("moe"),
     "moe, mask": lambda: layer("moe", masked=True),
     "moe, inductor": lambda: layer("moe", backend="inductor"),
+    "ternary heads": lambda: layer("ternary heads"),
+    "ternary experts, mask": lambda: layer("ternary experts", masked=True),
     "model, two_stage": lambda: model("two_stage"),
     "model, query_norm": lambda: model("query_norm"),
     "generating, two_stage": lambda: generating(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.nn import HeadBudget, LinearRouter, MHMoE
+from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 from headwise.nn.mh_moe import ExpertMatrices
 from headwise.nn.routers import CosineRouter, ScoreMap
 
@@ -124,15 +125,23 @@ def measure_flops(run: Callable[[], Any]) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Total and active parameters: of the experts, a token uses top_k for each sub-token."""
-    total = sum(p.numel() for p in model.parameters())
+    """Total and active parameters: of the experts, a token uses top_k for each sub-token.
+
+    A packed ternary weight counts as a parameter, its scale does not.
+    """
+    total = _weights(model)
     idle = 0
     for module in model.modules():
         if isinstance(module, MHMoE):
             used = min(module.num_experts, module.num_heads * module.router.top_k)
-            experts = sum(p.numel() for p in module.experts.parameters())
+            experts = _weights(module.experts)
             idle += experts * (module.num_experts - used) // module.num_experts
     return total, total - idle
+
+
+def _weights(module: nn.Module) -> int:
+    packed = [m for m in module.modules() if isinstance(m, PackedLinear | PackedMatrices)]
+    return sum(p.numel() for p in module.parameters()) + sum(m.num_weights for m in packed)
 
 
 def _module_flops(module: nn.Module, keys: float) -> float:
@@ -142,8 +151,12 @@ def _module_flops(module: nn.Module, keys: float) -> float:
         return 2 * (module.projection.numel() + module.embedding.numel())
     if isinstance(module, ExpertMatrices):
         return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
+    if isinstance(module, PackedLinear):
+        return 2 * module.num_weights
+    if isinstance(module, PackedMatrices):
+        return 2 * module.num_weights // module.num_experts
     q_proj = getattr(module, "q_proj", None)
-    if isinstance(q_proj, nn.Linear):
+    if isinstance(q_proj, nn.Linear | PackedLinear):
         budget: HeadBudget | None = getattr(getattr(module, "router", None), "budget", None)
         share = 1.0 if budget is None else budget.active_share
         return 4 * q_proj.out_features * keys * share

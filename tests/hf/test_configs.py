@@ -23,6 +23,8 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
             attention=MoHConfig(router="query_norm"),
             mlp=MHMoEConfig(**EXPERTS, num_heads=3, router="cosine", bias=True, head_layer=False),
         ),
+        Conversion(ternary="trained"),
+        Conversion(attention=MoHConfig(), ternary="packed"),
     ],
 )
 def test_a_conversion_survives_json(conversion):
@@ -37,9 +39,17 @@ def test_a_conversion_from_before_groups_were_routed_is_read():
     assert Conversion.from_dict(fields) == Conversion(attention=MoHConfig())
 
 
+def test_only_a_ternary_conversion_needs_format_2():
+    plain, ternary = Conversion(attention=MoHConfig()), Conversion(ternary="trained")
+    assert (plain.to_dict()["format"], ternary.to_dict()["format"]) == (1, 2)
+    fields = plain.to_dict()
+    del fields["ternary"]
+    assert Conversion.from_dict(fields) == plain
+
+
 def test_a_newer_format_is_refused():
-    fields = Conversion(attention=MoHConfig()).to_dict() | {"format": 2}
-    with pytest.raises(ValueError, match=r"format 2.*up to 1.*upgrade"):
+    fields = Conversion(attention=MoHConfig()).to_dict() | {"format": 3}
+    with pytest.raises(ValueError, match=r"format 3.*up to 2.*upgrade"):
         Conversion.from_dict(fields)
 
 
@@ -78,6 +88,7 @@ def test_configs_build_what_they_name():
         (MHMoEConfig, {"num_heads": 3, "top_k": 0}, "top_k is 0"),
         (Conversion, {}, "attention and mlp are both None"),
         (Conversion, {"attention": MoHConfig(), "every": 0}, "every is 0"),
+        (Conversion, {"ternary": True}, "ternary is True"),
     ],
 )
 def test_errors_name_the_field_and_the_value(config_class, fields, message):

@@ -116,6 +116,8 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
         routings: dict[str, Routing] = {}
         with collect_routings(self, routings, kwargs.get("attention_mask")):
             output = forward(self, **kwargs)
+        if not routings:
+            return output
         loss = self.routing_loss(routings)
         # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
         if (items := kwargs.get("num_items_in_batch")) is not None:

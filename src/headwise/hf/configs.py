@@ -15,6 +15,7 @@ from headwise.ops.choice import check_choice
 from headwise.ops.routing import HeadMode
 
 ExpertsFrom = Literal["random", "mlp"]
+Ternary = Literal["no", "trained", "packed"]
 OfDepth = Callable[[int, int], Budget]
 
 
@@ -212,15 +213,21 @@ class Conversion:
         attention: Replaces the attention of every layer; None leaves it.
         mlp: Replaces the MLP of every `every`-th layer; None leaves it.
         every: 1 for each layer; 2 for layers 1, 3, 5, … counted from 0, and so on.
+        ternary: Whether the linear maps and experts of every layer are ternary: "no"; "trained",
+            with weights that every forward makes ternary; "packed", in 2 bits for inference.
     """
 
     attention: MoHConfig | None = None
     mlp: MoEConfig | None = None
     every: int = 1
+    ternary: Ternary = "no"
 
     def __post_init__(self) -> None:
-        if self.attention is None and self.mlp is None:
-            raise ValueError("attention and mlp are both None; give at least one to convert")
+        check_choice("ternary", self.ternary, Ternary)
+        if self.attention is None and self.mlp is None and self.ternary == "no":
+            raise ValueError(
+                "attention and mlp are both None; give at least one to convert, or ternary=True"
+            )
         for field, kind in (("attention", MoHConfig), ("mlp", MoEConfig)):
             value = getattr(self, field)
             if value is not None and not isinstance(value, kind):
@@ -231,10 +238,12 @@ class Conversion:
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; the mlp's type is kept under "kind"."""
         return {
-            "format": FORMAT_VERSION,
+            # A reader of format 1 would not see that a model is ternary, and load it as it is not.
+            "format": 1 if self.ternary == "no" else 2,
             "attention": self.attention and dataclasses.asdict(self.attention),
             "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
             "every": self.every,
+            "ternary": self.ternary,
         }
 
     @classmethod
@@ -256,12 +265,13 @@ class Conversion:
                 attention=attention and MoHConfig(**attention),
                 mlp=mlp and _mlp_from_dict(**mlp),
                 every=fields["every"],
+                ternary=fields.get("ternary", "no"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json's 'headwise' is not understood: {error!r}") from error
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _kind(mlp: MoEConfig) -> str:

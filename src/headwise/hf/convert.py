@@ -1,4 +1,4 @@
-"""Turning a transformers model into one with routed heads or experts, in place."""
+"""Turning a transformers model into one with routed heads or experts, or ternary, in place."""
 
 import os
 from dataclasses import replace
@@ -18,6 +18,7 @@ def convert(
     attention: MoHConfig | None = None,
     mlp: MoEConfig | None = None,
     every: int = 1,
+    ternary: bool = False,
 ) -> Any:
     """Give a transformers model Mixture-of-Head attention, a mixture of experts, or both.
 
@@ -34,6 +35,9 @@ def convert(
         mlp: What to put for the MLP of every `every`-th layer; None leaves it. The layers must have
             a module `mlp`.
         every: 1 for each layer, 2 for layers 1, 3, 5, … counted from 0.
+        ternary: Make every linear map of the layers and all experts ternary, with inputs of 8 bits
+            (BitNet b1.58; `headwise.bitnet`). Embeddings, norms, routers and the output layer stay
+            in full precision. The model must be trained so: what pretrained weights say is lost.
 
     Returns:
         The model. `save_pretrained` keeps the conversion, and after `import headwise` the directory
@@ -41,9 +45,14 @@ def convert(
 
     Raises:
         ValueError: If the model is converted already or of another layout, its path does not hold
-            all of its weights, or a budget does not fit it. The model is then as it was.
+            all of its weights, a budget does not fit it, or its layers have matrices that cannot
+            be made ternary (GPT-2's Conv1D). The model is then as it was.
     """
-    conversion = Conversion(attention=attention, mlp=mlp, every=every)
+    if not isinstance(ternary, bool):
+        raise ValueError(f"ternary is {ternary!r}; it must be True or False")
+    conversion = Conversion(
+        attention=attention, mlp=mlp, every=every, ternary="trained" if ternary else "no"
+    )
     model: Any = model_or_path
     if not isinstance(model, PreTrainedModel | str | os.PathLike):
         raise ValueError(

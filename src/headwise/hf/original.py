@@ -14,12 +14,15 @@ def original_of(model: PreTrainedModel) -> Any:
     model that was tuned since comes back tuned.
 
     Raises:
-        ValueError: If the model is not converted, or its MLPs were replaced by experts.
+        ValueError: If the model is not converted, its MLPs were replaced by experts, or it is
+            ternary.
     """
     if not isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is not converted; it is its own original")
     if model.conversion.mlp is not None:
         raise ValueError("the model's MLPs were replaced by experts; its original must be given")
+    if model.conversion.ternary != "no":
+        raise ValueError("the model is ternary; its original must be given")
     original_class = _class_before(model)
     config = original_class.config_class.from_dict(_plain_fields(model))
     original = original_class._from_config(config, dtype=model.dtype)

@@ -1,6 +1,7 @@
 """Putting routers and experts into a transformers model: which modules change, and how."""
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from headwise.hf import attention as headwise_attention
 from headwise.hf.configs import Conversion, MoHConfig
 from headwise.hf.upcycling import start_as_slices
 from headwise.nn import MHMoE, QueryNormRouter, TwoStageRouter
+from headwise.nn.ternarize import become, pack_inside, ternary_kinds
 
 
 def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool = False) -> None:
     """Put routers and experts where the conversion says. All are built before one is placed.
+
+    Then what is in the layers becomes ternary, or packed, where the conversion says so.
 
     Experts start with the deviation of the MLPs that they replace (`config.initializer_range`), or
     with `keep_mlps` as slices of these where the conversion says so. When weights are loaded
@@ -36,12 +40,19 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
                 start_as_slices(mlp, model.get_submodule(place))
     if conversion.mlp is not None and not experts:
         raise ValueError(f"every is {conversion.every}, but the model has {len(attentions)} layers")
+    ternary = conversion.ternary != "no"
+    kinds = ternary_kinds(modules_of_layers(model, without=experts)) if ternary else {}
     for name, router in routers.items():
         headwise_attention.install_router(attentions[name], router)
     for name, routed_mlp in experts.items():
         model.set_submodule(name, routed_mlp)
+        if ternary:
+            kinds |= ternary_kinds(routed_mlp.named_modules())
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
+    become(kinds)
+    if conversion.ternary == "packed":
+        pack_layers(model)
 
 
 def build_routers(
@@ -114,6 +125,46 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             f"{' or '.join(_CROSSING)}), and only self-attention is routed"
         )
     return found
+
+
+def layers(model: PreTrainedModel) -> list[str]:
+    """The names of the layers: what holds an attention module, and stands in a list of its like.
+
+    Raises:
+        ValueError: If the model has no attention that `attention_modules` finds, or it stands in
+            no list.
+    """
+    found = []
+    for attention in attention_modules(model):
+        parts = attention.split(".")
+        above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        listed = (isinstance(model.get_submodule(name), nn.ModuleList) for name in above)
+        layer = next((n for n, in_list in zip(above[1:], listed, strict=False) if in_list), None)
+        if layer is None:
+            raise ValueError(
+                f"{type(model).__name__} cannot be made ternary: {attention} is in no nn.ModuleList"
+            )
+        found.append(layer)
+    return list(dict.fromkeys(found))
+
+
+def modules_of_layers(
+    model: PreTrainedModel, *, without: Collection[str] = ()
+) -> list[tuple[str, nn.Module]]:
+    """All modules inside the layers by their names, less those inside the named ones."""
+    inside = tuple(f"{name}." for name in layers(model))
+    left_out = tuple(f"{name}." for name in without)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if f"{name}.".startswith(inside) and not f"{name}.".startswith(left_out)
+    ]
+
+
+def pack_layers(model: PreTrainedModel) -> None:
+    """Pack what is ternary in the layers; raises ValueError if in one nothing is."""
+    for name in layers(model):
+        pack_inside(model.get_submodule(name))
 
 
 _CROSSING = ("is_encoder_decoder", "add_cross_attention")

@@ -1,0 +1,196 @@
+"""BitNet's layers: ternary while they train, or packed in 2 bits for inference.
+
+A ternary layer has the parameters of the layer whose place it takes, and makes them ternary in
+every forward. A packed one holds nothing but the result, as uint8 under the same names, and the
+scales; both give the same outputs bit for bit.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headwise.nn.mh_moe import ExpertMatrices, Experts, SharedExpert
+from headwise.ops.activations import Activation
+from headwise.ops.expert_mlp import Impl
+from headwise.ops.ternary import Quantized, pack, quantize_weight, ternary_linear, unpack
+from headwise.ops.ternary_mlp import quantize_experts, ternary_mlp
+
+Matrices = tuple[Quantized, Quantized]
+
+
+class BitLinear(nn.Linear):
+    """nn.Linear with ternary weights and inputs of 8 bits, normed without parameters before.
+
+        y = quantize(norm(x)) · ternary(W)ᵀ + b,   backward as if both were exact
+
+    **Source**: BitNet b1.58, arXiv 2402.17764; `ops.ternary` has the formulas.
+    """
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
+        """y of x."""
+        return ternary_linear(x, quantize_weight(self.weight), self.bias)
+
+
+class TernaryExperts(Experts):
+    """`Experts` whose matrices are ternary, with inputs and hidden activations of 8 bits."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        indices: Int[Tensor, "N K"],
+        *,
+        activation: Activation,
+        impl: Impl,
+    ) -> Float[Tensor, "N D"]:
+        """`ops.ternary_mlp` with its own matrices."""
+        matrices = quantize_experts(self.up_proj, self.down_proj)
+        return _mix(matrices, x, weights, indices, activation, impl)
+
+
+class TernarySharedExpert(SharedExpert):
+    """`SharedExpert` whose matrices are ternary, with inputs and hidden activations of 8 bits."""
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], activation: Activation
+    ) -> Float[Tensor, "*batch D"]:
+        """What it says of every token."""
+        return _share(quantize_experts(self.up_proj, self.down_proj), x, activation)
+
+
+class PackedLinear(nn.Module):
+    """A BitLinear for inference: weight uint8 [O, D / 4], rounded up, and scale; bias as it was.
+
+    Raises:
+        ValueError: In a forward in training mode.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: BitLinear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        levels, scale = quantize_weight(linear.weight.detach())
+        self.register_buffer("weight", pack(levels))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    @property
+    def num_weights(self) -> int:
+        """Ternary values, four of which are a byte."""
+        return self.in_features * self.out_features
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
+        """y of x, as of the BitLinear."""
+        _refuse_training(self)
+        levels = unpack(self.weight, self.in_features, dtype=x.dtype)
+        return ternary_linear(x, Quantized(levels, self.scale), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class PackedMatrices(nn.Module):
+    """The matrices of ternary experts for inference.
+
+    up_proj uint8 [E, U, D / 4] with up_scale [E, 2] (gate first) or [E, 1], down_proj uint8
+    [E, D, F / 4] with down_scale [E].
+    """
+
+    up_proj: Tensor
+    up_scale: Tensor
+    down_proj: Tensor
+    down_scale: Tensor
+
+    def __init__(self, experts: ExpertMatrices):
+        super().__init__()
+        self.num_experts, self.dim, self.hidden_dim = experts.down_proj.shape
+        up, down = quantize_experts(experts.up_proj.detach(), experts.down_proj.detach())
+        self.register_buffer("up_proj", pack(up.levels.flatten(1, 2)))
+        self.register_buffer("up_scale", up.scale)
+        self.register_buffer("down_proj", pack(down.levels))
+        self.register_buffer("down_scale", down.scale)
+
+    @property
+    def num_weights(self) -> int:
+        """Ternary values, four of which are a byte."""
+        matrices = self.up_scale.shape[1] + 1
+        return self.num_experts * matrices * self.dim * self.hidden_dim
+
+    def matrices(self, dtype: torch.dtype) -> Matrices:
+        """As `quantize_experts` gave them."""
+        _refuse_training(self)
+        up = unpack(self.up_proj, self.dim, dtype=dtype).unflatten(1, (-1, self.hidden_dim))
+        down = unpack(self.down_proj, self.hidden_dim, dtype=dtype)
+        return Quantized(up, self.up_scale), Quantized(down, self.down_scale)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, "
+            f"glu={self.up_scale.shape[1] == 2}"
+        )
+
+
+class PackedExperts(PackedMatrices):
+    """TernaryExperts for inference.
+
+    Raises:
+        ValueError: In a forward in training mode.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        indices: Int[Tensor, "N K"],
+        *,
+        activation: Activation,
+        impl: Impl,
+    ) -> Float[Tensor, "N D"]:
+        """`ops.ternary_mlp` with its own matrices."""
+        return _mix(self.matrices(x.dtype), x, weights, indices, activation, impl)
+
+
+class PackedSharedExpert(PackedMatrices):
+    """TernarySharedExpert for inference.
+
+    Raises:
+        ValueError: In a forward in training mode.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], activation: Activation
+    ) -> Float[Tensor, "*batch D"]:
+        """What it says of every token."""
+        return _share(self.matrices(x.dtype), x, activation)
+
+
+def _mix(
+    matrices: Matrices,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    activation: Activation,
+    impl: Impl,
+) -> Tensor:
+    if impl != "auto":
+        raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
+    return ternary_mlp(x, weights, indices, *matrices, activation=activation)
+
+
+def _share(matrices: Matrices, x: Tensor, activation: Activation) -> Tensor:
+    rows = x.flatten(end_dim=-2)
+    one, first = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1, dtype=torch.long)
+    return ternary_mlp(rows, one, first, *matrices, activation=activation).view(x.shape)
+
+
+def _refuse_training(module: nn.Module) -> None:
+    if module.training:
+        raise ValueError(
+            f"{type(module).__name__} is in training mode; packed weights cannot learn: call "
+            "eval(), or train the model that was packed"
+        )

@@ -1,0 +1,94 @@
+"""Making the linear maps and experts inside a module ternary, and packing them."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from headwise.nn.bitlinear import (
+    BitLinear,
+    PackedExperts,
+    PackedLinear,
+    PackedSharedExpert,
+    TernaryExperts,
+    TernarySharedExpert,
+)
+from headwise.nn.mh_moe import Experts, SharedExpert
+from headwise.nn.routers import Router, ScoreMap
+
+TERNARY: dict[type, type] = {
+    nn.Linear: BitLinear,
+    Experts: TernaryExperts,
+    SharedExpert: TernarySharedExpert,
+}
+PACKED: dict[type, type] = {
+    BitLinear: PackedLinear,
+    TernaryExperts: PackedExperts,
+    TernarySharedExpert: PackedSharedExpert,
+}
+_IN_FULL_PRECISION = (Router, ScoreMap, nn.Embedding)
+
+
+def ternary_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, type]:
+    """Those of the named modules that can become ternary, and the type that each becomes.
+
+    Routers and embeddings stay in full precision; vectors (norms, biases) do too.
+
+    Raises:
+        ValueError: If a module has a matrix of its own and is of a type that is not known, or if
+            its forward was replaced.
+    """
+    kinds: dict[nn.Module, type] = {}
+    for name, module in modules:
+        kind = TERNARY.get(type(module))
+        if kind is not None:
+            _check_forward(name, module)
+            kinds[module] = kind
+        elif not (type(module) in PACKED or isinstance(module, _IN_FULL_PRECISION)):
+            _check_no_matrix(name, module)
+    return kinds
+
+
+def become(kinds: dict[nn.Module, type]) -> None:
+    """Change the types of the modules; parameters, their names and hooks stay."""
+    for module, kind in kinds.items():
+        module.__class__ = kind
+
+
+def pack_inside(module: nn.Module) -> nn.Module:
+    """The module with all ternary layers inside packed, in place; of a ternary layer, a new one.
+
+    Raises:
+        ValueError: If no layer inside is ternary, or the forward of one was replaced.
+    """
+    places = [
+        (name, m) for name, m in module.named_modules(remove_duplicate=False) if type(m) in PACKED
+    ]
+    if not places:
+        raise ValueError(f"{type(module).__name__} has no ternary layer to pack; ternarize it")
+    for name, layer in places:
+        _check_forward(name, layer)
+    packed = {layer: PACKED[type(layer)](layer).train(layer.training) for _, layer in places}
+    if module in packed:
+        return packed[module]
+    for name, layer in places:
+        module.set_submodule(name, packed[layer])
+    return module
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    # accelerate keeps the old forward on the module, where it would win over the new type's.
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{name or type(module).__name__} has a forward of its own, as device_map gives it; "
+            "do this to the model without device_map, save it, and load that with device_map"
+        )
+
+
+def _check_no_matrix(name: str, module: nn.Module) -> None:
+    matrices = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+    if matrices:
+        kinds = ", ".join(kind.__name__ for kind in TERNARY)
+        raise ValueError(
+            f"{name or 'the module'} is a {type(module).__name__} with {', '.join(matrices)}, "
+            f"which cannot be made ternary; what can is {kinds}"
+        )
