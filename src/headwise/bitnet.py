@@ -4,7 +4,7 @@ Every linear map, and both matrices of every expert, takes its input normed (wit
 in 8 bits, and has weights {-1, 0, 1} times one scale a matrix; gradients pass straight through to
 weights in full precision. Routers, embeddings, norms and biases stay as they are.
 
-**Source**: BitNet b1.58, arXiv 2402.17764; for MH-MoE and MoE, arXiv 2411.16205, section 3.
+**Source**: BitNet b1.58, arXiv 2402.17764; of MH-MoE and MoE, arXiv 2411.16205.
 `headwise.ops.ternary` has the formulas.
 """
 

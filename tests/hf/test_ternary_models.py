@@ -236,6 +236,13 @@ def test_what_cannot_be_is_refused(tiny):
         bitnet.pack(bitnet.pack(model))
 
 
+def test_attention_outside_of_lists_of_layers_is_refused(tiny):
+    model = tiny()
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn is in no nn\.ModuleList"):
+        convert(model, ternary=True)
+
+
 def test_experts_of_transformers_are_refused_but_may_be_replaced():
     config = transformers.MixtralConfig(
         vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,

@@ -4,8 +4,10 @@ Both are whole numbers times a scale. Products are taken of the whole numbers, i
 scaled afterwards: float32 adds them exactly in any order (up to 2**24 / 127 = 132,104 of them), so
 a row's product depends neither on its batch mates nor on the machine, nor on how weights are kept.
 
-**Source**: BitNet b1.58, arXiv 2402.17764, section 2. **Deviates**: a norm without parameters
-stands before every quantised product, as in MH-MoE's experiments, arXiv 2411.16205.
+**Source**: BitNet b1.58, arXiv 2402.17764, section 2, with the norm before every quantised product
+of BitNet, arXiv 2310.11453, section 2. **Deviates**: the norm is RMS and has no parameters; scales
+are at least 1e-5 (of activations: 1e-5 / 127) instead of having a small number added, as in the
+code that transformers has.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from torch.nn import functional
 from headwise.ops.gradients import learns
 
 _LARGEST_LEVEL = 127
-# Below this a mean or a maximum counts as this: what is 0 everywhere stays 0, and still learns.
+# A smaller mean or maximum counts as this much: what is 0 everywhere stays 0, and still learns.
 _LEAST = 1e-5
 _NORM_EPSILON = 1e-6
 _VALUES_PER_BYTE, _BITS = 4, 2

@@ -46,8 +46,8 @@ def ternary_mlp(
 
         y[n] = sum_k weights[n,k] · down_e(q(norm(hidden_e(q(norm(x[n])))))),   e = indices[n,k]
 
-    **Source**: MH-MoE, arXiv 2411.16205, section 3 (BitNet); q and the ternary matrices are those
-    of `ops.ternary`.
+    **Source**: MH-MoE, arXiv 2411.16205 (its models with BitNet); q and the ternary matrices are
+    those of `ops.ternary`.
 
     Args:
         x: Tokens or sub-tokens.
