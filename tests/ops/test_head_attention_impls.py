@@ -228,6 +228,16 @@ def test_decode_does_not_read_a_group_that_is_off():
         assert head_attention(**leaves, impl="decode").isfinite().all()
 
 
+def test_flops_of_decode_count_the_key_heads_that_are_read():
+    leaves, _ = case(T=2, S=11, H=6, kv_heads=3, on=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        leaves["gate"][0, :, 2:4] = 0  # the second key head
+        leaves["gate"][1, :, 5] = 0  # half of the third, which is computed whole
+        head_attention(**leaves, impl="decode")
+    rows = 2 * 2 * (2 + 3)  # tokens, query heads of a key head, key heads of both entries
+    assert counter.get_total_flops() == 4 * C * rows * 11
+
+
 def test_decode_refuses_gradients():
     leaves, _ = case(T=1)
     with pytest.raises(ValueError, match=r"impl is .decode., which has no backward"):

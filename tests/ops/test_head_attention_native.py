@@ -177,3 +177,20 @@ def test_flops_count_the_rows_that_are_on():
         head_attention(**tensors, causal=True, impl="native").sum().backward()
     assert q.grad is not None
     assert counter.get_total_flops() == 4 * 22 * 2 * 3 * (4 + 5) * 7 // 2
+
+
+def test_flops_of_a_decode_step_count_the_heads_that_are_on():
+    tensors = arguments(T=1, S=11, on=1)
+    tensors["gate"][0, :, 1:] = 0
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head_attention(**tensors, causal=True, impl="native")
+    assert counter.get_total_flops() == 4 * 22 * (1 + 3) * 11
+
+
+@pytest.mark.parametrize(("limit", "heads"), [(0.5, 3), (0.7, 2), (2.0, 2)])
+def test_flops_count_all_heads_where_torch_computes_them(limit, heads):
+    q, k, v, gate = arguments(T=7, S=7, on=1).values()
+    gate[:, :, 0] = 0  # two heads of three
+    with FlopCounterMode(display=False) as counter:
+        native.native_attention(q, k, v, gate, False, 0.3, limit)
+    assert counter.get_total_flops() == 4 * 22 * 2 * heads * 7 * 7

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 ON_GPU = torch.cuda.is_available()
 # Triton looks at it when it is first imported; whatever imports headwise does that.
@@ -205,6 +206,22 @@ def test_compiles_without_a_break():
     assert_close(
         value_and_gradients(leaves, options, compiled), value_and_gradients(leaves, options, call)
     )
+
+
+def test_flops_count_the_rows_that_are_on():
+    leaves, options = case(T=5, S=5, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, :3] = 0  # the last two tokens stay: they see 4 and 5 keys
+    with FlopCounterMode(display=False) as counter:
+        kernels.head_attention(**leaves, **options | {"causal": True}).sum().backward()
+    # Two products forward; backward seven, as both kernels compute the scores again.
+    assert counter.get_total_flops() == 2 * 32 * 2 * (4 + 5) * (2 + 7)
+    leaves, options = case(T=1, S=11, on=1)
+    del options["bias"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        leaves["gate"][:, :, 0] = 0
+        kernels.decode_attention(**leaves, **options)
+    assert counter.get_total_flops() == 4 * 32 * 11
 
 
 DECODE = {

@@ -26,6 +26,7 @@ class DenseAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_heads, self.head_dim = HEADS, DIM // HEADS
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(DIM, DIM) for _ in range(4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

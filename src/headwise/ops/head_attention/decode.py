@@ -9,10 +9,12 @@ Forward only.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.gradients import learns
 from headwise.ops.head_attention.rectangle import added_to_scores, attend
@@ -55,8 +57,7 @@ def decode_attention(
     rows = rearrange(q, "b t (g r) c -> b g (t r) c", g=groups)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     out = torch.zeros_like(rows)
-    on = (gate != 0).unflatten(2, (groups, -1)).any(3).any(1)
-    for b, heads_on in enumerate(on.tolist()):
+    for b, heads_on in enumerate(_key_heads_on(gate, groups).tolist()):
         for heads in _runs([head for head, is_on in enumerate(heads_on) if is_on]):
             own = slice(b, b + 1)
             part = None if added is None else _part(added, own, heads)
@@ -68,6 +69,20 @@ def decode_attention(
 @decode_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, added: Tensor | None, scale: float) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@register_flop_formula(torch.ops.headwise.decode_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any, **__: Any) -> int:
+    """All query heads of a key head that is on are computed."""
+    queries, heads, channels = q.shape[1:]
+    keys, groups = k.shape[1:3]
+    rows = int(_key_heads_on(gate, groups).sum()) * queries * (heads // groups)
+    return 4 * channels * rows * keys
+
+
+def _key_heads_on(gate: Tensor, groups: int) -> Tensor:
+    """Key heads [B, Hkv] with a query head that is on."""
+    return (gate != 0).unflatten(2, (groups, -1)).any(3).any(1)
 
 
 def _attend_split(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> Tensor:

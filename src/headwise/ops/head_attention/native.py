@@ -142,12 +142,26 @@ native_attention.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.headwise.native_attention, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    return attention_flops(q, k, gate != 0, causal)
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    causal: bool,
+    scale: float,
+    limit: float,
+    **_: Any,
+) -> int:
+    computed = gate != 0
+    if limit <= 1 and share_on(gate) >= limit:
+        computed = torch.ones_like(computed)
+    return attention_flops(q, k, computed, causal)
 
 
 @register_flop_formula(torch.ops.headwise.native_decode, get_raw=True)
-def _decode_flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any) -> int:
+def _decode_flops(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any
+) -> int:
     return attention_flops(q, k, gate != 0, causal)
 
 

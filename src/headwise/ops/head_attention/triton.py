@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from headwise.ops.head_attention.gathered import attention_flops
 from headwise.ops.head_attention.triton_backward import keys_kernel, queries_kernel
 from headwise.ops.head_attention.triton_decode import decode_attention
 from headwise.ops.head_attention.triton_forward import forward_kernel
@@ -193,3 +195,15 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 triton_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.headwise.triton_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
+    return attention_flops(q, k, gate != 0, causal)
+
+
+@register_flop_formula(torch.ops.headwise.triton_attention_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
+    """Seven products instead of two: both kernels compute the scores and dy · v again."""
+    q, k, _v, gate, _y, _lse, causal, *_rest = args
+    return attention_flops(q, k, gate != 0, causal) * 7 // 2

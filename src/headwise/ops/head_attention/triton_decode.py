@@ -4,13 +4,15 @@ A program holds all query heads that share a head of keys; where none of them is
 before it has read a key.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from headwise.ops.head_attention.gathered import attention_flops
 from headwise.ops.head_attention.triton_tiles import (
     FUSION,
     LOG2E,
@@ -108,6 +110,12 @@ def triton_decode(
 @triton_decode.register_fake
 def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@register_flop_formula(torch.ops.headwise.triton_decode, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
+    """Of the heads that are on: what others of their key head share with them is a tile's waste."""
+    return attention_flops(q, k, gate != 0, causal)
 
 
 def _splits(keys: int, groups: int, block: int) -> tuple[int, int]:

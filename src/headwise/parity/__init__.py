@@ -1,0 +1,20 @@
+"""What a layer costs: FLOPs and parameters by formula, and mixtures of equal cost.
+
+A multiply-add is 2 FLOPs. Like torch's counter, the formulas count matrix products and attention,
+not norms, softmax or activations; causal attention is counted as the pairs that are seen.
+"""
+
+from headwise.parity.flops import count_flops
+from headwise.parity.match import Match, Mixture, match_mh_moe, match_sparse_moe
+from headwise.parity.measure import measure_flops
+from headwise.parity.parameters import count_parameters
+
+__all__ = [
+    "Match",
+    "Mixture",
+    "count_flops",
+    "count_parameters",
+    "match_mh_moe",
+    "match_sparse_moe",
+    "measure_flops",
+]

@@ -1,0 +1,165 @@
+"""FLOPs of a model by formula, module by module."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MHMoE
+from headwise.nn.mh_moe import ExpertMatrices
+from headwise.nn.routers import ScoreMap
+
+# What transformers calls the channels of a head, and their number.
+_HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads")
+# Modules that read one token of a sequence.
+_ONCE = {"pooler", "classifier", "seq_relationship"}
+
+
+def count_flops(model: nn.Module, *, sequence_length: int, causal: bool = True) -> dict[str, float]:
+    """FLOPs of a forward per token, by module, by formula; their sum is the model's.
+
+        matrices:   2 · rows · columns, once a token; experts top_k times for each sub-token
+        attention:  4 · heads · channels · keys that a token sees, on average over the sequence
+                    (T + 1) / 2 where it is causal, W · (2·T - W + 1) / (2·T) in a window of W < T
+
+    Heads that are off are not counted: the figure is what skipping can reach, not what an
+    implementation that masks them spends. `measure_flops` counts what really runs.
+
+    Averaged over the tokens of a sequence are the keys that they see, and what runs once a
+    sequence: modules named pooler, classifier (but for classes of tokens) and seq_relationship.
+    A patch convolution counts for every token, also for a class token. Embeddings, norms, softmax
+    and activations cost nothing.
+
+    Args:
+        model: A layer of ours, or a decoder or encoder of transformers, converted or not.
+        sequence_length: T, tokens that attend to each other.
+        causal: True counts the pairs of tokens that are seen: all of them in attention that says it
+            is not causal (`is_causal`), as BERT's and ViT's; attention that says nothing counts as
+            causal. False counts all T · T pairs everywhere.
+
+    Returns:
+        FLOPs per token of each module that costs any.
+
+    Raises:
+        ValueError: If sequence_length is below 1, or a part of the model is of a kind that has no
+            formula here: weights of an unknown module, cross attention, attention that does not say
+            what heads it has, a window that is not causal.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
+    _refuse_cross_attention(model)
+    once = _ONCE - {"classifier"} if "TokenClassification" in type(model).__name__ else _ONCE
+    flops: dict[str, float] = {}
+    rows: dict[str, float] = {}  # that a module reads for each token, where that is not one
+    for name, module in model.named_modules():
+        if isinstance(module, MHMoE):
+            rows[_child(name, "router")] = module.num_heads
+            rows[_child(name, "experts")] = module.num_heads * module.router.top_k
+        if once.intersection(name.split(".")):
+            rows[name] = 1 / sequence_length
+        cost = _matrix_flops(name, module) * rows.get(name, 1)
+        if _is_attention(module):
+            cost += _attention_flops(name, module, sequence_length, causal)
+        if cost:
+            flops[name] = cost
+    return flops
+
+
+def _matrix_flops(name: str, module: Any) -> int:
+    """FLOPs of the module's own matrices for one row."""
+    if isinstance(module, nn.Linear):
+        return 2 * module.in_features * module.out_features
+    if isinstance(module, LinearRouter | ScoreMap) or _is_conv1d(module) or _is_patches(module):
+        return 2 * module.weight.numel()
+    if isinstance(module, CosineRouter):
+        return 2 * (module.projection.numel() + module.embedding.numel())
+    if isinstance(module, ExpertMatrices):
+        return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
+    if not isinstance(module, nn.Embedding):
+        for parameter, shape in _matrices(module):
+            raise ValueError(
+                f"{name or 'model'} is a {type(module).__name__} with weights {parameter} "
+                f"{list(shape)}, for which count_flops has no formula; measure_flops counts what "
+                "runs"
+            )
+    return 0
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Its own weights that it may multiply by; those of [1, …] are added, as positions are."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 1 and parameter.shape[0] > 1:
+            yield name, parameter.shape
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' linear layer of GPT-2, which is not imported here."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_patches(module: nn.Module) -> bool:
+    """A convolution that cuts its input into pieces, one for each token."""
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return isinstance(module, kinds) and tuple(module.kernel_size) == tuple(module.stride)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    named = "Attention" in type(module).__name__ and _head_width(module) is not None
+    return named or hasattr(module, "is_causal")
+
+
+def _attention_flops(name: str, module: Any, length: int, causal: bool) -> float:
+    budget: HeadBudget | None = getattr(getattr(module, "router", None), "budget", None)
+    heads = _num_heads(module) if budget is None else budget.active_heads
+    width = _head_width(module)
+    for what, value, fields in (
+        ("how wide its heads are", width, _HEAD_WIDTHS),
+        ("how many heads it has", heads, _HEAD_COUNTS),
+    ):
+        if value is None:
+            raise ValueError(
+                f"{name or 'model'} is a {type(module).__name__} that does not say {what}, as "
+                f"{' or '.join(fields)}; measure_flops counts what runs"
+            )
+    return 4 * heads * width * (_keys_seen(name, module, length) if causal else length)
+
+
+def _head_width(module: nn.Module) -> Any:
+    return next((getattr(module, field) for field in _HEAD_WIDTHS if hasattr(module, field)), None)
+
+
+def _num_heads(module: nn.Module) -> Any:
+    """Where the module does not say, the config that it was made from does."""
+    places = (module, getattr(module, "config", None))
+    counts = (getattr(place, field, None) for place in places for field in _HEAD_COUNTS)
+    return next((count for count in counts if count is not None), None)
+
+
+def _keys_seen(name: str, module: Any, length: int) -> float:
+    """By a token, on average over the sequence."""
+    config = getattr(module, "config", None)
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    window = length if window is None else min(window, length)
+    if getattr(module, "is_causal", getattr(module, "causal", True)):
+        return window * (2 * length - window + 1) / (2 * length)
+    if window < length:
+        raise ValueError(
+            f"{name or 'model'} is a {type(module).__name__} with a window of {window} that is not "
+            f"causal, for which count_flops has no formula; give a sequence_length up to {window}"
+        )
+    return length
+
+
+def _refuse_cross_attention(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    for field in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, field, False):
+            raise ValueError(
+                f"{type(model).__name__} has cross attention (config: {field}); count_flops has "
+                "formulas for self-attention only"
+            )
+
+
+def _child(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name

@@ -1,0 +1,166 @@
+"""FLOPs by formula against torch's counter and by hand; what has no formula is refused."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from headwise import MHMoE, MHMoEConfig, MoEConfig, MoHAttention, MoHConfig, convert
+from headwise.parity import count_flops, measure_flops
+
+B, T = 2, 48
+EXPERTS = {"num_experts": 5, "top_k": 2, "expert_dim": 56}
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    config = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 6,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+
+
+def measured(model: LlamaForCausalLM) -> float:
+    """FLOPs per token that torch's counter sees in a forward."""
+    ids = torch.randint(0, 97, (B, T))
+    with torch.no_grad():
+        return measure_flops(lambda: model(ids)) / (B * T)
+
+
+def by_formula(model: torch.nn.Module) -> float:
+    return sum(count_flops(model, sequence_length=T).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"head_dim": 20}],
+    ids=["plain", "grouped keys", "tied", "wide heads"],
+)
+def test_dense_model_equals_torchs_counter(changes):
+    model = llama(**changes)
+    assert by_formula(model) == pytest.approx(measured(model), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        MoEConfig(**EXPERTS),
+        MoEConfig(**EXPERTS, glu=False, router="cosine"),
+        MHMoEConfig(num_heads=3, **EXPERTS),
+        MHMoEConfig(num_heads=3, **EXPERTS, shared_expert_dim=40),
+        MHMoEConfig(num_heads=3, **EXPERTS, router="cosine", bias=True),
+        MHMoEConfig(num_heads=2, **EXPERTS, head_layer=False, glu=False, merge_layer=False),
+    ],
+    ids=["moe", "moe cosine", "mh_moe", "mh_moe shared", "mh_moe cosine", "mh_moe bare"],
+)
+def test_mixture_of_experts_equals_torchs_counter(mlp):
+    model = convert(llama(num_key_value_heads=3), mlp=mlp, every=2).eval()
+    assert by_formula(model) == pytest.approx(measured(model), rel=0.01)
+
+
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_moh_equals_torchs_counter_less_the_heads_that_are_off(router):
+    attention = MoHConfig(router=router, shared=2, active=4)
+    model = convert(llama(num_key_value_heads=2), attention=attention).eval()
+    a_head = 4 * 8 * (T + 1) / 2  # scores and sum, 8 channels, (T + 1) / 2 keys on average
+    off = 2 * 2 * a_head  # layers times heads that are off
+    # The router multiplies by rows of zeros, up to 16: part of its speed, not of its work.
+    zeros = 2 * 2 * model.config.hidden_size * 8 if router == "two_stage" else 0
+    assert by_formula(model) == pytest.approx(measured(model) - off - zeros, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer_is", "count", "keys"), [(True, True, 3), (True, False, 5), (False, True, 5)]
+)
+def test_moh_layer_by_hand(layer_is, count, keys):
+    heads = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10}
+    layer = MoHAttention(48, **heads, shared_heads=2, active_heads=4, causal=layer_is)
+    flops = count_flops(layer, sequence_length=5, causal=count)
+    assert flops == {
+        "": 4 * 4 * 10 * keys,  # four heads that are on
+        "q_proj": 2 * 48 * 60, "k_proj": 2 * 48 * 20, "v_proj": 2 * 48 * 20, "o_proj": 2 * 48 * 60,
+        "router.shared": 2 * 48 * 2, "router.routed": 2 * 48 * 4, "router.stage": 2 * 48 * 2,
+    }  # fmt: skip
+
+
+def test_moh_layer_with_routed_groups_by_hand():
+    layer = MoHAttention(
+        48, num_heads=6, num_kv_heads=3, shared_heads=2, active_heads=4, route_groups=True,
+        causal=True,
+    )  # fmt: skip
+    flops = count_flops(layer, sequence_length=5)
+    assert flops[""] == 4 * 4 * 8 * 3  # four heads that are on
+    assert (flops["router.routed"], flops["router.stage"]) == (2 * 48 * 2, 2 * 48 * 2)
+    assert "router.shared" not in flops  # one shared group: no choice
+
+
+def test_mh_moe_layer_by_hand():
+    layer = MHMoE(12, num_heads=3, num_experts=7, top_k=2, expert_dim=5, shared_expert_dim=11)
+    assert count_flops(layer, sequence_length=1) == {
+        "head_proj": 2 * 12 * 12,
+        "merge_proj": 2 * 12 * 12,
+        "router": 3 * 2 * 4 * 7,  # three sub-tokens of width 4, seven experts
+        "experts": 3 * 2 * 2 * 3 * 4 * 5,  # three sub-tokens, two experts, three matrices
+        "shared_expert": 2 * 3 * 12 * 11,
+    }
+
+
+def test_a_head_of_classes_runs_once_a_sequence_or_for_every_token():
+    config = BertConfig(
+        vocab_size=31, hidden_size=24, num_attention_heads=6, num_hidden_layers=1,
+        intermediate_size=29, num_labels=7,
+    )  # fmt: skip
+    once = count_flops(BertForSequenceClassification(config), sequence_length=11)
+    assert once["bert.pooler.dense"] == pytest.approx(2 * 24 * 24 / 11)
+    assert once["classifier"] == pytest.approx(2 * 24 * 7 / 11)
+    every = count_flops(BertForTokenClassification(config), sequence_length=11)
+    assert every["classifier"] == 2 * 24 * 7
+
+
+def test_sequence_length_is_checked():
+    with pytest.raises(ValueError, match=r"sequence_length is 0; it must be at least 1"):
+        count_flops(torch.nn.Linear(2, 3), sequence_length=0)
+
+
+def of_kind(name: str, **fields: object) -> torch.nn.Module:
+    """A module of a class of that name, as transformers would bring it."""
+    module = type(name, (torch.nn.Module,), {})()
+    for field, value in fields.items():
+        setattr(module, field, value)
+    return module
+
+
+WINDOW = {"head_dim": 4, "num_heads": 2, "is_causal": False, "sliding_window": 5}
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (torch.nn.MultiheadAttention(6, 2), r"MultiheadAttention with weights in_proj_weight \[18"),
+        (torch.nn.Conv2d(3, 5, 3, padding=1), r"Conv2d with weights weight \[5, 3, 3, 3\]"),
+        (
+            of_kind("LatentAttention", is_causal=True),
+            "does not say how wide its heads are",
+        ),
+        (of_kind("NewAttention", head_dim=4), "does not say how many heads it has"),
+        (of_kind("LocalAttention", **WINDOW), "a window of 5 that is not causal"),
+        (of_kind("Decoder", config=GPT2Config(add_cross_attention=True)), "has cross attention"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_what_has_no_formula_is_refused_by_name(module, message):
+    place = torch.nn.ModuleDict({"part": module}) if "cross" not in message else module
+    with pytest.raises(ValueError, match=message) as refused:
+        count_flops(place, sequence_length=7)
+    assert str(refused.value).startswith("part is a" if place is not module else "Decoder has")
+
+
+def test_a_window_longer_than_the_sequence_is_none():
+    local = of_kind("LocalAttention", **WINDOW)
+    assert count_flops(local, sequence_length=5) == {"": 4 * 2 * 4 * 5}
