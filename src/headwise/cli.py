@@ -24,6 +24,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   generate DIR   continue a text with a saved model   headwise generate --help
   report DIR     draw a run's page again              headwise report --help
   eval DIR …     score models on tasks, side by side  headwise eval --help
+  parity         MH-MoE at a sparse MoE's cost        headwise parity --help
   compile        build the CPU kernels, once          headwise compile
   bench          measure speed on this machine        headwise bench --help
 """
@@ -175,6 +176,12 @@ def _eval(argv: list[str]) -> None:
     score_models(run)
 
 
+def _parity(argv: list[str]) -> None:
+    from headwise.recipes.parity_table import ParityRun, print_parity
+
+    print_parity(tyro.cli(ParityRun, args=argv, prog="headwise parity"))
+
+
 def _bench(argv: list[str]) -> None:
     from headwise.bench import BENCHMARKS, BenchRun, bench
 
@@ -216,6 +223,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": _generate,
     "report": _report,
     "eval": _eval,
+    "parity": _parity,
     "bench": _bench,
     "compile": _compile,
 }

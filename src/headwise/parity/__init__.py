@@ -5,8 +5,9 @@ not norms, softmax or activations; causal attention is counted as the pairs that
 """
 
 from headwise.parity.flops import count_flops
-from headwise.parity.match import Match, Mixture, match_mh_moe, match_sparse_moe
+from headwise.parity.match import Match, match_mh_moe, match_sparse_moe
 from headwise.parity.measure import measure_flops
+from headwise.parity.mixture import Mixture
 from headwise.parity.parameters import count_parameters
 
 __all__ = [

@@ -3,70 +3,7 @@
 import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """The sizes of a mixture of experts, and what it costs without its router.
-
-        FLOPs of a token:  2·m·d·f·k  [+ 4·d²]        m = 3 matrices an expert (glu) or 2
-        parameters:        m·s·f·E    [+ 2·d²]        s = d / h; in brackets: head and merge layer
-
-    **Source**: MH-MoE, arXiv 2411.16205, section 3.
-
-    Attributes:
-        dim: d, width of the tokens.
-        num_experts: E, all experts.
-        top_k: k, experts that a token goes to, or each of its sub-tokens.
-        expert_dim: f, hidden width of an expert.
-        heads: h, sub-tokens of a token, with head and merge layer around the experts; divides dim.
-            None for a sparse MoE, which has neither.
-        glu: Gated experts.
-
-    Raises:
-        ValueError: If a count is no int or below 1, top_k exceeds num_experts, or heads does not
-            divide dim.
-    """
-
-    dim: int
-    num_experts: int
-    top_k: int
-    expert_dim: int
-    heads: int | None = None
-    glu: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("dim", "num_experts", "top_k", "expert_dim"):
-            _check_count(field, getattr(self, field))
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)"
-            )
-        if self.heads is not None:
-            _check_heads(self.heads, self.dim)
-
-    @property
-    def sub_dim(self) -> int:
-        """s, width of what an expert reads."""
-        return self.dim // (self.heads or 1)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of a token."""
-        return 2 * (self._around + self._matrices * self.dim * self.expert_dim * self.top_k)
-
-    @property
-    def parameters(self) -> int:
-        """All of them, of experts that a token does not use too."""
-        return self._around + self._matrices * self.sub_dim * self.expert_dim * self.num_experts
-
-    @property
-    def _around(self) -> int:
-        """Parameters of head and merge layer."""
-        return 0 if self.heads is None else 2 * self.dim**2
-
-    @property
-    def _matrices(self) -> int:
-        return 3 if self.glu else 2
+from headwise.parity.mixture import Mixture, check_count, check_heads
 
 
 @dataclass(frozen=True)
@@ -161,14 +98,14 @@ def match_sparse_moe(
     = 768 and E = (2048·8 - 512)·2 / 768 = 41.33, rounded to 41.
     """
     given = Mixture(dim, num_experts, top_k, expert_dim, glu=glu)
-    _check_heads(heads, dim)
+    check_heads(heads, dim)
     k = heads * top_k if top_k_mh is None else top_k_mh
-    _check_count("top_k_mh", k)
+    check_count("top_k_mh", k)
     matrices = 3 if glu else 2
     if matrices * top_k * expert_dim <= 2 * dim:
         raise ValueError(
-            f"expert_dim is {expert_dim}; head and merge layer alone cost as much as {top_k} such "
-            f"experts, so it must exceed {2 * dim / matrices / top_k:g}"
+            f"expert_dim is {expert_dim}; head and merge layer alone cost as much as "
+            f"top_k = {top_k} such experts, so it must exceed {2 * dim / matrices / top_k:g}"
         )
     match = _match(given, heads, k, multiple_of, experts_multiple_of)
     if match is None:
@@ -215,7 +152,7 @@ def match_mh_moe(
             num_experts, or the parameters buy fewer than k0 experts.
     """
     given = Mixture(dim, num_experts, top_k, expert_dim, heads, glu)
-    _check_count("top_k_sparse", top_k_sparse)
+    check_count("top_k_sparse", top_k_sparse)
     match = _match(given, None, top_k_sparse, multiple_of, experts_multiple_of)
     if match is None:
         raise ValueError(
@@ -230,13 +167,13 @@ def _match(
     given: Mixture, heads: int | None, top_k: int, multiple_of: int, experts_multiple_of: int
 ) -> Match | None:
     """The mixture that costs what the given one does; None if it has fewer experts than top_k."""
-    _check_count("multiple_of", multiple_of)
-    _check_count("experts_multiple_of", experts_multiple_of)
+    check_count("multiple_of", multiple_of)
+    check_count("experts_multiple_of", experts_multiple_of)
     one = Mixture(given.dim, top_k, top_k, 1, heads, given.glu)
-    exact_dim = (given.flops - 2 * one._around) / (one.flops - 2 * one._around)
+    exact_dim = (given.flops - 2 * one.around) / (one.flops - 2 * one.around)
     expert_dim, dim_note = _rounded("expert_dim", exact_dim, multiple_of, 1)
-    per_expert = one._matrices * one.sub_dim * expert_dim
-    exact_experts = (given.parameters - one._around) / per_expert
+    per_expert = one.matrices * one.sub_dim * expert_dim
+    exact_experts = (given.parameters - one.around) / per_expert
     if math.floor(exact_experts + 0.5) < top_k:
         return None
     experts, experts_note = _rounded("num_experts", exact_experts, experts_multiple_of, top_k)
@@ -254,14 +191,3 @@ def _rounded(field: str, exact: float, multiple: int, least: int) -> tuple[int, 
     which = f", the nearest multiple of {multiple}" if multiple > 1 else ""
     bound = f" that is at least {least}" if value > nearest else ""
     return value, f"{field} {exact:.6g} rounded to {value}{which}{bound}"
-
-
-def _check_heads(heads: int, dim: int) -> None:
-    _check_count("heads", heads)
-    if dim % heads:
-        raise ValueError(f"heads is {heads}; it must divide dim = {dim}")
-
-
-def _check_count(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} is {value!r}; it must be an int of at least 1")
