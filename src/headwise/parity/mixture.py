@@ -10,7 +10,7 @@ class Mixture:
         FLOPs of a token:  2·m·d·f·k  [+ 4·d²]        m = 3 matrices an expert (glu) or 2
         parameters:        m·s·f·E    [+ 2·d²]        s = d / h; in brackets: head and merge layer
 
-    **Source**: MH-MoE, arXiv 2411.16205, section 3.
+    **Source**: MH-MoE, arXiv 2411.16205, Eq. 8 and 9 (two matrices) and its tables (three).
 
     Attributes:
         dim: d, width of the tokens.
