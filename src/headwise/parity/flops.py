@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MHMoE
+from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 from headwise.nn.mh_moe import ExpertMatrices
 from headwise.nn.routers import ScoreMap
 
@@ -76,6 +77,10 @@ def _matrix_flops(name: str, module: Any) -> int:
         return 2 * (module.projection.numel() + module.embedding.numel())
     if isinstance(module, ExpertMatrices):
         return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
+    if isinstance(module, PackedLinear):
+        return 2 * module.num_weights
+    if isinstance(module, PackedMatrices):
+        return 2 * module.num_weights // module.num_experts
     if not isinstance(module, nn.Embedding):
         for parameter, shape in _matrices(module):
             raise ValueError(

@@ -10,8 +10,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Total and active parameters: of the experts, a token uses top_k for each sub-token.
 
     Parameters that several modules share count once. Heads that are off stay active here: a token
-    does not use their output, but their keys and values are computed for it. A packed ternary weight
-    counts as a parameter, its scale does not.
+    does not use their output, but their keys and values are computed for it. A packed ternary
+    weight counts as a parameter, its scale does not.
     """
     total = _weights(model)
     idle = 0
