@@ -3,7 +3,7 @@
 Layers return (y, routing); losses, statistics and plots are functions of the routing.
 """
 
-from headwise import bitnet, ops, parity
+from headwise import bitnet, models, ops, parity
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, calibrate, convert, record_routing
 from headwise.nn import MHMoE, MoE, MoHAttention
 from headwise.ops import Routing, balance_loss, router_z_loss
@@ -24,6 +24,7 @@ __all__ = [
     "calibrate",
     "convert",
     "load_released",
+    "models",
     "ops",
     "parity",
     "record_routing",

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    from headwise.recipes import RECIPES
+    from headwise.recipes import RECIPES, carry_out
 
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: headwise train RECIPE [OPTIONS]\n")
@@ -63,11 +63,8 @@ def _train(argv: list[str]) -> None:
     name, *fields = argv
     default = _nearest("recipe", name, RECIPES)()
     run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise train {name}")
-
-    from headwise.recipes.train import train
-
     _quiet_transformers()
-    train(run)
+    carry_out(run)
 
 
 def _convert(argv: list[str]) -> None:

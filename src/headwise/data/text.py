@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,6 @@ def load_text(data: str | None = None) -> list[Domain]:
         return [_split(path.stem, _pieces(path))]
     if path.is_dir():
         return _domains_of_directory(path)
-    if path.is_absolute() or data.startswith((".", "~")) or path.suffix or data.count("/") > 1:
-        raise ValueError(f"data is {data!r}; there is no such file or directory")
     return [_split(data, _hugging_face(data))]
 
 
@@ -138,7 +137,7 @@ class MixedBlocks(Dataset[dict[str, Tensor]]):
         draws = [
             (domain, block)
             for domain, count in enumerate(counts)
-            for block in _draw(len(self.streams[domain]) // sequence_length, count, generator)
+            for block in draw(len(self.streams[domain]) // sequence_length, count, generator)
         ]
         self.draws = generator.permutation(np.array(draws))
 
@@ -153,7 +152,8 @@ class MixedBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-def _draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """`count` indices of `blocks` things, none again before all were drawn."""
     rounds = [generator.permutation(blocks) for _ in range(-(-count // blocks))]
     return np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)
 
@@ -166,13 +166,18 @@ def _split(name: str, documents: dict[str, str]) -> Domain:
             f"data {name!r} has {len(documents)} documents with text; it takes at least 2 files, "
             "or one of several lines: a tenth of them is held out to validate with"
         )
-    ranked = sorted(documents, key=lambda key: hashlib.sha256(key.encode()).digest())
-    held_out = set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
+    validation = held_out(documents)
     return Domain(
         name,
-        training={key: text for key, text in documents.items() if key not in held_out},
-        validation={key: text for key, text in documents.items() if key in held_out},
+        training={key: text for key, text in documents.items() if key not in validation},
+        validation={key: text for key, text in documents.items() if key in validation},
     )
+
+
+def held_out(names: Iterable[str]) -> set[str]:
+    """One in ten, at least one, chosen by a hash of the name."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
 
 
 def _domains_of_directory(path: Path) -> list[Domain]:
@@ -216,19 +221,31 @@ def _pieces(path: Path, count: int = 50) -> dict[str, str]:
 
 
 def _hugging_face(name: str) -> dict[str, str]:
-    import datasets
-
-    repository, _, configuration = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, configuration or None, split="train")
-    except Exception as error:
-        raise ValueError(
-            f"data is {name!r}: no such file or directory, and no Hugging Face dataset could be "
-            f"loaded under that name ({type(error).__name__}: {error})"
-        ) from error
+    rows = hugging_face_rows(name)
     if "text" not in rows.column_names:
         raise ValueError(f"dataset {name!r} has columns {rows.column_names}; one must be 'text'")
     return {str(i): text for i, text in enumerate(rows["text"])}
+
+
+def hugging_face_rows(data: str) -> Any:
+    """The training split of a Hugging Face dataset ("name" or "name:configuration").
+
+    Raises:
+        ValueError: If `data` is rather a path, or nothing could be loaded.
+    """
+    import datasets
+
+    path = Path(data)
+    if path.is_absolute() or data.startswith((".", "~")) or path.suffix or data.count("/") > 1:
+        raise ValueError(f"data is {data!r}; there is no such file or directory")
+    repository, _, configuration = data.partition(":")
+    try:
+        return datasets.load_dataset(repository, configuration or None, split="train")
+    except Exception as error:
+        raise ValueError(
+            f"data is {data!r}: no such file or directory, and no Hugging Face dataset could be "
+            f"loaded under that name ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PreTrainedConfig,
@@ -151,7 +152,8 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     if not autos:
         raise ValueError(
             f"{model_class.__name__} cannot be converted: no Auto class of transformers loads it, "
-            "so it could not be loaded again; convert a model class that transformers has"
+            "so it could not be loaded again; convert a model class that transformers has, or "
+            "register it with one (AutoModel.register)"
         )
     name = f"{_PREFIX}{base_config.__name__}"
     config_class = type(name, (base_config,), {"model_type": MODEL_TYPE})
@@ -171,6 +173,20 @@ def auto_class_of(model: PreTrainedModel) -> Any:
     own, config_class = set(type(model).__mro__), type(model.config)
     # The last one: that for a task says more than AutoModelForPreTraining.
     return [auto for auto in _auto_classes() if own & {*_classes_of(auto, config_class)}][-1]
+
+
+def class_named(name: str, model_type: str) -> Any:
+    """The model class of that name: transformers', or one registered for that type of model.
+
+    None where there is none.
+    """
+    if own := getattr(transformers, name, None):
+        return own
+    if model_type not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[model_type]
+    registered = (x for auto in _auto_classes() for x in _classes_of(auto, config_class))
+    return next((x for x in registered if x.__name__ == name), None)
 
 
 def _auto_classes() -> list[Any]:
@@ -195,11 +211,15 @@ class RoutedConfig(PreTrainedConfig):
         """A config of the class that `routed_classes` makes for the model's architecture.
 
         Raises:
-            ValueError: If the format is newer than this version of headwise reads.
+            ValueError: If the format is newer than this version of headwise reads, or the model's
+                class is neither transformers' nor registered.
         """
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
-        original = getattr(transformers, architecture.removeprefix(_PREFIX))
+        base = architecture.removeprefix(_PREFIX)
+        original = class_named(base, config_dict.get("base_model_type", ""))
+        if original is None:
+            raise ValueError(f"{base} is not known: neither transformers nor an import has it")
         _, config_class = routed_classes(original)
         return config_class.from_dict(config_dict, **kwargs)
 

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from headwise.hf.auto import MODEL_TYPE, load_strictly
+from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
 
 
 def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
@@ -31,7 +30,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         if config.model_type == MODEL_TYPE:
             raise ValueError("it is converted already; give the original")
         (architecture,) = config.architectures or [""]
-        model_class = getattr(transformers, architecture, None)
+        model_class = class_named(architecture, config.model_type)
         if model_class is None:
             raise ValueError(f"transformers has no class {architecture or 'for it'}")
         model, _ = load_strictly(model_class.from_pretrained, name, surplus_allowed=True)

@@ -3,7 +3,27 @@
 from collections.abc import Callable
 
 from headwise.recipes.lm import LanguageModelRun, lm
+from headwise.recipes.masked import MaskedRun, masked
 
-RECIPES: dict[str, Callable[[], LanguageModelRun]] = {"lm": lm}
+RECIPES: dict[str, Callable[[], LanguageModelRun | MaskedRun]] = {"lm": lm, "masked": masked}
 
-__all__ = ["RECIPES", "LanguageModelRun", "lm"]
+
+def carry_out(run: LanguageModelRun | MaskedRun) -> None:
+    """Train the models of a run, compare them, and write down what came out.
+
+    Raises:
+        ValueError: For data or an output directory that cannot be used, before anything is written.
+        FloatingPointError: When a loss is not finite; checkpoints stay.
+    """
+    # Not above: help on a recipe's fields shall not wait for what trains.
+    if isinstance(run, MaskedRun):
+        from headwise.recipes.masked_training import train_masked
+
+        train_masked(run)
+    else:
+        from headwise.recipes.train import train
+
+        train(run)
+
+
+__all__ = ["RECIPES", "LanguageModelRun", "MaskedRun", "carry_out", "lm", "masked"]

@@ -1,0 +1,222 @@
+"""Images with classes and captions: scikit-learn's digits, files, or Hugging Face datasets."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from headwise.data.pixels import stacked
+from headwise.data.text import held_out, hugging_face_rows
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGIT_CAPTIONS = ("a handwritten {}", "the number {} in pen", "a {}", "this is the digit {}")
+_CLASS_CAPTIONS = ("{}", "a picture of {}", "this picture shows {}")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Square images of one size, and what each shows.
+
+    Attributes:
+        pixels: uint8, [N, channels, size, size]; one channel where all images are grey, else RGB.
+        captions: What is said of each image; its class in words where the data say no more.
+        labels: The class of each image, [N]; None where the data have no classes.
+        classes: Names of the classes.
+    """
+
+    pixels: NDArray[np.uint8]
+    captions: tuple[str, ...]
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("captions", "labels"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self):
+                raise ValueError(f"{name} has {len(values)} entries; there are {len(self)} images")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, indices: Sequence[int]) -> "ImageSet":
+        """Those images, in that order."""
+        return ImageSet(
+            self.pixels[indices],
+            tuple(self.captions[i] for i in indices),
+            labels=None if self.labels is None else self.labels[indices],
+            classes=self.classes,
+        )
+
+
+def load_images(
+    data: str | None = None, *, image_size: int | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Images to train on, and the tenth that is held out, chosen by a hash of the image's index.
+
+    Args:
+        data: None for scikit-learn's 1,797 digits of 8×8 pixels; a Parquet file; a directory of
+            directories, each with the images of a class; or the name of a Hugging Face dataset
+            ("name" or "name:configuration"). Tables need a column of images, and a column "caption"
+            or "text", or one of classes ("label" or of type ClassLabel). Without captions, classes
+            are put into words.
+        image_size: Side in pixels to which images are cropped (to the middle square) and resized;
+            None keeps them as they are.
+
+    Returns:
+        Training and validation set, in the order of the data.
+
+    Raises:
+        ValueError: If there are no images, or they are broken or of several sizes.
+    """
+    images = _load(data, image_size)
+    if len(images) < 2:
+        raise ValueError(
+            f"data {data!r} has {len(images)} images; it takes at least 2: a tenth of them is held "
+            "out to validate with"
+        )
+    chosen = held_out(str(i) for i in range(len(images)))
+    parts: list[list[int]] = [[], []]
+    for i in range(len(images)):
+        parts[str(i) in chosen].append(i)
+    return images.take(parts[0]), images.take(parts[1])
+
+
+def _load(data: str | None, image_size: int | None) -> ImageSet:
+    if data is None:
+        return _digits(image_size)
+    path = Path(data)
+    if path.is_dir():
+        return _folders(path, image_size)
+    if path.is_file():
+        return _table(data, _parquet(path), image_size)
+    return _table(data, hugging_face_rows(data), image_size)
+
+
+def _digits(image_size: int | None) -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError(
+            "data is None, which means scikit-learn's digits, and scikit-learn is not installed; "
+            "`pip install 'headwise[vision]'`, or give data"
+        ) from None
+    digits = load_digits()
+    images = (Image.fromarray(x) for x in (digits.images * (255 / 16)).round().astype(np.uint8))
+    labels = digits.target.astype(np.int64)
+    named = {f"digit {i}": image for i, image in enumerate(images)}
+    return ImageSet(
+        stacked(named.items(), image_size),
+        _in_words(labels, _DIGITS, _DIGIT_CAPTIONS),
+        labels=labels,
+        classes=_DIGITS,
+    )
+
+
+def _folders(root: Path, image_size: int | None) -> ImageSet:
+    entries = [p for p in sorted(root.iterdir()) if p.name[0] != "."]
+    if beside := next((p for p in entries if not p.is_dir()), None):
+        raise ValueError(f"{beside} lies beside directories, each of which is a class; move it")
+    if not entries:
+        raise ValueError(f"{root} is empty; it must hold directories, each with images of a class")
+    classes = tuple(p.name for p in entries)
+    files = [
+        (label, file)
+        for label, directory in enumerate(entries)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and not any(p[0] == "." for p in file.relative_to(root).parts)
+    ]
+    labels = np.array([label for label, _ in files], dtype=np.int64)
+    opened = ((str(file), _open(file)) for _, file in files)
+    return ImageSet(
+        stacked(opened, image_size),
+        _in_words(labels, classes, _CLASS_CAPTIONS),
+        labels=labels,
+        classes=classes,
+    )
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+    return image
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    try:
+        return Dataset(parquet.read_table(path))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as a Parquet file: {error}") from None
+
+
+def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    kinds = rows.features
+    of_images = [c for c in kinds if isinstance(kinds[c], ImageFeature) or c in ("image", "img")]
+    captions = [c for c in ("caption", "text") if c in kinds]
+    classes = [c for c in kinds if isinstance(kinds[c], ClassLabel) or c == "label"]
+    if not of_images or not captions + classes:
+        raise ValueError(
+            f"data {name!r} has columns {rows.column_names}; one must hold images ('image'), and "
+            "one their captions ('caption' or 'text') or classes ('label')"
+        )
+    column = rows.cast_column(of_images[0], ImageFeature())[of_images[0]]
+    pixels = stacked(_decoded(name, column), image_size)
+    labels, names = _classes(name, rows, classes[0]) if classes else (None, ())
+    if captions:
+        texts = tuple(_caption(name, i, text) for i, text in enumerate(rows[captions[0]]))
+    elif labels is not None:
+        texts = _in_words(labels, names, _CLASS_CAPTIONS)
+    return ImageSet(pixels, texts, labels=labels, classes=names)
+
+
+def _decoded(name: str, column: Any) -> Iterable[tuple[str, Image.Image]]:
+    for i in range(len(column)):
+        where = f"row {i} of {name!r}"
+        try:
+            image = column[i]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where} cannot be read as an image: {error}") from None
+        if image is None:
+            raise ValueError(f"{where} has no image")
+        yield where, image
+
+
+def _classes(name: str, rows: Any, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    values = rows[column][:]
+    if None in values:
+        raise ValueError(f"row {values.index(None)} of {name!r} has label None; it must be a class")
+    names = getattr(rows.features[column], "names", None)
+    if names is None:
+        known = sorted(set(values))
+        names, values = list(map(str, known)), [known.index(value) for value in values]
+    labels = np.array(values, dtype=np.int64)
+    if len(labels) and labels.min() < 0:
+        row = int(labels.argmin())
+        raise ValueError(f"row {row} of {name!r} has label {labels[row]}; it must be a class")
+    return labels, tuple(names)
+
+
+def _caption(name: str, row: int, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"row {row} of {name!r} has caption {text!r}; it must be words")
+    return text
+
+
+def _in_words(
+    labels: NDArray[np.int64], classes: Sequence[str], templates: Sequence[str]
+) -> tuple[str, ...]:
+    words = [name.replace("_", " ") for name in classes]
+    return tuple(templates[i % len(templates)].format(words[x]) for i, x in enumerate(labels))

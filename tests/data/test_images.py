@@ -1,0 +1,209 @@
+"""Images from every place they may come from, their classes and captions, and what is refused."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from headwise.data.images import ImageSet, load_images
+from headwise.data.patches import in_floats, patches_of
+from headwise.data.pixels import stacked
+
+
+def picture(value: int, size: tuple[int, int] = (5, 5), mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, size, value if mode != "RGB" else (value, value + 1, value + 2))
+
+
+def table(**columns) -> Dataset:
+    features = {
+        "image": ImageFeature(),
+        "label": ClassLabel(names=["cat", "fire_truck"]),
+        "caption": Value("string"),
+        "kind": Value("string"),
+    }
+    return Dataset.from_dict(columns, features=Features({name: features[name] for name in columns}))
+
+
+def both(parts: tuple[ImageSet, ImageSet]) -> list[tuple[int, str]]:
+    """First value of every image with its caption."""
+    shown = [(x, c) for part in parts for x, c in zip(part.pixels, part.captions, strict=True)]
+    return sorted((int(pixels[0, 0, 0]), caption) for pixels, caption in shown)
+
+
+def test_digits_are_the_default():
+    training, validation = load_images()
+    assert (len(training), len(validation)) == (1618, 179)
+    assert training.pixels.shape[1:] == (1, 8, 8)
+    assert training.pixels.dtype == np.uint8
+    assert (training.pixels.min(), training.pixels.max()) == (0, 255)
+    for part in (training, validation):
+        assert set(part.labels.tolist()) == set(range(10))
+        for label, caption in zip(part.labels, part.captions, strict=True):
+            assert part.classes[label] in caption.split()
+    assert len({c.replace(d, "") for c in training.captions for d in training.classes}) >= 4
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'headwise\[vision\]'"):
+        load_images()
+
+
+def test_one_image_in_ten_is_held_out_by_its_index(tmp_path):
+    def write(offset: int) -> str:
+        images = [picture(i + offset) for i in range(40)]
+        table(image=images, caption=[f"number {i}" for i in range(40)]).to_parquet(
+            tmp_path / f"{offset}.parquet"
+        )
+        return str(tmp_path / f"{offset}.parquet")
+
+    first, second = load_images(write(0)), load_images(write(100))
+    assert [len(part) for part in first] == [36, 4]
+    assert both(first) == [(i, f"number {i}") for i in range(40)]
+    assert first[1].captions == second[1].captions
+
+
+def test_parquet_with_classes_says_them_in_words(tmp_path):
+    file = tmp_path / "images.parquet"
+    table(image=[picture(i) for i in range(6)], label=[0, 1, 0, 1, 1, 0]).to_parquet(file)
+    parts = load_images(str(file))
+    assert both(parts) == [
+        (0, "cat"), (1, "a picture of fire truck"), (2, "this picture shows cat"),
+        (3, "fire truck"), (4, "a picture of fire truck"), (5, "this picture shows cat"),
+    ]  # fmt: skip
+    assert {part.classes for part in parts} == {("cat", "fire_truck")}
+    labels = {int(x[0, 0, 0]): y for s in parts for x, y in zip(s.pixels, s.labels, strict=True)}
+    assert labels == {0: 0, 1: 1, 2: 0, 3: 1, 4: 1, 5: 0}
+
+
+def test_captions_go_before_classes_and_keep_them(tmp_path):
+    file = tmp_path / "images.parquet"
+    images = [picture(i) for i in range(3)]
+    table(image=images, label=[0, 1, 0], caption=["a", "b", "c"]).to_parquet(file)
+    parts = load_images(str(file))
+    assert both(parts) == [(0, "a"), (1, "b"), (2, "c")]
+    assert sorted(x for part in parts for x in part.labels) == [0, 0, 1]
+
+
+def test_parquet_without_features_holds_encoded_images(tmp_path):
+    """As other tools write it: bytes, and labels of any kind."""
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for i in range(3):
+        picture(i).save(file := io.BytesIO(), "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": "zyx"[i]})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "plain.parquet")
+    parts = load_images(str(tmp_path / "plain.parquet"))
+    assert both(parts) == [(0, "z"), (1, "a picture of y"), (2, "this picture shows x")]
+    assert parts[0].classes == ("x", "y", "z")
+    assert parts[0].labels is not None
+
+
+def test_directories_are_classes(tmp_path):
+    for i, name in enumerate(["b/1.png", "a/2.png", "a/deep/1.bmp", "b/.hidden"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if "hidden" not in name:
+            picture(i).save(tmp_path / name)
+    (tmp_path / "b/.hidden").write_text("no image")
+    parts = load_images(str(tmp_path))
+    assert both(parts) == [(0, "this picture shows b"), (1, "a"), (2, "a picture of a")]
+    assert parts[0].classes == ("a", "b")
+
+
+def test_dataset_by_name(monkeypatch):
+    """Stands for the Hub: load_dataset returns a real dataset."""
+    calls = []
+
+    def load_dataset(*args: object, split: str) -> Dataset:
+        calls.append((*args, split))
+        return table(image=[picture(i) for i in range(3)], label=[0, 0, 1])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [x for x, _ in both(load_images("owner/pictures:small"))] == [0, 1, 2]
+    assert calls == [("owner/pictures", "small", "train")]
+
+
+def test_image_size_crops_to_the_middle_and_resizes(tmp_path):
+    wide = Image.new("RGB", (8, 4), "white")
+    wide.paste(picture(7, (4, 4)), (2, 0))
+    file = tmp_path / "images.parquet"
+    table(image=[wide, picture(7, (2, 2))], caption=["wide", "small"]).to_parquet(file)
+    for part in load_images(str(file), image_size=4):
+        assert part.pixels.shape == (1, 3, 4, 4)
+        assert (part.pixels[0, 0] == 7).all()
+
+
+def test_grey_stays_grey_and_other_modes_become_rgb():
+    grey, rgb = picture(7, mode="L"), picture(7)
+    clear = Image.new("RGBA", (5, 5), (1, 2, 3, 0))
+    assert stacked([("x", grey), ("y", picture(1, mode="1"))], None).shape == (2, 1, 5, 5)
+    pixels = stacked([("x", grey), ("y", rgb), ("z", clear)], None)
+    assert pixels[:, :, 0, 0].tolist() == [[7, 7, 7], [7, 8, 9], [255, 255, 255]]
+
+
+def test_patches_go_row_by_row():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    patches = patches_of(images, 2)
+    assert patches.shape == (2, 6, 12)
+    assert torch.equal(patches[1, 4], images[1, :, 2:4, 2:4].flatten())
+
+
+def test_floats_lie_between_minus_one_and_one():
+    assert in_floats(np.array([0, 51, 255], dtype=np.uint8)).tolist() == pytest.approx(
+        [-1, -0.6, 1]
+    )
+
+
+def broken(tmp_path, **columns) -> str:
+    table(**columns).to_parquet(tmp_path / "broken.parquet")
+    return str(tmp_path / "broken.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [picture(1)], "caption": ["x"]}, "has 1 images; it takes at least 2"),
+        ({"image": [picture(1)] * 2, "kind": ["x"] * 2}, r"columns \['image', 'kind'\]; one must"),
+        ({"label": [0, 1]}, r"columns \['label'\]; one must hold images"),
+        ({"image": [picture(1), None], "label": [0, 1]}, "row 1 of .* has no image"),
+        ({"image": [picture(1)] * 2, "caption": ["x", " "]}, "row 1 of .* has caption ' '"),
+        ({"image": [picture(1)] * 2, "label": [0, None]}, "row 1 of .* has label None"),
+        (
+            {"image": [picture(1), picture(1, (5, 4))], "caption": ["x", "y"]},
+            "row 1 of .* has 5×4 pixels, not 5×5; give image_size",
+        ),
+        (
+            {"image": [picture(1, mode="F")] * 2, "caption": ["x", "y"]},
+            "row 0 of .* has pixels of mode 'F'; convert it to 8 bits",
+        ),
+    ],
+)
+def test_tables_that_do_not_do_are_refused(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(broken(tmp_path, **columns))
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    (tmp_path / "text.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"text\.parquet cannot be read as a Parquet file"):
+        load_images(str(tmp_path / "text.parquet"))
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
+        load_images(str(folder))
+    picture(1).save(folder / "beside.png")
+    with pytest.raises(ValueError, match=r"beside\.png lies beside directories"):
+        load_images(str(folder))
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"'no/such\.parquet'; there is no such file"):
+        load_images("no/such.parquet")
