@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +10,7 @@ from types import ModuleType
 import jaxtyping
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
 torch.set_num_threads(1)
 # Without a GPU the kernels run in Triton's interpreter, which reads this as triton is imported.
@@ -36,6 +37,30 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Callable[..., None]:
+    """Runs function(rank, *arguments), of a test's module, in two processes that know each other.
+
+    What it raises in one of them, the test raises.
+    """
+
+    def run(function: Callable[..., None], *arguments: object) -> None:
+        store = f"file://{tmp_path / 'store'}"
+        multiprocessing.spawn(_in_process, (store, function, arguments), nprocs=2)
+
+    return run
+
+
+def _in_process(
+    rank: int, store: str, function: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        function(rank, *arguments)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ Layers return (y, routing); losses, statistics and plots are functions of the ro
 
 from headwise import bitnet, models, ops, parity
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, calibrate, convert, record_routing
-from headwise.nn import MHMoE, MoE, MoHAttention
+from headwise.nn import MHMoE, MoE, MoHAttention, update_biases
 from headwise.ops import Routing, balance_loss, router_z_loss
 from headwise.released import load_released
 
@@ -29,4 +29,5 @@ __all__ = [
     "parity",
     "record_routing",
     "router_z_loss",
+    "update_biases",
 ]

@@ -1,9 +1,10 @@
-"""balance_loss in its three forms and router_z_loss."""
+"""balance_loss in its three forms, of one process and of two, and router_z_loss."""
 
 import math
 
 import pytest
 import torch
+from torch import distributed
 from torch.testing import assert_close
 
 from headwise.ops import (
@@ -68,6 +69,39 @@ def test_the_gradient_flows_through_the_mean_probability_only():
     assert_close(got, want)
 
 
+def test_sparsemax_counts_the_heads_that_are_on():
+    logits = torch.tensor([[3.0, 0.0, 0.0], [0.1, 0.0, -5.0]])
+    routing = route_heads(logits[:, :0], logits, None, top_k=2, scores="sparsemax")
+    share, _ = load_and_probability(routing)
+    assert_close(share, torch.tensor([1.0, 0.5, 0.0]))
+
+
+def balance_half_of_the_batch(rank, logits):
+    """In one of two processes: the gradients' average is that of the loss on both halves."""
+    for form in ("scaled", "plain", "first_choice"):
+        for mask in (None, torch.tensor([[True, True, False], [False, True, True]])):
+            joined, mine = (logits.clone().requires_grad_() for _ in range(2))
+            both = route_tokens(joined, top_k=2).with_mask(mask)
+            (want,) = torch.autograd.grad(balance_loss(both, form=form), joined)
+            half = route_tokens(mine[[rank]], top_k=2)
+            half = half.with_mask(None if mask is None else mask[[rank]])
+            for scope in ("all", "process"):
+                (got,) = torch.autograd.grad(
+                    balance_loss(half, form=form, scope=scope), mine, retain_graph=True
+                )
+                distributed.all_reduce(got)
+                assert torch.allclose(got / 2, want) == (scope == "all"), (form, mask, scope)
+
+
+def test_two_processes_balance_the_joined_batch(two_processes):
+    two_processes(balance_half_of_the_batch, torch.randn(2, 3, 5, dtype=torch.float64))
+
+
+def test_one_process_is_all():
+    routing = route_tokens(torch.randn(2, 3, 5), top_k=2)
+    assert torch.equal(balance_loss(routing, scope="all"), balance_loss(routing))
+
+
 def test_a_layer_that_routes_nothing_has_no_balance_loss():
     routing = route_heads(torch.randn(2, 3, 4), torch.randn(2, 3, 0), None, top_k=0)
     assert balance_loss(routing) == 0
@@ -87,6 +121,7 @@ def test_z_loss_by_hand():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_unknown_form():
-    with pytest.raises(ValueError, match="form is 'mean'"):
-        balance_loss(route_tokens(torch.randn(3, 5), top_k=2), form="mean")
+@pytest.mark.parametrize("field", ["form", "scope"])
+def test_unknown_form_or_scope(field):
+    with pytest.raises(ValueError, match=f"{field} is 'mean'"):
+        balance_loss(route_tokens(torch.randn(3, 5), top_k=2), **{field: "mean"})

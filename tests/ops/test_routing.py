@@ -121,6 +121,84 @@ def test_experts_by_hand():
     assert_close(normalised.weights, torch.tensor([[5 / 7, 2 / 7]], dtype=torch.float64))
 
 
+def test_experts_by_sigmoids_by_hand():
+    raw = route_tokens(logs(1, 2, 5), top_k=2, normalize=False, scores="sigmoid")
+    normalised = route_tokens(logs(1, 2, 5), top_k=2, scores="sigmoid")
+    assert raw.indices.tolist() == normalised.indices.tolist() == [[2, 1]]
+    assert_close(raw.weights, torch.tensor([[5 / 6, 2 / 3]], dtype=torch.float64))
+    assert_close(normalised.weights, torch.tensor([[5 / 9, 4 / 9]], dtype=torch.float64))
+    for routing in (raw, normalised):
+        assert_close(
+            routing.probabilities, torch.tensor([[1 / 4, 1 / 3, 5 / 12]], dtype=torch.float64)
+        )
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_bias_changes_the_choice_and_nothing_else(scores, normalize):
+    options = {"normalize": normalize, "scores": scores}
+    logits = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    every = route_tokens(logits, top_k=5, normalize=False, scores=scores)
+    bias = torch.tensor([-9.0, 9, 0, -9, 0])
+    routing = route_tokens(logits, top_k=3, bias=bias, **options)
+    assert (routing.indices.sort(-1).values == torch.tensor([1, 2, 4])).all()
+    assert (routing.indices[:, 0] == 1).all()
+    # The affinities of the chosen, from a routing that chose all of them without a bias.
+    affinity = torch.zeros_like(logits).scatter(-1, every.indices, every.weights)
+    want = affinity.gather(-1, routing.indices)
+    want = want / want.sum(-1, keepdim=True) if normalize else want
+    assert_close(routing.weights, want)
+    assert_close(routing.probabilities, every.probabilities)
+    upstream = torch.randn_like(want)
+    gradients = [torch.autograd.grad((w * upstream).sum(), logits) for w in (routing.weights, want)]
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_bias_may_choose_what_underflowed(scores):
+    logits = torch.tensor([[0.0, -200.0, -201.0]], requires_grad=True)
+    bias = torch.tensor([-9.0, 0, 0])
+    routing = route_tokens(logits, top_k=2, scores=scores, bias=bias)
+    assert_close(routing.weights, torch.tensor([[1.0, -1.0]]).sigmoid() + 0 * logits[:, :2])
+    (routing.weights[0, 0] + routing.probabilities[0, 0]).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "logits", "paper", "released", "chosen"),
+    [
+        # Of 1.2, 0.2, 0.4 and -1 sparsemax leaves two, 0.9 and 0.1, though three may stay: no
+        # third head is chosen, and the two are scaled to 3.
+        (
+            "sparsemax",
+            torch.tensor([[1.2, 0.2, 0.4, -1.0]], dtype=torch.float64),
+            [1 / 2, 0.45, 0, 0.05, 0], [1, 2.7, 0, 0.3, 0], [0, 2, -1],
+        ),
+        # 3/4, 1/5, 1/2 and 1/10; the first three sum to 29/20.
+        (
+            "sigmoid", logs(3, 1 / 4, 1, 1 / 9),
+            [1 / 2, 3 / 8, 1 / 10, 1 / 4, 0], [1, 45 / 29, 12 / 29, 30 / 29, 0], [0, 2, 1],
+        ),
+    ],
+)  # fmt: skip
+def test_scores_of_routed_heads_by_hand(scores, logits, paper, released, chosen):
+    for mode, gates in (("paper", paper), ("released", released)):
+        routing = route_heads(logs(1), logits, logs(1, 1), top_k=3, mode=mode, scores=scores)
+        assert_close(routing.weights, torch.tensor([gates], dtype=torch.float64))
+        assert (routing.weights == 0).tolist() == [[gate == 0 for gate in gates]]
+        assert_close(routing.probabilities.sum(-1), torch.ones(1, dtype=torch.float64))
+        assert routing.indices.tolist() == [chosen]
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("scores", ["softmax", "sparsemax", "sigmoid"])
+def test_gradients_of_gates(scores, mode):
+    inputs = [torch.randn(3, n, dtype=torch.float64, requires_grad=True) for n in (2, 5, 2)]
+    assert torch.autograd.gradcheck(
+        lambda *x: route_heads(*x, top_k=3, mode=mode, scores=scores).weights, inputs
+    )
+
+
 def test_ties_go_to_the_lowest_index():
     equal = torch.zeros(3, 101)
     assert route_tokens(equal, top_k=7).indices.tolist() == [list(range(7))] * 3
@@ -165,6 +243,8 @@ def test_mask_switches_padding_off():
         (lambda x: route_heads(x, x, x[..., :2], top_k=-1), r"top_k is -1"),
         (lambda x: route_heads(x, x, x[..., :2], top_k=1, mode="soft"), "mode is 'soft'"),
         (lambda x: route_heads(x, x, None, top_k=1), "stage_logits is None"),
+        (lambda x: route_heads(x, x, x[..., :2], top_k=1, scores="relu"), "scores is 'relu'"),
+        (lambda x: route_tokens(x, top_k=1, scores="sparsemax"), "scores is 'sparsemax'"),
         (lambda x: route_tokens(x, top_k=0), r"top_k is 0.*1\.\.5"),
         (lambda x: route_tokens(x, top_k=6), r"top_k is 6.*1\.\.5"),
     ],

@@ -9,17 +9,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.nn import HeadRouter, QueryNormRouter
 from headwise.ops import head_attention
 
 NAME = "headwise"
 
 
-def install_router(attention: nn.Module, router: TwoStageRouter | QueryNormRouter) -> None:
+def install_router(attention: nn.Module, router: HeadRouter) -> None:
     """Give a transformers attention module a router; its class and parameter names stay."""
     attention.router = router
     attention.register_forward_pre_hook(_check_function)
-    if isinstance(router, TwoStageRouter):
+    if not isinstance(router, QueryNormRouter):
         attention.register_forward_pre_hook(_route_by_input, with_kwargs=True)
 
 
@@ -60,7 +60,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
 
-    The routing comes from the module's forward (two-stage router) or from q (query-norm router).
+    The routing comes from the module's forward (learned routers) or from q (query-norm router).
     Attention modules of the model that were not converted get transformers' own dense attention.
 
     Dropout on attention weights needs them all: in training with it, every head is computed and

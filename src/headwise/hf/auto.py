@@ -21,11 +21,14 @@ from headwise.hf.attention import check_implementation
 from headwise.hf.configs import Conversion
 from headwise.hf.recorder import collect_routings
 from headwise.hf.surgery import install
-from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.nn import HeadRouter
+from headwise.nn.expert_routers import keep_loads, move_biases
 from headwise.ops import Routing, balance_loss, router_z_loss
 
 MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
+# As they are in a router of any dtype; transformers would load them in the model's.
+_FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
 
 
 class Routed(PreTrainedModel):
@@ -62,15 +65,16 @@ class Routed(PreTrainedModel):
         Averaged over the layers of a kind: over attentions, and over mixtures of experts.
         """
         conversion: Any = self.conversion
+        mlp = conversion.mlp
         heads, experts = [], []
         for name, routing in routings.items():
             router = self.get_submodule(name)
-            if isinstance(router, TwoStageRouter | QueryNormRouter):
+            if isinstance(router, HeadRouter):
                 heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
             else:
-                z_loss = conversion.mlp.z_loss_coefficient * router_z_loss(routing)
-                balance = conversion.mlp.balance_coefficient * balance_loss(routing)
-                experts.append(balance + z_loss)
+                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
+                balance = balance_loss(routing, form=mlp.balance_form, scope=mlp.balance_scope)
+                experts.append(mlp.balance_coefficient * balance + z_loss)
         kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
         return torch.stack(kinds).sum()
 
@@ -114,11 +118,14 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
         labels = kwargs.get("labels")
         if labels is None or not self.training:
             return forward(self, **kwargs)
+        # Not after the last forward, whose backward pass may compute layers again.
+        move_biases(self)
         routings: dict[str, Routing] = {}
         with collect_routings(self, routings, kwargs.get("attention_mask")):
             output = forward(self, **kwargs)
         if not routings:
             return output
+        keep_loads(self, routings)
         loss = self.routing_loss(routings)
         # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
         if (items := kwargs.get("num_items_in_batch")) is not None:
@@ -160,6 +167,10 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     members = {
         "config_class": config_class,
         "forward": _forward_with_routing_loss(model_class.forward),
+        "_keep_in_fp32_modules_strict": {
+            *(model_class._keep_in_fp32_modules_strict or ()),
+            *_FLOAT32_BUFFERS,
+        },
     }
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
     for auto in autos:

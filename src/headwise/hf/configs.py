@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 
-from headwise.nn import Budget, HeadBudget, MHMoE, MoE, QueryNormRouter, TwoStageRouter
+from headwise.nn import Budget, HeadBudget, HeadRouter, MHMoE, MoE
 from headwise.nn.mh_moe import ExpertRouterName
-from headwise.nn.moh import HeadRouterName, head_router
+from headwise.nn.moh import HeadRouterName, check_head_router, head_router
 from headwise.ops.activations import Activation
+from headwise.ops.balance import BalanceForm, BalanceScope
 from headwise.ops.choice import check_choice
 from headwise.ops.routing import HeadMode
+from headwise.ops.scores import HeadScores, TokenScores
 
 ExpertsFrom = Literal["random", "mlp"]
 Ternary = Literal["no", "trained", "packed"]
@@ -31,13 +33,15 @@ class MoHConfig:
     Attributes:
         shared: Heads that are always on; the first ones, unless they are named.
         active: Heads that a token switches on, shared ones included.
-        router: "two_stage" (learned) or "query_norm" (without parameters, for pretrained models).
-        mode: Formulas of the two-stage router: "released" or "paper".
+        router: "two_stage" (learned), "one_stage" (its ablation: shared heads at 1, no stages) or
+            "query_norm" (without parameters, for pretrained models).
+        mode: Formulas of a learned router: "released" or "paper".
+        scores: A learned router's scores of routed heads: "softmax", "sparsemax" or "sigmoid".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
         route_groups: The query heads that share a key head are on or off together, so that decoding
             reads the cache of those groups only that are on. shared and active still count query
             heads and must be whole groups (a share rounds to them).
-        router_std: Deviation with which a two-stage router starts. With 0 every head that is on has
+        router_std: Deviation with which a learned router starts. With 0 every head that is on has
             a gate of 1 (mode "released"), so that a pretrained model starts with its heads as they
             were, the first ones chosen; the balance loss then spreads the choice.
     """
@@ -49,6 +53,7 @@ class MoHConfig:
     balance_coefficient: float = 0.01
     route_groups: bool = False
     router_std: float = 0.02
+    scores: HeadScores = "softmax"
 
     def __post_init__(self) -> None:
         for field in ("shared", "active"):
@@ -63,8 +68,7 @@ class MoHConfig:
         shared, active = cast(tuple[Any, Any], (self.shared, self.active))
         if type(shared) is type(active) in (int, float) and shared > active:
             raise ValueError(f"shared is {shared}, more than active = {active}")
-        check_choice("router", self.router, HeadRouterName)
-        check_choice("mode", self.mode, HeadMode)
+        check_head_router(self.router, mode=self.mode, scores=self.scores)
         _check_coefficient("balance_coefficient", self.balance_coefficient)
         _check_coefficient("router_std", self.router_std)
 
@@ -87,7 +91,7 @@ class MoHConfig:
 
     def build_router(
         self, layer: int, *, dim: int, num_heads: int, num_kv_heads: int | None = None
-    ) -> TwoStageRouter | QueryNormRouter:
+    ) -> HeadRouter:
         """The router of a layer, for an attention of that width; num_kv_heads default to num_heads.
 
         Raises:
@@ -103,7 +107,9 @@ class MoHConfig:
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
-        return head_router(self.router, dim, budget, mode=self.mode, std=self.router_std)
+        return head_router(
+            self.router, dim, budget, mode=self.mode, scores=self.scores, std=self.router_std
+        )
 
     @staticmethod
     def _of_layer(budget: Any, layer: int) -> Any:
@@ -117,6 +123,8 @@ class MoEConfig:
     Attributes:
         balance_coefficient: Factor of the balance loss in the training loss.
         z_loss_coefficient: Factor of the router's z-loss in the training loss.
+        balance_form: Which balance loss: "scaled", "plain" or "first_choice" (`balance_loss`).
+        balance_scope: Whose load it counts: that of each "process", or of "all" of a training run.
         experts_from: "random", or "mlp": expert e starts as the e-th slice of the hidden units of
             the gated MLP that it replaces, so num_experts * expert_dim must be the MLP's hidden
             width. With every expert on (top_k = num_experts) the layer starts as the MLP, up to
@@ -136,6 +144,10 @@ class MoEConfig:
     balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
     experts_from: ExpertsFrom = "random"
+    scores: TokenScores = "softmax"
+    bias_rate: float = 0.0
+    balance_form: BalanceForm = "scaled"
+    balance_scope: BalanceScope = "process"
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "expert_dim"):
@@ -147,6 +159,8 @@ class MoEConfig:
             self.build(getattr(self, "num_heads", 1))
         _check_coefficient("balance_coefficient", self.balance_coefficient)
         _check_coefficient("z_loss_coefficient", self.z_loss_coefficient)
+        check_choice("balance_form", self.balance_form, BalanceForm)
+        check_choice("balance_scope", self.balance_scope, BalanceScope)
         check_choice("experts_from", self.experts_from, ExpertsFrom)
         if self.experts_from == "mlp":
             self._check_is_an_mlp_in_slices()
@@ -164,6 +178,31 @@ class MoEConfig:
                 f"shared_expert_dim is {self.shared_expert_dim}; with experts_from 'mlp' it must "
                 "be None"
             )
+        if self.scores == "sigmoid" and not self.normalize_top_k:
+            raise ValueError(
+                "normalize_top_k is False; with scores 'sigmoid' and experts_from 'mlp' it must be "
+                "True, or the sizes of the experts' weights would not be a mean's"
+            )
+
+    def fine_grained(self, parts: int) -> Self:
+        """The same mixture with every expert cut into that many, and as many times the top_k.
+
+        Parameters and FLOPs stay, the router's aside; the choice is finer. In `MHMoEConfig` it is
+        each sub-token's.
+
+        **Source**: fine-grained expert segmentation, DeepSeekMoE, arXiv 2401.06066, section 3.1.
+
+        Raises:
+            ValueError: If parts does not divide expert_dim.
+        """
+        if parts < 1 or self.expert_dim % parts:
+            raise ValueError(f"parts is {parts}; it must divide expert_dim = {self.expert_dim}")
+        return dataclasses.replace(
+            self,
+            num_experts=self.num_experts * parts,
+            top_k=self.top_k * parts,
+            expert_dim=self.expert_dim // parts,
+        )
 
     def build(self, dim: int) -> MHMoE:
         """The layer for tokens of that width."""
@@ -171,9 +210,14 @@ class MoEConfig:
 
     def _layer_fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        for name in ("balance_coefficient", "z_loss_coefficient", "experts_from"):
+        for name in _NOT_OF_THE_LAYER:
             del fields[name]
         return fields
+
+
+_NOT_OF_THE_LAYER = (
+    "balance_coefficient", "z_loss_coefficient", "balance_form", "balance_scope", "experts_from",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +235,30 @@ class MHMoEConfig(MoEConfig):
     bias: bool = False
     head_layer: bool = True
     merge_layer: bool = True
+
+    @classmethod
+    def first_version(cls, **fields: Any) -> "MHMoEConfig":
+        """MH-MoE as first published; the defaults are those of its second paper.
+
+            u = split(W_head x + b);   o = u + sum_k p_k expert_k(u);   y = W_merge concat(o) + b'
+
+        Against the second: biases in head and merge layer, the sub-token added to what its experts
+        say (`inner_residual`), raw weights (`normalize_top_k`), experts of two matrices with GELU
+        (`glu`, `activation`), and the balance loss of the first choice (`balance_form`).
+
+        **Source**: arXiv 2404.15045, Eq. 1 to 8; what the paper leaves open is as in its released
+        code. That code has no inner residual, and with X-MoE's router (`router="cosine"`)
+        normalised weights.
+        **Deviates**: experts have neither biases nor a norm inside, and no token is dropped.
+
+        Args:
+            fields: Of `MHMoEConfig`; they go before what this sets.
+        """
+        first: dict[str, Any] = {
+            "bias": True, "inner_residual": True, "normalize_top_k": False,
+            "glu": False, "activation": "gelu", "balance_form": "first_choice",
+        }  # fmt: skip
+        return cls(**first | fields)
 
     def _check_is_an_mlp_in_slices(self) -> None:
         super()._check_is_an_mlp_in_slices()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from headwise.hf import attention as headwise_attention
 from headwise.hf.configs import Conversion, MoHConfig
 from headwise.hf.upcycling import start_as_slices
-from headwise.nn import MHMoE, QueryNormRouter, TwoStageRouter
+from headwise.nn import HeadRouter, MHMoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
 
 
@@ -55,9 +55,7 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
         pack_layers(model)
 
 
-def build_routers(
-    model: PreTrainedModel, attention: MoHConfig
-) -> dict[str, TwoStageRouter | QueryNormRouter]:
+def build_routers(model: PreTrainedModel, attention: MoHConfig) -> dict[str, HeadRouter]:
     """A router for each attention module, by the module's name; the model is left alone.
 
     Raises:

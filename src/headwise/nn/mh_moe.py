@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from headwise.nn.routers import CosineRouter, LinearRouter
+from headwise.nn.expert_routers import CosineRouter, LinearRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import Impl
+from headwise.ops.scores import TokenScores
 
 ExpertRouterName = Literal["linear", "cosine"]
 
@@ -42,6 +43,9 @@ class MHMoE(nn.Module):
         activation: "silu", "gelu" or "relu".
         glu: Gated experts (three matrices) instead of plain ones (two).
         router: "linear", or X-MoE's "cosine".
+        scores: "softmax" over the experts, or DeepSeek-V3's "sigmoid" of each (`ops.route_tokens`).
+        bias_rate: Above 0 a bias for the choice alone balances the experts, moved by this much at
+            a time (`update_biases`); 0 for none.
         head_layer: Whether there is a head layer before the split.
         merge_layer: Whether there is a merge layer after the experts.
         impl: Implementation of `ops.expert_mlp`.
@@ -65,6 +69,8 @@ class MHMoE(nn.Module):
         activation: Activation = "silu",
         glu: bool = True,
         router: ExpertRouterName = "linear",
+        scores: TokenScores = "softmax",
+        bias_rate: float = 0.0,
         head_layer: bool = True,
         merge_layer: bool = True,
         impl: Impl = "auto",
@@ -88,7 +94,14 @@ class MHMoE(nn.Module):
         self.head_proj = nn.Linear(dim, dim, bias=bias) if head_layer else None
         self.merge_proj = nn.Linear(dim, dim, bias=bias) if merge_layer else None
         kind = LinearRouter if router == "linear" else CosineRouter
-        self.router = kind(sub_dim, num_experts, top_k=top_k, normalize_top_k=normalize_top_k)
+        self.router = kind(
+            sub_dim,
+            num_experts,
+            top_k=top_k,
+            normalize_top_k=normalize_top_k,
+            scores=scores,
+            bias_rate=bias_rate,
+        )
         self.experts = Experts(num_experts, sub_dim, expert_dim, glu=glu)
         self.shared_expert = (
             SharedExpert(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
@@ -170,6 +183,8 @@ class MoE(MHMoE):
         activation: Activation = "silu",
         glu: bool = True,
         router: ExpertRouterName = "linear",
+        scores: TokenScores = "softmax",
+        bias_rate: float = 0.0,
         impl: Impl = "auto",
     ):
         super().__init__(
@@ -184,6 +199,8 @@ class MoE(MHMoE):
             activation=activation,
             glu=glu,
             router=router,
+            scores=scores,
+            bias_rate=bias_rate,
             head_layer=False,
             merge_layer=False,
             impl=impl,

@@ -7,28 +7,51 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headwise.nn.budget import Budget, HeadBudget
-from headwise.nn.routers import QueryNormRouter, TwoStageRouter
+from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
 from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import Impl
 from headwise.ops.routing import HeadMode
+from headwise.ops.scores import HeadScores
 
-HeadRouterName = Literal["two_stage", "query_norm"]
+HeadRouterName = Literal["two_stage", "one_stage", "query_norm"]
 
 
-def head_router(
-    router: HeadRouterName, dim: int, budget: HeadBudget, *, mode: HeadMode, std: float = 0.02
-) -> TwoStageRouter | QueryNormRouter:
-    """The router of that name: "two_stage" learns from x, "query_norm" reads the queries.
+def check_head_router(router: str, *, mode: str, scores: str) -> None:
+    """Refuse a router of heads that does not exist.
 
-    Weights of a two-stage router start normal with deviation `std`.
+    Raises:
+        ValueError: Naming the field.
     """
     check_choice("router", router, HeadRouterName)
     check_choice("mode", mode, HeadMode)
-    if router == "two_stage":
-        return TwoStageRouter(dim, budget, mode=mode, std=std)
-    return QueryNormRouter(budget)
+    check_choice("scores", scores, HeadScores)
+    if router == "query_norm" and scores != "softmax":
+        raise ValueError(
+            f"scores is {scores!r}; with router 'query_norm', whose gates are 0 and 1, it must be "
+            "'softmax'"
+        )
+
+
+def head_router(
+    router: HeadRouterName,
+    dim: int,
+    budget: HeadBudget,
+    *,
+    mode: HeadMode,
+    scores: HeadScores = "softmax",
+    std: float = 0.02,
+) -> HeadRouter:
+    """The router of that name: "query_norm" reads the queries, the others learn from x.
+
+    Weights of a learned router start normal with deviation `std`.
+    """
+    check_head_router(router, mode=mode, scores=scores)
+    if router == "query_norm":
+        return QueryNormRouter(budget)
+    kind = TwoStageRouter if router == "two_stage" else OneStageRouter
+    return kind(dim, budget, mode=mode, scores=scores, std=std)
 
 
 class MoHAttention(nn.Module):
@@ -37,7 +60,8 @@ class MoHAttention(nn.Module):
         y_t = sum_h g_h(x_t) · head_h(x_t) W_O^h
 
     **Source**: MoH, arXiv 2410.11842, Eq. 4; the gates g are those of `ops.route_heads`
-    (router "two_stage") or `ops.route_heads_by_query_norm` (router "query_norm").
+    (router "two_stage"), of `OneStageRouter` (router "one_stage": its ablation) or of
+    `ops.route_heads_by_query_norm` (router "query_norm").
 
     Args:
         dim: Width of the tokens.
@@ -46,8 +70,11 @@ class MoHAttention(nn.Module):
         active_heads: Heads that a token switches on, shared ones included: a count or a share.
         num_kv_heads: Key and value heads; divides num_heads. Default: as many as num_heads.
         head_dim: Channels of a head. Default: dim / num_heads.
-        router: "two_stage" (learned) or "query_norm" (without parameters).
-        mode: For the two-stage router: "released" or "paper".
+        router: "two_stage" (learned), "one_stage" (the same with all shared heads at 1) or
+            "query_norm" (without parameters).
+        mode: For the learned routers: "released" or "paper".
+        scores: For the learned routers, of the routed heads: "softmax", "sparsemax" or "sigmoid".
+            With sparsemax a token may switch on fewer heads than active_heads.
         causal: A token sees only itself and the tokens before it.
         bias: Whether q, k, v and o have biases.
         impl: Implementation of `ops.head_attention`.
@@ -57,7 +84,8 @@ class MoHAttention(nn.Module):
             heads and must be whole groups (a share rounds to them).
 
     Raises:
-        ValueError: For an impossible budget, or sizes that do not divide.
+        ValueError: For an impossible budget, sizes that do not divide, or a router that does not
+            exist.
     """
 
     def __init__(
@@ -71,6 +99,7 @@ class MoHAttention(nn.Module):
         head_dim: int | None = None,
         router: HeadRouterName = "two_stage",
         mode: HeadMode = "released",
+        scores: HeadScores = "softmax",
         causal: bool = False,
         bias: bool = True,
         impl: Impl = "auto",
@@ -99,7 +128,7 @@ class MoHAttention(nn.Module):
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
-        self.router = head_router(router, dim, budget, mode=mode)
+        self.router = head_router(router, dim, budget, mode=mode, scores=scores)
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
@@ -111,8 +140,9 @@ class MoHAttention(nn.Module):
             mask: True for tokens, False for padding: never seen as a key, routed nowhere.
 
         Returns:
-            y, and the routing with weights [B, T, H]; exactly active_heads of a token's are not 0.
-            With route_groups its indices, probabilities and logits are of groups.
+            y, and the routing with weights [B, T, H]; exactly active_heads of a token's are not 0
+            (with sparsemax at most). With route_groups its indices, probabilities and logits are of
+            groups.
 
         Raises:
             ValueError: If x or mask has another shape or dtype.

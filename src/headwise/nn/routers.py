@@ -1,14 +1,15 @@
-"""Routers: modules that turn activations into a Routing. All compute in float32 or wider."""
+"""Routers of heads: modules that turn activations into a Routing, in float32 or wider."""
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize, pad
+from torch.nn.functional import linear, pad
 
 from headwise.nn.budget import HeadBudget
-from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops import Routing, route_heads, route_heads_by_query_norm
 from headwise.ops.routing import HeadMode, arrange_gates
+from headwise.ops.scores import HeadScores
 
 # Of the outputs of a matrix product: a cache line of float32.
 _FAST_MULTIPLE = 16
@@ -16,6 +17,17 @@ _FAST_MULTIPLE = 16
 
 class Router(nn.Module):
     """Base of all routers: forward returns a Routing, and a recorder finds them by this type."""
+
+
+class HeadRouter(Router):
+    """Base of the routers of attention heads, which choose within a `budget`.
+
+    `QueryNormRouter` routes by the queries, the others by what the attention gets.
+    """
+
+    def __init__(self, budget: HeadBudget):
+        super().__init__()
+        self.budget = budget
 
 
 class ScoreMap(nn.Module):
@@ -38,7 +50,7 @@ class ScoreMap(nn.Module):
         return f"dim={dim}, num_scores={num_scores}"
 
 
-class TwoStageRouter(Router):
+class TwoStageRouter(HeadRouter):
     """MoH's learned router: scores for shared heads, for routed heads and for these two stages.
 
     A linear map exists only where its softmax has a choice to make: `shared` with two shared heads
@@ -50,10 +62,16 @@ class TwoStageRouter(Router):
     """
 
     def __init__(
-        self, dim: int, budget: HeadBudget, *, mode: HeadMode = "released", std: float = 0.02
+        self,
+        dim: int,
+        budget: HeadBudget,
+        *,
+        mode: HeadMode = "released",
+        scores: HeadScores = "softmax",
+        std: float = 0.02,
     ):
-        super().__init__()
-        self.budget, self.mode = budget, mode
+        super().__init__(budget)
+        self.mode, self.scores = mode, scores
         shared, routed = len(budget.shared_groups), budget.routed_groups
         self.shared = ScoreMap(dim, shared) if shared > 1 else None
         self.routed = ScoreMap(dim, routed) if routed else None
@@ -66,7 +84,8 @@ class TwoStageRouter(Router):
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
         shared, routed, stage = self._scores(x)
-        routing = route_heads(shared, routed, stage, top_k=self.budget.kept_groups, mode=self.mode)
+        k, mode, scores = self.budget.kept_groups, self.mode, self.scores
+        routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
         if self.budget.chosen:
             gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
             routing = routing._replace(weights=arrange_gates(self.budget.shared_groups, *gates))
@@ -82,16 +101,63 @@ class TwoStageRouter(Router):
         # it would take up to twice as long.
         rows = [len(m) for m in maps]
         weight = pad(torch.cat(maps), (0, 0, 0, -sum(rows) % _FAST_MULTIPLE))
-        scores = iter(_linear(x, weight)[..., : sum(rows)].split(rows, dim=-1))
+        scores = iter(wide_linear(x, weight)[..., : sum(rows)].split(rows, dim=-1))
         shared = even if self.shared is None else next(scores)
         routed = even[..., :0] if self.routed is None else next(scores)
         return shared, routed, None if self.stage is None else next(scores)
 
     def extra_repr(self) -> str:
-        return f"{self.budget}, mode={self.mode}"
+        return f"{self.budget}, mode={self.mode}, scores={self.scores}"
 
 
-class QueryNormRouter(Router):
+class OneStageRouter(HeadRouter):
+    """MoH's learned router without its second stage: scores for the routed heads only.
+
+    With p and m as in `ops.route_heads`, the gate of a shared head is 1 and that of a routed one
+
+        paper:     p·m
+        released:  top_k·p·m / sum(p·m)
+
+    With a budget in groups the map scores groups, and all heads of a group get its gate.
+
+    **Source**: MoH, arXiv 2410.11842, its ablation of shared heads and two-stage routing: the row
+    with the first and without the second (ViT-S 78.3, with both 78.6, with neither 75.6).
+    **Deviates**: the paper prints no gates for that row. In mode "released" they are those of
+    `TwoStageRouter` where the scores of its shared heads and of its stages are even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        budget: HeadBudget,
+        *,
+        mode: HeadMode = "released",
+        scores: HeadScores = "softmax",
+        std: float = 0.02,
+    ):
+        super().__init__(budget)
+        self.mode, self.scores = mode, scores
+        self.routed = ScoreMap(dim, budget.routed_groups) if budget.routed_groups else None
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> Routing:
+        """Route every token of x; padding (mask False) has all heads off."""
+        none = x.new_zeros(*x.shape[:-1], 0, dtype=_wide(x))
+        logits = none if self.routed is None else wide_linear(x, self.routed())
+        k, mode, scores = self.budget.kept_groups, self.mode, self.scores
+        routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
+        always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))
+        gates = arrange_gates(self.budget.shared_groups, always_on, routing.weights)
+        return _gates_of_heads(routing._replace(weights=gates), self.budget).with_mask(mask)
+
+    def extra_repr(self) -> str:
+        return f"{self.budget}, mode={self.mode}, scores={self.scores}"
+
+
+class QueryNormRouter(HeadRouter):
     """MoH's router without parameters, for pretrained models: the longest queries win.
 
     With a budget in groups, the length of group i is that of the queries of all its heads together,
@@ -102,8 +168,8 @@ class QueryNormRouter(Router):
     """
 
     def __init__(self, budget: HeadBudget, *, scale_by_std: bool = True):
-        super().__init__()
-        self.budget, self.scale_by_std = budget, scale_by_std
+        super().__init__(budget)
+        self.scale_by_std = scale_by_std
 
     def forward(
         self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
@@ -122,73 +188,6 @@ class QueryNormRouter(Router):
         return f"{self.budget}, scale_by_std={self.scale_by_std}"
 
 
-class LinearRouter(Router):
-    """softmax(W x) over the experts, the `top_k` best. **Source**: arXiv 2404.15045, Eq. 2."""
-
-    def __init__(self, dim: int, num_experts: int, *, top_k: int, normalize_top_k: bool = True):
-        super().__init__()
-        _check_experts(num_experts, top_k)
-        self.top_k, self.normalize_top_k = top_k, normalize_top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
-    ) -> Routing:
-        """Route every row of x; padding (mask False) goes nowhere."""
-        logits = _linear(x, self.weight)
-        routing = route_tokens(logits, top_k=self.top_k, normalize=self.normalize_top_k)
-        return routing.with_mask(mask)
-
-    def extra_repr(self) -> str:
-        num_experts, dim = self.weight.shape
-        return f"dim={dim}, num_experts={num_experts}, top_k={self.top_k}"
-
-
-class CosineRouter(Router):
-    """X-MoE's router: cosine between a low-dimensional projection of x and expert embeddings.
-
-        logits = (P x · e_i) / (||P x|| ||e_i|| τ),   τ learned, 0.07 at the start
-
-    **Source**: X-MoE, arXiv 2204.09179, Eq. 4 to 6; used by MH-MoE, arXiv 2404.15045.
-    **Deviates**: the released code leaves the projection unnormalised and clamps τ; here both
-    sides are normalised, as printed, and τ is the exponential of its parameter, so stays positive.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        top_k: int,
-        normalize_top_k: bool = True,
-        projection_dim: int = 16,
-    ):
-        super().__init__()
-        _check_experts(num_experts, top_k)
-        self.top_k, self.normalize_top_k = top_k, normalize_top_k
-        self.projection = nn.Parameter(torch.empty(projection_dim, dim))
-        self.embedding = nn.Parameter(torch.empty(num_experts, projection_dim))
-        self.log_temperature = nn.Parameter(torch.empty(()))
-        nn.init.xavier_uniform_(self.projection)
-        nn.init.orthogonal_(self.embedding, gain=0.32)
-        nn.init.constant_(self.log_temperature, -2.6593)  # ln 0.07
-
-    def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
-    ) -> Routing:
-        """Route every row of x; padding (mask False) goes nowhere."""
-        projected = normalize(_linear(x, self.projection), dim=-1)
-        embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
-        logits = _linear(projected, embedding) / self.log_temperature.to(projected.dtype).exp()
-        routing = route_tokens(logits, top_k=self.top_k, normalize=self.normalize_top_k)
-        return routing.with_mask(mask)
-
-    def extra_repr(self) -> str:
-        num_experts, projection_dim = self.embedding.shape
-        return f"num_experts={num_experts}, top_k={self.top_k}, projection_dim={projection_dim}"
-
-
 def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
     """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
     if budget.heads_per_group == 1:
@@ -196,7 +195,8 @@ def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
     return routing._replace(weights=routing.weights.repeat_interleave(budget.heads_per_group, -1))
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def wide_linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) -> Tensor:
+    """The product x Wᵀ in float32 or wider."""
     # Autocast would bring the scores back to bfloat16, where a quarter of the tokens tie.
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(_wide(x)), weight.to(_wide(x)))
@@ -204,10 +204,3 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _check_experts(num_experts: int, top_k: int) -> None:
-    if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")

@@ -7,12 +7,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
+from headwise.ops.processes import in_several_processes, sum_over_processes
 from headwise.ops.routing import Routing
 
 BalanceForm = Literal["scaled", "plain", "first_choice"]
+BalanceScope = Literal["process", "all"]
 
 
-def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Tensor, ""]:
+def balance_loss(
+    routing: Routing, *, form: BalanceForm = "scaled", scope: BalanceScope = "process"
+) -> Float[Tensor, ""]:
     """Load-balance loss of one layer over its E candidates (routed heads, groups or experts).
 
     With F_e the share of tokens that chose e (the shares sum to K) and P_e the mean of p_e:
@@ -23,22 +27,31 @@ def balance_loss(routing: Routing, *, form: BalanceForm = "scaled") -> Float[Ten
 
     **Source**: scaled: MoH's released code and MH-MoE, arXiv 2411.16205; plain: MoH, arXiv
     2410.11842, Eq. 7; first_choice: MH-MoE's released code for arXiv 2404.15045.
+    scope "all": global-batch balance, arXiv 2501.11873.
     **Deviates**: padding (`routing.mask`) is not counted.
 
     Args:
         routing: Of any layer of the library.
         form: Which of the three.
+        scope: Whose tokens F counts: those of this "process", or of "all" processes of
+            torch.distributed, which then must all come here. P is of this process: data
+            parallelism averages the gradients, and where all have as many tokens the average is
+            the gradient of the loss on the joined batch.
 
     Returns:
         A scalar; its gradient flows through P only. 0 for a layer that routes nothing.
 
     Raises:
-        ValueError: If the form is unknown.
+        ValueError: If form or scope is unknown.
     """
     check_choice("form", form, BalanceForm)
+    check_choice("scope", scope, BalanceScope)
     candidates = routing.probabilities.shape[-1]
-    chosen = routing.indices[..., :1] if form == "first_choice" else routing.indices
-    share, probability = load_and_probability(routing._replace(indices=chosen))
+    if form == "first_choice":
+        routing = routing._replace(indices=routing.indices[..., :1])
+    share, probability = load_and_probability(routing)
+    if scope == "all" and in_several_processes():
+        share = _share_over_processes(routing)
     scale = 1 if form == "plain" else candidates
     return scale * (share * probability).sum()
 
@@ -48,16 +61,31 @@ def load_and_probability(
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
     """F and P of `balance_loss`: each candidate's share of tokens and mean probability."""
     probabilities = routing.probabilities.flatten(end_dim=-2)
-    candidates = probabilities.shape[-1]
-    indices = routing.indices.flatten()
-    # Padding has index -1: it lands in a first slot that is cut off.
-    ones = probabilities.new_ones(indices.shape)
-    counts = probabilities.new_zeros(candidates + 1).scatter_add(0, indices + 1, ones)[1:]
+    counts = count_choices(routing)
     if routing.mask is None:
         return counts / max(probabilities.shape[0], 1), probabilities.mean(0)
     real = routing.mask.flatten().to(probabilities.dtype)
     tokens = real.sum().clamp_min(1)
     return counts / tokens, (probabilities * real.unsqueeze(-1)).sum(0) / tokens
+
+
+def count_choices(routing: Routing) -> Float[Tensor, " E"]:
+    """How many tokens chose each candidate; padding chose none."""
+    indices = routing.indices.flatten()
+    # Padding has index -1: it lands in a first slot that is cut off.
+    ones = routing.probabilities.new_ones(indices.shape)
+    slots = routing.probabilities.new_zeros(routing.probabilities.shape[-1] + 1)
+    return slots.scatter_add(0, indices + 1, ones)[1:]
+
+
+def _share_over_processes(routing: Routing) -> Tensor:
+    """F of `balance_loss` over the tokens of all processes."""
+    counts = count_choices(routing)
+    mask = routing.mask
+    rows = routing.probabilities.flatten(end_dim=-2).shape[0]
+    tokens = counts.new_tensor(rows) if mask is None else mask.sum().to(counts.dtype)
+    sums = sum_over_processes(torch.cat([counts, tokens.view(1)]))
+    return sums[:-1] / sums[-1].clamp_min(1)
 
 
 def router_z_loss(routing: Routing) -> Float[Tensor, ""]:

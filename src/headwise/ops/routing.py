@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
+from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 
 HeadMode = Literal["released", "paper"]
 
@@ -18,9 +19,10 @@ class Routing(NamedTuple):
     Attributes:
         weights: For heads the gate of all H heads, [..., H], exactly 0 where a head is off.
             For experts the weight of each choice, [..., K].
-        indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding.
-            Heads are counted among the *routed* ones; where groups of heads are routed
-            (`route_groups`), the candidates are groups, and each head has its group's gate.
+        indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding, and
+            where sparsemax leaves fewer than K. Heads are counted among the *routed* ones; where
+            groups of heads are routed (`route_groups`), the candidates are groups, and each head
+            has its group's gate.
         probabilities: The router's scores over all E candidates, [..., E], summing to 1.
         logits: What the probabilities were made from, [..., E].
         mask: True where a token counts, [...]; None where all do.
@@ -73,10 +75,11 @@ def route_heads(
     *,
     top_k: int,
     mode: HeadMode = "released",
+    scores: HeadScores = "softmax",
 ) -> Routing:
     """Two-stage routing of attention heads: shared heads always on, the best `top_k` others too.
 
-    With s = softmax(shared_logits), p = softmax(routed_logits), m the multi-hot of top-k(p) and
+    With s = softmax(shared_logits), p = scores(routed_logits), m the multi-hot of top-k(p) and
     [a1, a2] = softmax(stage_logits), the gate of a token is
 
         paper:     [a1·s,           a2·p·m]
@@ -87,7 +90,9 @@ def route_heads(
     that only the balance loss trains that router.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6; mode "released": its code, commit 2cefd57.
+    scores "sparsemax": arXiv 1602.02068; "sigmoid": as experts in DeepSeek-V3, arXiv 2412.19437.
     **Deviates**: the released code computes the gate in the model's dtype and leaves ties open.
+    Other scores than softmax are an extension.
 
     Args:
         shared_logits: Scores of the shared heads, [..., shared]; shared may be 0.
@@ -95,25 +100,31 @@ def route_heads(
         stage_logits: Scores of the two groups, [..., 2]; needed where both groups exist.
         top_k: Routed heads that a token keeps, 0 to routed.
         mode: "released" (what the released weights need) or "paper".
+        scores: What p is: "softmax"; "sparsemax", of which many are exactly 0, so that a token may
+            keep fewer than top_k heads; or "sigmoid", each head for itself.
 
     Returns:
         A Routing with weights [..., shared + routed]; shared + top_k of them are on (fewer only
-        where a probability underflows to 0).
+        where a score is 0: sparsemax's, or one that underflows). For sigmoids the probabilities
+        are p / sum(p).
 
     Raises:
-        ValueError: If top_k is out of range, the mode is unknown or stage_logits is missing.
+        ValueError: If top_k is out of range, mode or scores is unknown or stage_logits is missing.
 
     Example (worked by hand): logits 0 for two shared heads, ln 3 and 0 for two routed ones, stage
     logits 0, top_k 1: paper gives [1/4, 1/4, 3/8, 0], released gives [1, 1, 1, 0].
     """
     check_choice("mode", mode, HeadMode)
+    check_choice("scores", scores, HeadScores)
     num_shared, num_routed = shared_logits.shape[-1], routed_logits.shape[-1]
     _check_top_k(top_k, num_routed, lowest=0)
     shared = _wide(shared_logits).softmax(-1)
     logits = _wide(routed_logits)
-    probabilities = logits.softmax(-1)
-    indices = top_k_lowest_first(probabilities, top_k)
-    routed = probabilities * _multi_hot(indices, probabilities)
+    p, probabilities = affinities(logits, scores)
+    indices = top_k_lowest_first(p, top_k)
+    routed = p * _multi_hot(indices, p)
+    if scores == "sparsemax":
+        indices = indices.masked_fill(p.gather(-1, indices) == 0, -1)
     if mode == "released":
         shared = shared * num_shared
         eps = torch.finfo(routed.dtype).eps
@@ -181,34 +192,48 @@ def route_heads_by_query_norm(
 
 
 def route_tokens(
-    logits: Float[Tensor, "*batch E"], *, top_k: int, normalize: bool = True
+    logits: Float[Tensor, "*batch E"],
+    *,
+    top_k: int,
+    normalize: bool = True,
+    scores: TokenScores = "softmax",
+    bias: Float[Tensor, " E"] | None = None,
 ) -> Routing:
-    """Routing of tokens (or sub-tokens) to experts: the `top_k` best of p = softmax(logits).
+    """Routing of tokens (or sub-tokens) to experts: the `top_k` best of p = scores(logits).
 
     **Source**: MH-MoE, arXiv 2404.15045, Eq. 2 and 3. Its weights are raw p; `normalize` divides
-    them by their sum over the chosen, as arXiv 2411.16205 and most sparse MoE do.
+    them by their sum over the chosen, as arXiv 2411.16205 and most sparse MoE do. scores "sigmoid":
+    DeepSeek-V3, arXiv 2412.19437, section 2.1.2; bias: arXiv 2408.15664, Eq. 3.
 
     Args:
         logits: Scores over the E experts, [..., E].
         top_k: Experts that a token goes to, 1 to E.
         normalize: Let the weights of a token sum to 1.
+        scores: "softmax", or "sigmoid" of each logit for itself.
+        bias: Added to p for the choice of the experts, never to their weights, [E].
 
     Returns:
-        A Routing with weights and indices [..., top_k].
+        A Routing with weights and indices [..., top_k]. For sigmoids the probabilities are
+        p / sum(p).
 
     Raises:
-        ValueError: If top_k is out of range.
+        ValueError: If top_k is out of range or scores is unknown.
 
     Example (worked by hand): logits ln 1, ln 2, ln 5 with top_k 2 choose experts 2 and 1 with
-    weights 5/8 and 2/8 raw, 5/7 and 2/7 normalised.
+    weights 5/8 and 2/8 raw, 5/7 and 2/7 normalised. Their sigmoids are 1/2, 2/3 and 5/6: the same
+    choice with weights 5/6 and 2/3 raw, 5/9 and 4/9 normalised.
     """
+    check_choice("scores", scores, TokenScores)
     logits = _wide(logits)
     _check_top_k(top_k, logits.shape[-1], lowest=1)
-    probabilities = logits.softmax(-1)
-    indices = top_k_lowest_first(probabilities, top_k)
-    weights = probabilities.gather(-1, indices)
-    if normalize:
+    p, probabilities = affinities(logits, scores)
+    indices = top_k_lowest_first(p if bias is None else p.detach() + bias, top_k)
+    weights = p.gather(-1, indices)
+    if normalize and scores == "softmax" and bias is None:
         weights = weights / weights.sum(-1, keepdim=True)
+    elif normalize:
+        # All that a bias chooses may have underflowed to 0; the logarithms have not.
+        weights = log_affinities(logits, scores).gather(-1, indices).softmax(-1)
     return Routing(weights, indices, probabilities, logits)
 
 

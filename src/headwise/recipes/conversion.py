@@ -36,7 +36,8 @@ class ConversionRun:
         output: Directory for the converted model; must not hold anything yet.
         shared: Heads that are always on, a count or a share of all.
         active: Heads that a token switches on, shared ones included, a count or a share of all.
-        router: query_norm (no parameters, ready at once) or two_stage (learned; tune afterwards).
+        router: query_norm (no parameters, ready at once), or two_stage or one_stage (learned; tune
+            afterwards).
         route_groups: Query heads that share a key head are on or off together.
         calibrate: Text file, or tokens that `headwise samples` wrote, by which to choose the shared
             heads of each layer; without it they are the first ones. A quarter of the text is kept

@@ -14,7 +14,7 @@ from headwise.analysis.experts import count_overlap
 from headwise.analysis.measure import LoadMeter, count_experts, count_heads, heads_on
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf import record_routing
-from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.nn import HeadRouter
 from headwise.ops import Routing
 
 Tokens = NDArray[np.int32]
@@ -71,7 +71,7 @@ class RoutingStatistics:
         """None for a model whose heads are not routed."""
         if not (loads := self.heads.by_domain()):
             return None
-        routers = (m for m in self.model.modules() if isinstance(m, _HEAD_ROUTERS))
+        routers = (m for m in self.model.modules() if isinstance(m, HeadRouter))
         return HeadLoads(next(routers).budget.shared_heads, loads)
 
     def expert_loads(self) -> ExpertLoads | None:
@@ -141,9 +141,6 @@ def routed_text(
     )
 
 
-_HEAD_ROUTERS = (TwoStageRouter, QueryNormRouter)
-
-
 def _token_losses(model: PreTrainedModel, blocks: list[Tokens]) -> Tensor:
     longest = max(len(block) for block in blocks)
     ids = torch.zeros(len(blocks), longest, dtype=torch.long)
@@ -167,7 +164,7 @@ def _spread(tokens: Tokens, length: int, max_blocks: int) -> list[Tokens]:
 def _heads_and_experts(
     model: PreTrainedModel, routings: dict[str, Routing]
 ) -> tuple[dict[str, Routing], dict[str, Routing]]:
-    is_head = {name: isinstance(model.get_submodule(name), _HEAD_ROUTERS) for name in routings}
+    is_head = {name: isinstance(model.get_submodule(name), HeadRouter) for name in routings}
     heads = {name: r for name, r in routings.items() if is_head[name]}
     return heads, {name: r for name, r in routings.items() if not is_head[name]}
 

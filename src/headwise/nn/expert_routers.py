@@ -1,0 +1,204 @@
+"""Routers of tokens to experts, in float32 or wider, and the biases that balance their loads."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from headwise.nn.routers import Router, wide_linear
+from headwise.ops import Routing, count_choices, route_tokens
+from headwise.ops.choice import check_choice
+from headwise.ops.processes import sum_over_processes
+from headwise.ops.scores import TokenScores
+
+
+class ExpertRouter(Router):
+    """Base of the routers of tokens to experts: what becomes of the logits (`ops.route_tokens`).
+
+    Args:
+        num_experts: All experts.
+        top_k: Experts that a token goes to.
+        normalize_top_k: Let the weights of a token sum to 1.
+        scores: "softmax" or "sigmoid".
+        bias_rate: Above 0 the choice has a bias that `update_biases` moves by this much, and the
+            module the buffers `bias` and `load`, [num_experts], float32 in a model of any dtype.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    bias: Tensor | None
+    load: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        top_k: int,
+        normalize_top_k: bool = True,
+        scores: TokenScores = "softmax",
+        bias_rate: float = 0.0,
+    ):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")
+        check_choice("scores", scores, TokenScores)
+        if not 0 <= bias_rate < math.inf:
+            raise ValueError(f"bias_rate is {bias_rate}; it must be at least 0 and finite")
+        self.top_k, self.normalize_top_k = top_k, normalize_top_k
+        self.scores, self.bias_rate = scores, bias_rate
+        for name in ("bias", "load"):
+            zeros = torch.zeros(num_experts, dtype=torch.float32) if bias_rate else None
+            self.register_buffer(name, zeros)
+
+    def route(self, logits: Tensor, mask: Tensor | None) -> Routing:
+        """The routing of these logits; padding (mask False) goes nowhere."""
+        routing = route_tokens(
+            logits,
+            top_k=self.top_k,
+            normalize=self.normalize_top_k,
+            scores=self.scores,
+            bias=self.bias,
+        )
+        return routing.with_mask(mask)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # In bfloat16 the steps of a bias would round away, and counts above 256 would be wrong.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        balance = f", bias_rate={self.bias_rate}" if self.bias_rate else ""
+        return f"top_k={self.top_k}, scores={self.scores}{balance}"
+
+
+class LinearRouter(ExpertRouter):
+    """scores(W x) over the experts, the `top_k` best. **Source**: arXiv 2404.15045, Eq. 2.
+
+    The options are `ExpertRouter`'s.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, top_k: int, **options: Any):
+        super().__init__(num_experts, top_k=top_k, **options)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Routing:
+        """Route every row of x; padding (mask False) goes nowhere."""
+        return self.route(wide_linear(x, self.weight), mask)
+
+    def extra_repr(self) -> str:
+        num_experts, dim = self.weight.shape
+        return f"dim={dim}, num_experts={num_experts}, {super().extra_repr()}"
+
+
+class CosineRouter(ExpertRouter):
+    """X-MoE's router: cosine between a low-dimensional projection of x and expert embeddings.
+
+        logits = (P x · e_i) / (||P x|| ||e_i|| τ),   τ learned, 0.07 at the start
+
+    The options are `ExpertRouter`'s.
+
+    **Source**: X-MoE, arXiv 2204.09179, Eq. 4 to 6; used by MH-MoE, arXiv 2404.15045.
+    **Deviates**: the released code leaves the projection unnormalised and clamps τ; here both
+    sides are normalised, as printed, and τ is the exponential of its parameter, so stays positive.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, *, top_k: int, projection_dim: int = 16, **options: Any
+    ):
+        super().__init__(num_experts, top_k=top_k, **options)
+        self.projection = nn.Parameter(torch.empty(projection_dim, dim))
+        self.embedding = nn.Parameter(torch.empty(num_experts, projection_dim))
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        nn.init.xavier_uniform_(self.projection)
+        nn.init.orthogonal_(self.embedding, gain=0.32)
+        nn.init.constant_(self.log_temperature, -2.6593)  # ln 0.07
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Routing:
+        """Route every row of x; padding (mask False) goes nowhere."""
+        projected = normalize(wide_linear(x, self.projection), dim=-1)
+        embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
+        temperature = self.log_temperature.to(projected.dtype).exp()
+        return self.route(wide_linear(projected, embedding) / temperature, mask)
+
+    def extra_repr(self) -> str:
+        num_experts, projection_dim = self.embedding.shape
+        sizes = f"num_experts={num_experts}, projection_dim={projection_dim}"
+        return f"{sizes}, {super().extra_repr()}"
+
+
+def update_biases(module: nn.Module, routings: Mapping[str, Routing]) -> None:
+    """Balancing without a loss: after a training step, experts with too little to do gain.
+
+        bias_e := bias_e + rate · sign(mean load - load_e)
+
+    with load_e the tokens of the step, of all processes, that chose expert e. Routers without a
+    `bias_rate` are left alone, and so is one to which no token came. The routers of a model that
+    `convert` made do this themselves when it trains with labels: at the start of the next forward.
+
+    **Source**: arXiv 2408.15664, Algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2 (rate
+    0.001).
+    **Deviates**: padding is not counted. Under gradient accumulation the load is that of the
+    routings given here (of a converted model: of each micro-batch, so that each moves the biases).
+
+    Args:
+        module: That has the routers.
+        routings: Of the training step, by the names of the routers in the module, as
+            `headwise.record_routing(module)` collects them. Every process must come here.
+
+    Example:
+        >>> with headwise.record_routing(model) as routings:
+        ...     loss = …
+        >>> loss.backward(); optimizer.step()
+        >>> headwise.update_biases(model, routings)
+    """
+    keep_loads(module, routings)
+    move_biases(module)
+
+
+@torch.no_grad()
+def keep_loads(module: nn.Module, routings: Mapping[str, Routing]) -> None:
+    """First half of `update_biases`: each router's `load` becomes that of its routing.
+
+    Not done by the router's forward, which knows neither a model's padding nor whether it is run
+    again for the backward pass. After this all processes hold the same, whichever is saved.
+    """
+    routers = {name: module.get_submodule(name) for name in routings}
+    balanced = {
+        name: router.load
+        for name, router in routers.items()
+        if isinstance(router, ExpertRouter) and router.load is not None
+    }
+    if not balanced:
+        return
+    device = next(iter(balanced.values())).device
+    counts = [count_choices(routings[name]).to(device, torch.float32) for name in balanced]
+    sizes = [len(load) for load in balanced.values()]
+    sums = sum_over_processes(torch.cat(counts)).split(sizes)
+    for load, count in zip(balanced.values(), sums, strict=True):
+        load.copy_(count)
+
+
+@torch.no_grad()
+def move_biases(module: nn.Module) -> None:
+    """Second half of `update_biases`: biases move by the loads, which become 0."""
+    for router in module.modules():
+        if isinstance(router, ExpertRouter) and router.bias is not None and router.load is not None:
+            router.bias += router.bias_rate * (router.load.mean() - router.load).sign()
+            router.load.zero_()
