@@ -1,5 +1,6 @@
 """What every test shares: one thread, one seed, a way around the checks of types and shapes."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -58,7 +59,8 @@ def _in_process(
 ) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
-        function(rank, *arguments)
+        # They come in shared memory.
+        function(rank, *copy.deepcopy(arguments))
     finally:
         distributed.destroy_process_group()
 

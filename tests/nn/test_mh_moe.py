@@ -77,11 +77,34 @@ def test_equals_the_paper_s_equations(bias, inner_residual, shared, normalize):
             assert_close(y[b, t], want)
 
 
-@pytest.mark.parametrize("router", ["linear", "cosine"])
+# The first version of MH-MoE, and every option alone.
+FIRST_VERSION = {
+    "bias": True, "inner_residual": True, "normalize_top_k": False, "glu": False,
+    "activation": "gelu", "router": "cosine",
+}  # fmt: skip
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [
+        {}, FIRST_VERSION, {"shared_expert_dim": 13}, {"scores": "sigmoid"}, {"bias_rate": 0.1},
+        *({name: value} for name, value in FIRST_VERSION.items()),
+    ],
+    ids=str,
+)  # fmt: skip
+
+
+def drawn(layer):
+    """With biases that are not 0, in float64."""
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        if name.endswith("bias"):
+            torch.nn.init.normal_(tensor)
+    return layer.double()
+
+
+@VARIANTS
 @pytest.mark.parametrize("masked", [False, True])
-def test_implementations_agree_in_values_and_gradients(router, masked):
-    options = {"num_heads": 3, "router": router, "shared_expert_dim": 13, **EXPERTS}
-    layers = [MHMoE(D, **options, impl=impl).double() for impl in ("reference", "grouped")]
+def test_implementations_agree_in_values_and_gradients(variant, masked):
+    options = {"num_heads": 3, **EXPERTS, **variant}
+    layers = [drawn(MHMoE(D, **options, impl=impl)) for impl in ("reference", "grouped")]
     layers[1].load_state_dict(layers[0].state_dict())
     x, results = torch.randn(B, T, D, dtype=torch.float64), []
     for layer in layers:
@@ -103,9 +126,10 @@ def test_padding_goes_nowhere_and_is_not_counted():
     assert_close(router_z_loss(routing), router_z_loss(real))
 
 
-@pytest.mark.parametrize("router", ["linear", "cosine"])
-def test_a_token_depends_on_itself_only(router):
-    layer = MHMoE(D, num_heads=3, router=router, **EXPERTS).double()
+@VARIANTS
+@pytest.mark.parametrize("training", [False, True])
+def test_a_token_depends_on_itself_only(variant, training):
+    layer = drawn(MHMoE(D, num_heads=3, **EXPERTS, **variant)).train(training)
     x = torch.randn(B, T, D, dtype=torch.float64)
     y = layer(x)[0]
     assert_close(y[:1], layer(x[:1])[0])

@@ -46,29 +46,57 @@ def test_all_heads_on_is_plain_attention_bit_for_bit(causal, kv_heads, shared, m
     assert (routing.weights[real] == 1).all()
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+ROUTERS = pytest.mark.parametrize(
+    "router",
+    [
+        {"router": "two_stage"}, {"router": "one_stage"}, {"router": "query_norm"},
+        {"router": "two_stage", "scores": "sparsemax"},
+        {"router": "two_stage", "scores": "sigmoid", "mode": "paper"},
+        {"router": "one_stage", "scores": "sparsemax", "mode": "paper"},
+    ],
+    ids=lambda router: "-".join(router.values()),
+)  # fmt: skip
+
+
+def drawn_apart(layer):
+    """With scores far enough from each other for sparsemax to leave heads out."""
+    for parameter in layer.router.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def kept(layer, on):
+    """Whether that many heads are on: as many as the budget says, with sparsemax at most."""
+    budget = layer.budget
+    if getattr(layer.router, "scores", None) == "sparsemax" and budget.top_k > 0:
+        return (budget.shared_heads < on) & (on <= budget.active_heads)
+    return on == budget.active_heads
+
+
+@ROUTERS
 @pytest.mark.parametrize(
     ("num_heads", "shared", "active"),
     [(5, 2, 3), (5, 0, 2), (5, 1, 4), (5, 5, 5), (5, 4, 5), (1, 0, 1), (1, 1, 1), (5, 0.4, 0.6)],
 )
 def test_every_budget_runs_trains_and_is_kept(num_heads, shared, active, router):
     layer = MoHAttention(
-        D, num_heads=num_heads, shared_heads=shared, active_heads=active, head_dim=C, router=router
+        D, num_heads=num_heads, shared_heads=shared, active_heads=active, head_dim=C, **router
     )
     y, routing = layer(torch.randn(B, T, D))
-    assert ((routing.weights != 0).sum(-1) == layer.budget.active_heads).all()
+    assert kept(layer, (routing.weights != 0).sum(-1)).all()
     (y.square().sum() + balance_loss(routing)).backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [5, 1])
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@ROUTERS
 def test_implementations_agree_in_values_and_gradients(router, kv_heads, causal):
-    options = {"num_kv_heads": kv_heads, "router": router, "causal": causal}
+    options = {"num_kv_heads": kv_heads, "causal": causal, **router}
     layers = [
         MoHAttention(D, **HEADS, **options, impl=impl).double() for impl in ("reference", "dense")
     ]
+    drawn_apart(layers[0])
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(B, T, D, dtype=torch.float64)
     mask = padding(left=True)
@@ -80,10 +108,25 @@ def test_implementations_agree_in_values_and_gradients(router, kv_heads, causal)
     assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_a_head_whose_score_is_0_is_off():
+    layer = MoHAttention(D, num_heads=5, shared_heads=2, active_heads=5, scores="sparsemax")
+    x = torch.randn(1, 1, D)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.router.routed.weight.zero_()
+        layer.router.routed.weight[:, 0] = torch.tensor([2.0, -9.0, 1.5])
+        y, routing = layer(x)
+        assert_close(routing.probabilities, torch.tensor([[[0.75, 0, 0.25]]]))
+        assert (routing.weights == 0).tolist() == [[[False, False, False, True, False]]]
+        # The token attends to itself: what a head says is its value, and nobody hears the fourth.
+        layer.v_proj.bias[3 * C : 4 * C] += 100
+        assert torch.equal(layer(x)[0], y)
+
+
+@ROUTERS
 class TestIndependence:
     def layer(self, router, **options):
-        return MoHAttention(D, **HEADS, router=router, **options).double()
+        return drawn_apart(MoHAttention(D, **HEADS, **router, **options)).double()
 
     def test_of_batch_mates(self, router):
         layer, x = self.layer(router), torch.randn(B, T, D, dtype=torch.float64)
@@ -121,9 +164,9 @@ def test_equal_query_norms_train_without_nan():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@ROUTERS
 def test_bfloat16_routes_in_float32(router):
-    layer, x = MoHAttention(D, **HEADS, router=router), torch.randn(B, T, D)
+    layer, x = MoHAttention(D, **HEADS, **router), torch.randn(B, T, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, autocast = layer(x)
     assert y.dtype == torch.bfloat16
@@ -155,7 +198,7 @@ def test_maps_exist_only_where_there_is_a_choice():
 GROUPS = {"num_heads": 15, "num_kv_heads": 5, "head_dim": C, "route_groups": True}
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@pytest.mark.parametrize("router", ["two_stage", "one_stage", "query_norm"])
 @pytest.mark.parametrize("mode", ["released", "paper"])
 @pytest.mark.parametrize(("shared", "active"), [(6, 9), (0, 6), (3, 12), (15, 15), (0.4, 0.6)])
 def test_whole_groups_are_on_or_off(shared, active, mode, router):
@@ -176,7 +219,7 @@ def test_whole_groups_are_on_or_off(shared, active, mode, router):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+@pytest.mark.parametrize("router", ["two_stage", "one_stage", "query_norm"])
 @pytest.mark.parametrize("budget", [(2, 3), (0, 2), (0.4, 0.75)])
 def test_groups_of_one_head_are_heads_bit_for_bit(budget, router):
     shared, active = budget
@@ -223,6 +266,8 @@ def test_repr_says_what_was_rounded():
         ({"num_kv_heads": 0}, "num_kv_heads is 0"),
         ({"router": "soft"}, "router is 'soft'"),
         ({"mode": "soft"}, "mode is 'soft'"),
+        ({"scores": "relu"}, "scores is 'relu'"),
+        ({"router": "query_norm", "scores": "sigmoid"}, "scores is 'sigmoid'.*'softmax'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -1,47 +1,74 @@
-"""The cosine router's formula; the two-stage and query-norm routers are the ops they name."""
+"""Routers of heads are the ops that they name; one stage is two even ones."""
 
-import math
-
+import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.nn import CosineRouter, HeadBudget, LinearRouter, QueryNormRouter, TwoStageRouter
-from headwise.ops import route_heads, route_heads_by_query_norm, route_tokens
+from headwise.nn import HeadBudget, OneStageRouter, QueryNormRouter, TwoStageRouter
+from headwise.ops import route_heads, route_heads_by_query_norm
 
 BUDGET = HeadBudget.resolve(7, shared=2, active=5)
 GROUPS = HeadBudget.resolve(15, shared=6, active=12, num_groups=5)  # 2 shared, 2 of 3 routed
 
 
-def test_cosine_by_hand():
-    router = CosineRouter(2, 3, top_k=1, projection_dim=2)
+MODES = pytest.mark.parametrize("mode", ["released", "paper"])
+SCORES = pytest.mark.parametrize("scores", ["softmax", "sparsemax", "sigmoid"])
+
+
+@MODES
+@SCORES
+def test_two_stage_is_route_heads_of_three_products(mode, scores):
+    options = {"mode": mode, "scores": scores}
+    router, x = TwoStageRouter(13, BUDGET, std=0.3, **options), torch.randn(2, 3, 13)
+    logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
+    assert_close(router(x)[:4], route_heads(*logits, top_k=3, **options)[:4])
+
+
+def test_one_stage_by_hand():
+    budget = HeadBudget.resolve(5, shared=2, active=4)
+    x = torch.ones(1, 1, 1)
+    for mode, gates in (("paper", [1, 1, 1 / 2, 0, 1 / 3]), ("released", [1, 1, 6 / 5, 0, 4 / 5])):
+        router = OneStageRouter(1, budget, mode=mode)
+        with torch.no_grad():
+            router.routed.weight.copy_(torch.tensor([[3.0], [1.0], [2.0]]).log())
+        routing = router(x)
+        assert_close(routing.weights, torch.tensor([[gates]]))
+        assert routing.indices.tolist() == [[[0, 2]]]
+        assert_close(routing.probabilities, torch.tensor([[[1 / 2, 1 / 6, 1 / 3]]]))
+
+
+@SCORES
+@pytest.mark.parametrize(
+    "budget",
+    [
+        BUDGET,
+        GROUPS,
+        HeadBudget.resolve(7, shared=(1, 4), active=5),
+        HeadBudget.resolve(3, shared=3, active=3),
+    ],
+)
+def test_one_stage_is_two_stages_with_even_scores(budget, scores):
+    one, two = (kind(13, budget, scores=scores) for kind in (OneStageRouter, TwoStageRouter))
+    assert {name for name, _ in one.named_parameters()} <= {"routed.weight"}
     with torch.no_grad():
-        router.projection.copy_(2 * torch.eye(2))
-        router.embedding.copy_(torch.tensor([[5.0, 0.0], [0.0, 1.0], [-3.0, -4.0]]))
-        router.log_temperature.fill_(math.log(0.5))
-    # Cosines of (3, 4) with the three embeddings, over a temperature of 1/2.
-    assert_close(router(torch.tensor([[3.0, 4.0]])).logits, torch.tensor([[1.2, 1.6, -2.0]]))
+        for parameter in two.parameters():
+            parameter.zero_()
+    two.load_state_dict(one.state_dict(), strict=False)
+    x, mask = torch.randn(2, 3, 13), torch.tensor([[True, False, True], [True, True, True]])
+    assert_close(one(x, mask), two(x, mask))
 
 
-def test_cosine_starts_at_temperature_seven_hundredths_and_ignores_the_length():
-    router, x = CosineRouter(13, 7, top_k=2).double(), torch.randn(11, 13, dtype=torch.float64)
+@MODES
+def test_one_stage_leaves_shared_heads_at_one(mode):
+    budget = HeadBudget.resolve(15, shared=(3, 4, 5, 9, 10, 11), active=12, num_groups=5)
+    router, x = OneStageRouter(13, budget, mode=mode), torch.randn(2, 3, 13)
     routing = router(x)
-    assert (routing.logits.abs() <= 1 / 0.07 + 1e-3).all()
-    assert_close(routing.logits, router(100 * x).logits)
-    # A token of zeros has no direction: all experts tie and the lowest win.
-    assert router(torch.zeros(1, 13)).indices.tolist() == [[0, 1]]
-
-
-def test_linear_is_route_tokens_of_a_product():
-    router, x = LinearRouter(13, 7, top_k=3, normalize_top_k=False), torch.randn(2, 5, 13)
-    want = route_tokens(x @ router.weight.T, top_k=3, normalize=False)
-    assert_close(router(x)[:4], want[:4])
-
-
-def test_two_stage_is_route_heads_of_three_products():
-    for mode in ("released", "paper"):
-        router, x = TwoStageRouter(13, BUDGET, mode=mode), torch.randn(2, 3, 13)
-        logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
-        assert_close(router(x)[:4], route_heads(*logits, top_k=3, mode=mode)[:4])
+    assert (routing.weights[..., budget.chosen] == 1).all()
+    of_others = [routing.weights[..., 3 * group] for group in (0, 2, 4)]
+    none = x.new_zeros(2, 3, 0)
+    want = route_heads(none, x @ router.routed().T, None, top_k=2, mode=mode)
+    assert_close(torch.stack(of_others, -1), want.weights)
+    assert_close(routing[1:4], want[1:4])
 
 
 def test_query_norm_has_no_parameters():
