@@ -1,17 +1,18 @@
 """What every test shares: one thread, one seed, a way around the checks of types and shapes."""
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import jaxtyping
 import pytest
 import torch
-from torch import distributed, multiprocessing
+
+from processes import run_in_two
 
 torch.set_num_threads(1)
 # Without a GPU the kernels run in Triton's interpreter, which reads this as triton is imported.
@@ -46,23 +47,7 @@ def two_processes(tmp_path: Path) -> Callable[..., None]:
 
     What it raises in one of them, the test raises.
     """
-
-    def run(function: Callable[..., None], *arguments: object) -> None:
-        store = f"file://{tmp_path / 'store'}"
-        multiprocessing.spawn(_in_process, (store, function, arguments), nprocs=2)
-
-    return run
-
-
-def _in_process(
-    rank: int, store: str, function: Callable[..., None], arguments: tuple[object, ...]
-) -> None:
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        # They come in shared memory.
-        function(rank, *copy.deepcopy(arguments))
-    finally:
-        distributed.destroy_process_group()
+    return partial(run_in_two, f"file://{tmp_path / 'store'}")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig
 from headwise.hf import Conversion
-from headwise.nn import QueryNormRouter, TwoStageRouter
+from headwise.nn import OneStageRouter, QueryNormRouter, TwoStageRouter
 
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 
@@ -18,6 +18,9 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
         Conversion(attention=MoHConfig()),
         Conversion(attention=MoHConfig(shared=2, active=5, mode="paper", balance_coefficient=0)),
         Conversion(attention=MoHConfig(route_groups=True)),
+        Conversion(attention=MoHConfig(router="one_stage", scores="sigmoid")),
+        Conversion(mlp=MHMoEConfig.first_version(**EXPERTS, num_heads=3)),
+        Conversion(mlp=MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1, balance_scope="all")),
         Conversion(mlp=MoEConfig(**EXPERTS, z_loss_coefficient=0.1), every=3),
         Conversion(
             attention=MoHConfig(router="query_norm"),
@@ -33,10 +36,14 @@ def test_a_conversion_survives_json(conversion):
     assert type(again.mlp) is type(conversion.mlp)
 
 
-def test_a_conversion_from_before_groups_were_routed_is_read():
-    fields = Conversion(attention=MoHConfig()).to_dict()
-    del fields["attention"]["route_groups"]
-    assert Conversion.from_dict(fields) == Conversion(attention=MoHConfig())
+def test_a_conversion_from_before_fields_were_added_is_read():
+    want = Conversion(attention=MoHConfig(), mlp=MoEConfig(**EXPERTS))
+    fields = want.to_dict()
+    for name in ("route_groups", "scores"):
+        del fields["attention"][name]
+    for name in ("scores", "bias_rate", "balance_form", "balance_scope"):
+        del fields["mlp"][name]
+    assert Conversion.from_dict(fields) == want
 
 
 def test_only_a_ternary_conversion_needs_format_2():
@@ -57,6 +64,11 @@ def test_configs_build_what_they_name():
     assert type(MoEConfig(**EXPERTS).build(15)) is MoE
     assert type(MHMoEConfig(**EXPERTS, num_heads=3).build(15)) is MHMoE
     assert isinstance(MoHConfig().build_router(0, dim=15, num_heads=5), TwoStageRouter)
+    router = MoHConfig(router="one_stage", scores="sparsemax").build_router(0, dim=15, num_heads=5)
+    assert isinstance(router, OneStageRouter)
+    assert router.scores == "sparsemax"
+    router = MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1).build(15).router
+    assert (router.scores, router.bias_rate) == ("sigmoid", 0.1)
     config = MoHConfig(router="query_norm", shared=1, active=0.6)
     router = config.build_router(0, dim=15, num_heads=5)
     assert isinstance(router, QueryNormRouter)
@@ -77,6 +89,12 @@ def test_configs_build_what_they_name():
         (MoHConfig, {"shared": 5, "active": 3}, "shared is 5, more than active = 3"),
         (MoHConfig, {"router": "soft"}, "router is 'soft'"),
         (MoHConfig, {"mode": "soft"}, "mode is 'soft'"),
+        (MoHConfig, {"scores": "soft"}, "scores is 'soft'"),
+        (
+            MoHConfig,
+            {"scores": "sigmoid", "router": "query_norm"},
+            "scores is 'sigmoid'.*'softmax'",
+        ),
         (MoHConfig, {"balance_coefficient": -0.1}, r"balance_coefficient is -0\.1"),
         (MoHConfig, {"balance_coefficient": float("nan")}, "balance_coefficient is nan"),
         (MoEConfig, {"num_experts": 0}, "num_experts is 0"),
@@ -84,6 +102,9 @@ def test_configs_build_what_they_name():
         (MoEConfig, {"top_k": True}, "top_k is True"),
         (MoEConfig, {"expert_dim": 1.5}, r"expert_dim is 1\.5"),
         (MoEConfig, {"z_loss_coefficient": -1}, "z_loss_coefficient is -1"),
+        (MoEConfig, {"balance_form": "mean"}, "balance_form is 'mean'"),
+        (MoEConfig, {"balance_scope": "global"}, "balance_scope is 'global'"),
+        (MoEConfig, {"bias_rate": -0.1}, r"bias_rate is -0\.1"),
         (MHMoEConfig, {"num_heads": 0}, "num_heads is 0"),
         (MHMoEConfig, {"num_heads": 3, "top_k": 0}, "top_k is 0"),
         (Conversion, {}, "attention and mlp are both None"),
@@ -98,12 +119,31 @@ def test_errors_name_the_field_and_the_value(config_class, fields, message):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"activation": "tanh"}, {"router": "hash"}, {"shared_expert_dim": -1}], ids=str
+    "changes",
+    [
+        {"activation": "tanh"},
+        {"router": "hash"},
+        {"shared_expert_dim": -1},
+        {"scores": "sparsemax"},
+    ],
+    ids=str,
 )
 @pytest.mark.usefixtures("unchecked")
 def test_every_field_of_an_experts_config_is_checked(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         MoEConfig(**EXPERTS | changes)
+
+
+@pytest.mark.parametrize("parts", [0, 2, 3, 11])
+def test_experts_in_parts(parts):
+    config = MoEConfig(**EXPERTS, bias_rate=0.1)
+    if 11 % max(parts, 2):
+        with pytest.raises(ValueError, match=f"parts is {parts}; it must divide expert_dim = 11"):
+            config.fine_grained(parts)
+    else:
+        fine = config.fine_grained(parts)
+        assert (fine.num_experts, fine.top_k, fine.expert_dim) == (77, 22, 1)
+        assert fine.bias_rate == 0.1
 
 
 def test_configs_are_frozen_and_take_keywords_only():

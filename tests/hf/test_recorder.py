@@ -10,7 +10,7 @@ from headwise.nn import Router
 MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 
 
-@pytest.fixture(params=["two_stage", "query_norm"])
+@pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
 def model(request, tiny):
     attention = MoHConfig(router=request.param, shared=2, active=4)
     return convert(tiny(), attention=attention, mlp=MH_MOE, every=2)

@@ -1,5 +1,7 @@
 """The training loss of a converted model: the model's own and the weighted balance losses."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,7 +23,7 @@ MLP = MHMoEConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(params=["two_stage", "query_norm"])
+@pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
 def model(request, tiny):
     attention = MoHConfig(router=request.param, shared=2, active=4, balance_coefficient=BETA)
     return convert(tiny(num_hidden_layers=3), attention=attention, mlp=MLP, every=2)
@@ -47,6 +49,17 @@ def test_training_loss_is_evaluation_loss_plus_balance(model, ids):
     share = routing_share(model, ids)
     assert share > 0.5
     assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation + share)
+
+
+@pytest.mark.parametrize("form", ["scaled", "plain", "first_choice"])
+def test_the_balance_of_experts_is_of_the_form_that_is_asked_for(tiny, ids, form):
+    mlp = dataclasses.replace(MLP, balance_form=form, balance_scope="all", z_loss_coefficient=0)
+    model = convert(tiny(), mlp=mlp)
+    with record_routing(model) as routings:
+        evaluation = model(input_ids=ids, labels=ids).loss
+    balances = [balance_loss(routing, form=form) for routing in routings.values()]
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    assert_close(loss, evaluation + ALPHA * sum(balances) / 2)
 
 
 def test_padding_does_not_count_in_the_balance(model, ids, attention_mask):

@@ -20,12 +20,14 @@ def original(tiny):
     return tiny(intermediate_size=MLP_DIM)
 
 
-@pytest.mark.parametrize("normalize_top_k", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_top_k": False}, {"scores": "sigmoid", "bias_rate": 0.1}], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_with_every_expert_on_the_model_is_as_it_was(tiny, ids, family, normalize_top_k):
+def test_with_every_expert_on_the_model_is_as_it_was(tiny, ids, family, options):
     model = tiny(family, intermediate_size=MLP_DIM)
     want = model(ids).logits
-    convert(model, mlp=MoEConfig(**FIELDS, normalize_top_k=normalize_top_k))
+    convert(model, mlp=MoEConfig(**FIELDS, **options))
     assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
@@ -82,6 +84,7 @@ def test_configurations_from_before_the_field_load():
         ({"router": "cosine"}, "router is 'cosine'.* must be 'linear'"),
         ({"inner_residual": True}, "inner_residual is True.* must be False"),
         ({"shared_expert_dim": 3}, "shared_expert_dim is 3.* must be None"),
+        ({"scores": "sigmoid", "normalize_top_k": False}, "normalize_top_k is False.*must be True"),
     ],
 )
 def test_fields_that_do_not_go_with_it(fields, message):
