@@ -246,7 +246,7 @@ class MHMoEConfig(MoEConfig):
         say (`inner_residual`), raw weights (`normalize_top_k`), experts of two matrices with GELU
         (`glu`, `activation`), and the balance loss of the first choice (`balance_form`).
 
-        **Source**: arXiv 2404.15045, Eq. 1 to 8; what the paper leaves open is as in its released
+        **Source**: arXiv 2404.15045, Eq. 1 to 6; what the paper leaves open is as in its released
         code. That code has no inner residual, and with X-MoE's router (`router="cosine"`)
         normalised weights.
         **Deviates**: experts have neither biases nor a norm inside, and no token is dropped.

@@ -156,6 +156,7 @@ def update_biases(module: nn.Module, routings: Mapping[str, Routing]) -> None:
     0.001).
     **Deviates**: padding is not counted. Under gradient accumulation the load is that of the
     routings given here (of a converted model: of each micro-batch, so that each moves the biases).
+    A converted model that checkpoints activations must go backward before its next such forward.
 
     Args:
         module: That has the routers.
