@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ again, and a figure of results/, from results/*.csv."""
+"""Write the tables of README.md and docs/ again, and figures of results/, from results/*.csv."""
 
 from pathlib import Path
 
@@ -6,15 +6,16 @@ from headwise.analysis.plots import recovery_curves
 from headwise.bench import table as performance
 from headwise.recipes import harness_table, recovery
 from headwise.recipes import table as lm
+from headwise.recipes.studies import STUDIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/convert.md")
+PAGES = ("README.md", "docs/convert.md", "docs/experiments.md")
 TABLES = {
     "lm": lm.markdown,
     "performance": performance.markdown,
     "stories260k": recovery.markdown,
     "smollm2": harness_table.markdown,
-}
+} | dict.fromkeys(STUDIES, lm.markdown)
 
 
 def main() -> None:
@@ -30,6 +31,9 @@ def main() -> None:
         (ROOT / page).write_text(text)
     figure = recovery_curves(rows_of("stories260k"))
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
+    for name in STUDIES:
+        if (ROOT / "results" / f"{name}.csv").exists():
+            draw_comparison(rows_of(name), ROOT / "results" / f"{name}.png")
 
 
 def rows_of(name: str) -> list[lm.Row]:

@@ -15,20 +15,20 @@ from headwise.bench.table import markdown as performance_markdown
 from headwise.cli import main
 from headwise.recipes.harness_table import markdown as harness_markdown
 from headwise.recipes.recovery import markdown as recovery_markdown
+from headwise.recipes.studies import STUDIES
 from headwise.recipes.table import markdown as lm_markdown
 from headwise.recipes.table import read_csv
 
 ROOT = Path(__file__).parents[1]
-README, CONVERT = ((ROOT / page).read_text() for page in ("README.md", "docs/convert.md"))
-TABLES = dict(
-    re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README + CONVERT, re.DOTALL)
-)
+README = (ROOT / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+TABLES = dict(re.findall(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", PAGES, re.DOTALL))
 MARKDOWN = {
     "lm": lm_markdown,
     "performance": performance_markdown,
     "smollm2": harness_markdown,
     "stories260k": recovery_markdown,
-}
+} | dict.fromkeys(STUDIES, lm_markdown)
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = ("matplotlib", "headwise.ops.head_attention.triton", "diffusers", "sklearn")
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")

@@ -18,6 +18,7 @@ T = TypeVar("T")
 _USAGE = """usage: headwise COMMAND [OPTIONS]
 
   train RECIPE   train models and compare them        headwise train lm --help
+  experiment X   repeat a study of the papers         headwise experiment --help
   convert PATH   route the heads of a model           headwise convert --help
   tune DIR       train a converted model further      headwise tune --help
   samples DIR    let a model write text to tune on    headwise samples --help
@@ -67,6 +68,37 @@ def _train(argv: list[str]) -> None:
     carry_out(run)
 
 
+def _experiment(argv: list[str]) -> None:
+    from headwise.recipes.experiment import SCALES
+    from headwise.recipes.studies import STUDIES
+    from headwise.recipes.train import train
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: headwise experiment NAME [--scale SCALE] [OPTIONS]\n")
+        for name, study in STUDIES.items():
+            print(f"  {name:21}{study.question}")
+        print()
+        for scale, make in SCALES.items():
+            print(f"  --scale {scale:13}{make.__doc__}")
+        print("\nheadwise experiment NAME --help lists the fields of a study.")
+        return
+    name, *fields = argv
+    _nearest("study", name, STUDIES)
+    scale, fields = _first_field("scale", "tiny", fields)
+    default = _nearest("scale", scale, SCALES)(name)
+    run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise experiment {name}")
+    _quiet_transformers()
+    train(run)
+
+
+def _first_field(name: str, default: str, argv: list[str]) -> tuple[str, list[str]]:
+    """A field that says what the others default to, read before them, and what is left."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", default=default)
+    chosen, rest = parser.parse_known_args(argv)
+    return getattr(chosen, name), rest
+
+
 def _convert(argv: list[str]) -> None:
     from headwise.recipes.conversion import ConversionRun, convert_directory
 
@@ -79,11 +111,8 @@ def _tune(argv: list[str]) -> None:
     from headwise.recipes.tune import tune
     from headwise.recipes.tuning import SCHEDULES, TuningRun
 
-    # The schedule says what the other fields default to, so it is read before them.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--schedule", default="small")
-    chosen, fields = first.parse_known_args(argv)
-    schedule = _nearest("schedule", chosen.schedule, SCHEDULES)
+    chosen, fields = _first_field("schedule", "small", argv)
+    schedule = _nearest("schedule", chosen, SCHEDULES)
     what = inspect.cleandoc(TuningRun.__doc__ or "").partition("Attributes:")[0].strip()
     listed = [f"{name}: {make.__doc__}".partition("\n")[0] for name, make in SCHEDULES.items()]
     run = tyro.cli(
@@ -214,6 +243,7 @@ def compile_kernels() -> None:
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "experiment": _experiment,
     "convert": _convert,
     "tune": _tune,
     "samples": _samples,

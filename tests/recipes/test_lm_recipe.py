@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import re
-from typing import get_args
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from headwise.analysis.records import from_json
 from headwise.hf.auto import Routed
 from headwise.parity import count_flops
 from headwise.recipes import RECIPES, LanguageModelRun, lm
-from headwise.recipes.lm import LABELS, ModelName, build_model
 from headwise.recipes.train import train
+from headwise.recipes.variants import build_model
 
-NAMES = get_args(ModelName)
+VARIANTS = {variant.name: variant for variant in lm().variants()}
 TINY = {
     "lm": {
         "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
@@ -32,6 +31,11 @@ def text(tmp_path_factory):
     return str(file)
 
 
+def build(run: LanguageModelRun, name: str, vocab_size: int = 31, seed: int = 0):
+    (variant,) = (variant for variant in run.variants() if variant.name == name)
+    return build_model(run, variant, vocab_size=vocab_size, seed=seed)
+
+
 def test_every_recipe_has_tiny_fields_here():
     assert TINY.keys() | {"masked"} == RECIPES.keys()  # test_masked_recipe.py has its own
 
@@ -41,15 +45,16 @@ def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
     run = dataclasses.replace(RECIPES[recipe](), output=tmp_path / "run", data=text, **TINY[recipe])
     train(run)
     with (run.output / "results.csv").open() as file:
-        assert [row["model"] for row in csv.DictReader(file)] == list(run.models)
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == [variant.name for variant in run.variants()]
     record = from_json((run.output / "record.json").read_text())
-    assert [model.label for model in record.models] == [LABELS[name] for name in run.models]
+    assert [model.label for model in record.models] == [row["label"] for row in rows]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_moves_every_parameter(name):
     run = LanguageModelRun(**TINY["lm"])
-    model = build_model(run, name, vocab_size=31, seed=0).train()
+    model = build(run, name).train()
     assert isinstance(model, Routed) == (name != "dense")
     ids = torch.randint(0, 31, (8, 16))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -57,10 +62,10 @@ def test_a_step_moves_every_parameter(name):
     assert still == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_default_models_cost_what_dense_does(name):
     def flops(name: str) -> float:
-        model = build_model(lm(), name, vocab_size=lm().vocab_size, seed=0)
+        model = build(lm(), name, vocab_size=lm().vocab_size)
         return sum(count_flops(model, sequence_length=lm().sequence_length).values())
 
     assert flops(name) == pytest.approx(flops("dense"), rel=0.005)
@@ -71,27 +76,24 @@ def test_build_follows_the_seed_alone():
     states = []
     for seed in (1, 1, 2):
         torch.rand(7)
-        states.append(build_model(run, "moh_mh_moe", vocab_size=31, seed=seed).state_dict())
+        states.append(build(run, "moh_mh_moe", seed=seed).state_dict())
     first, same, other = states
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(*(s["model.embed_tokens.weight"] for s in (first, other)))
 
 
 def test_mixtures_have_the_papers_parity():
-    run = lm()
-    sparse, split = run.mixture("moe"), run.mixture("mh_moe")
+    sparse, split = VARIANTS["moe"].mlp, VARIANTS["mh_moe"].mlp
     assert (sparse.num_experts, sparse.top_k, sparse.expert_dim) == (8, 1, 344)
     # f = (344 - 2·128/3) / 2 = 129.3 → 128;  E = (344·8 - 2·128/3) · 2 / 128 = 41.7 → 42
     assert (split.num_heads, split.top_k, split.expert_dim, split.num_experts) == (2, 2, 128, 42)
-    assert run.mixture("dense") is run.mixture("moh") is None
-    assert run.attention("moe") is run.attention("dense") is None
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"models": ()}, "models and seeds must each hold at least one entry"),
-        ({"seeds": ()}, "models and seeds must each hold at least one entry"),
+        ({"seeds": ()}, "seeds must hold at least one entry"),
+        ({"workers": 0}, "workers is 0; it must be at least 1"),
         ({"dim": 0}, "dim is 0; it must be at least 1"),
         ({"steps": -3}, "steps is -3; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
@@ -117,7 +119,7 @@ def test_mixtures_have_the_papers_parity():
         ({"seeds": (0, 0)}, "seeds is (0, 0); each entry may occur once"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
-        ({"models": ("mohh",)}, "models is 'mohh'"),
+        ({"models": ("mohh",)}, "models is 'mohh'; it must be one of dense, moh, moe"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
     ],
 )

@@ -2,14 +2,19 @@
 
 from headwise.recipes.table import comparison, domains, markdown, read_csv, write_csv
 
+LABELS = {"moh": "MoH", "dense": "dense"}
 
-def row(model: str, seed: int, perplexity: float, speed: int = 1234) -> dict[str, object]:
+
+def row(
+    model: str, seed: int, perplexity: float, speed: int = 1234, recipe: str = "lm"
+) -> dict[str, object]:
     return {
-        "model": model, "seed": seed, "parameters": 1_500_000, "active_parameters": 1_250_000,
-        "flops_per_token": 3_000_000, "flops_per_token_counted": 3_100_000, "active_heads": 0.75,
-        "perplexity_code": perplexity, "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0,
-        "tokens_per_second": speed, "steps": 400, "tokens": 819_200, "precision": "fp32",
-        "device": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "python": "3",
+        "recipe": recipe, "model": model, "label": LABELS[model], "seed": seed, "parameters":
+        1_500_000, "active_parameters": 1_250_000, "flops_per_token": 3_000_000,
+        "flops_per_token_counted": 3_100_000, "active_heads": 0.75, "perplexity_code":
+        perplexity, "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0, "tokens_per_second":
+        speed, "steps": 400, "tokens": 819_200, "precision": "fp32", "device": "a CPU",
+        "threads": 2, "torch": "2", "transformers": "5", "python": "3",
     }  # fmt: skip
 
 
@@ -33,3 +38,12 @@ def test_table_is_the_same_after_a_file(tmp_path):
     assert markdown(read_csv(tmp_path / "lm.csv")) == markdown(ROWS)
     assert markdown(ROWS).splitlines()[1].startswith("| --- | ---: |")
     assert [line[:9] for line in markdown(ROWS).splitlines()[2:4]] == ["| MoH | 1", "| dense |"]
+
+
+def test_published_figures_stand_in_columns_of_their_own():
+    rows = [row("dense", 0, 11.0, recipe="moh-budget"), row("moh", 0, 10.0, recipe="moh-budget")]
+    columns, cells = comparison(rows)
+    assert columns[-1] == "LLM-S ↑ (published)"
+    assert [line[-1] for line in cells] == ["43.9", "–"]
+    assert "by arXiv 2410.11842; not measured here" in markdown(rows)
+    assert "published" not in markdown(ROWS)

@@ -1,6 +1,9 @@
 """The papers' mixtures of text, from datasets that the Hub still has as plain files."""
 
-from headwise.data.sources import Source
+import json
+from pathlib import Path
+
+from headwise.data.sources import Source, check_names
 
 MOH_LLM = (
     Source("emozilla/dolma-v1_7-305B", weight=61.28, domain="Dolma"),
@@ -44,3 +47,26 @@ of the Stack v2; the others as in `MOH_LLM`. What is nearest to the original as 
 `Source("cerebras/SlimPajama-627B")`: RedPajama without duplicates, as one source whose parts have
 the shares that were left of them.
 """
+
+MIXTURES = {"moh-llm": MOH_LLM, "red-pajama": RED_PAJAMA}
+SUFFIX = ".mixture.json"
+
+
+def find_mixture(data: str | None) -> tuple[Source, ...] | None:
+    """The mixture of that name, or in that file; None where data is neither.
+
+    Args:
+        data: A name in `MIXTURES`, or a file whose name ends in .mixture.json: a list of objects
+            with the fields of `Source`.
+
+    Raises:
+        ValueError: If the file cannot be read as that.
+    """
+    if data is None or not data.endswith(SUFFIX):
+        return MIXTURES.get(data or "")
+    try:
+        sources = tuple(Source(**fields) for fields in json.loads(Path(data).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{data} cannot be read as a list of sources: {error}") from None
+    check_names(sources)
+    return sources

@@ -48,6 +48,11 @@ def load_text(data: str | None = None) -> list[Domain]:
     return [_split(data, _hugging_face(data))]
 
 
+def subdirectories(path: Path) -> list[Path]:
+    """Directories in a directory that are not hidden: its domains."""
+    return [p for p in sorted(path.iterdir()) if p.name[0] != "." and p.is_dir()]
+
+
 def embedded_text() -> list[Domain]:
     """Two domains that every Python carries: its library's source, and its reference in prose.
 
@@ -181,14 +186,13 @@ def held_out(names: Iterable[str]) -> set[str]:
 
 
 def _domains_of_directory(path: Path) -> list[Domain]:
-    entries = [p for p in sorted(path.iterdir()) if p.name[0] != "."]
-    subdirectories = [p for p in entries if p.is_dir()]
-    if subdirectories and len(subdirectories) < len(entries):
-        beside = next(p for p in entries if not p.is_dir())
+    domains = subdirectories(path)
+    beside = next((p for p in sorted(path.iterdir()) if p.name[0] != "." and p.is_file()), None)
+    if domains and beside is not None:
         raise ValueError(
             f"{beside} lies beside directories, each of which is a domain; move it into one"
         )
-    return [_domain(root) for root in (subdirectories or [path])]
+    return [_domain(root) for root in (domains or [path])]
 
 
 def _domain(root: Path) -> Domain:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from headwise.recipes.comparison import ComparisonRun
 from headwise.recipes.lm import LanguageModelRun, lm
 from headwise.recipes.masked import MaskedRun, masked
 
-RECIPES: dict[str, Callable[[], LanguageModelRun | MaskedRun]] = {"lm": lm, "masked": masked}
+RECIPES: dict[str, Callable[[], ComparisonRun | MaskedRun]] = {"lm": lm, "masked": masked}
 
 
-def carry_out(run: LanguageModelRun | MaskedRun) -> None:
+def carry_out(run: ComparisonRun | MaskedRun) -> None:
     """Train the models of a run, compare them, and write down what came out.
 
     Raises:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 RUN_FILE = "run.json"
 MODELS = "models"
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to"}
+_FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to", "workers"}
 
 
 class RunDirectory:
@@ -22,7 +22,8 @@ class RunDirectory:
     run.json                  the resolved configuration and a fingerprint of the text
     models/NAME-seedS/        finished models and tokenizer, as AutoModel takes them
     checkpoints/NAME-seedS/   Trainer's checkpoints
-    results.csv experts.csv record.json report.html
+    logs/NAME-seedS.log       what a model printed that was trained in a process of its own
+    results.csv experts.csv figure.png record.json report.html
     """
 
     def __init__(self, root: Path):
@@ -35,6 +36,10 @@ class RunDirectory:
     def checkpoints(self, name: str, seed: int) -> Path:
         """Where Trainer keeps checkpoints of a model."""
         return self.root / "checkpoints" / f"{name}-seed{seed}"
+
+    def log(self, name: str, seed: int) -> Path:
+        """What a process of its own printed while it trained a model."""
+        return self.root / "logs" / f"{name}-seed{seed}.log"
 
     def check(self, run: Any) -> None:
         """Whether the run may have the directory; nothing is touched.

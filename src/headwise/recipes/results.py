@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headwise.analysis.experts import expert_use
 from headwise.analysis.records import (
@@ -24,6 +24,7 @@ from headwise.analysis.records import (
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_flops, count_parameters, measure_flops
 from headwise.recipes import table
+from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.directory import RunDirectory, write_whole
 from headwise.recipes.evaluation import (
     RoutingStatistics,
@@ -33,18 +34,10 @@ from headwise.recipes.evaluation import (
     routed_text,
 )
 from headwise.recipes.generation import continue_text
-from headwise.recipes.lm import LABELS, LanguageModelRun
+from headwise.recipes.text import Text
 
 _PASSAGE_TOKENS = 160
 _RESULT_FILE = "result.json"
-
-
-class Text(NamedTuple):
-    """The run's text in tokens: a stream to train on and the held-out files, by domain."""
-
-    tokenizer: PreTrainedTokenizerFast
-    training: dict[str, Tokens]
-    validation: dict[str, dict[str, Tokens]]
 
 
 class Trained(NamedTuple):
@@ -55,12 +48,19 @@ class Trained(NamedTuple):
 
 
 def measure(
-    run: LanguageModelRun, text: Text, trainer: SafeTrainer, name: str, seed: int
+    run: ComparisonRun, text: Text, trainer: SafeTrainer, variant: Variant, seed: int
 ) -> Trained:
     """Everything that the table and the report say of a model that has just been trained."""
     model = trainer.model
     statistics = RoutingStatistics(model)
-    row = {"recipe": "lm", "model": name, "seed": seed, **_cost(run, model)}
+    row = {
+        "recipe": run.recipe,
+        "model": variant.name,
+        "label": variant.label,
+        "position": variant.position,
+        "seed": seed,
+        **_cost(run, model),
+    }
     for domain, files in text.validation.items():
         losses = file_losses(
             model,
@@ -76,13 +76,17 @@ def measure(
             f"perplexity_{domain}_q3": round(high, 3),
         }
     row["tokens_per_second"] = round(trainer.speed.tokens_per_second())
-    row |= {"steps": run.steps, "tokens": run.steps * run.batch_size * run.sequence_length}
+    row |= {
+        "workers": run.workers,
+        "steps": run.steps,
+        "tokens": run.steps * run.batch_size * run.sequence_length,
+    }
     row |= environment(run.precision)
     heads = statistics.head_loads()
     history = trainer.state.log_history
     record = ModelRecord(
-        name=name,
-        label=LABELS[name],
+        name=variant.name,
+        label=variant.label,
         seed=seed,
         training=_curve(history, "loss"),
         validation=_curve(history, "eval_loss"),
@@ -97,7 +101,7 @@ def measure(
     return Trained(row, record)
 
 
-def _cost(run: LanguageModelRun, model: PreTrainedModel) -> dict[str, Any]:
+def _cost(run: ComparisonRun, model: PreTrainedModel) -> dict[str, Any]:
     total, active = count_parameters(model)
     ids = torch.zeros(1, run.sequence_length, dtype=torch.long, device=model.device)
     model.eval()
@@ -162,26 +166,27 @@ def read_result(directory: Path) -> Trained | None:
     return Trained(saved["row"], model_from_dict(saved["record"]))
 
 
-def report(
-    run: LanguageModelRun, directory: RunDirectory, text: Text, trained: list[Trained]
-) -> None:
-    """Print the table, and write results.csv, experts.csv, record.json and report.html."""
+def report(run: ComparisonRun, directory: RunDirectory, text: Text, trained: list[Trained]) -> None:
+    """Print the table, and write results.csv, experts.csv, figure.png, record.json and
+    report.html."""
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
+    from headwise.recipes.figure import draw_comparison
 
     rows = [result.row for result in trained]
     table.write_csv(directory.root / "results.csv", rows)
     if of_experts := _expert_rows(trained):
         table.write_csv(directory.root / "experts.csv", of_experts)
+    draw_comparison(rows, directory.root / "figure.png")
     columns, cells = table.comparison(rows)
     best = min(trained, key=lambda result: _mean_log_perplexity(result.row))
     sample = _sample(run, directory.model(best.record.name, best.record.seed), text)
     record = RunRecord(
-        title="headwise: language models at equal FLOPs per token",
+        title=f"headwise: {run.title}",
         facts=_facts(run, text, rows[0]),
         table_columns=columns,
         table_rows=cells,
-        notes=_NOTES,
+        notes=_notes(run, rows),
         models=[result.record for result in trained],
         sample_model=f"{best.record.label}, seed {best.record.seed}",
         sample_prompt=run.sample_prompt,
@@ -190,10 +195,13 @@ def report(
     write_whole(directory.root / "record.json", lambda path: path.write_text(to_json(record)))
     page = write_report(record, directory.root / "report.html")
     console = Console()
-    console.print(table.for_terminal(rows))
+    console.print(table.for_terminal(rows, run.title))
     console.print(f"\n[bold]{record.sample_model}[/bold] continues {run.sample_prompt!r}:\n")
     console.print(sample, markup=False, highlight=False)
-    console.print(f"\nTable: {directory.root / 'results.csv'}\nPage:  {page}")
+    written = {"Table": "results.csv", "Figure": "figure.png", "Page": page.name}
+    console.print(
+        "", *(f"{what}:\t{directory.root / name}" for what, name in written.items()), sep="\n"
+    )
 
 
 def _expert_rows(trained: list[Trained]) -> list[table.Row]:
@@ -207,13 +215,20 @@ def _expert_rows(trained: list[Trained]) -> list[table.Row]:
     return rows
 
 
-_NOTES = [
-    table.LEGEND,
+_EQUAL = (
     "All models cost the same FLOPs per token, computed: the dense MLPs take up what routers cost "
-    "and what heads that are off save.",
-    "Where more FLOPs were counted than computed, heads that are off were computed and masked.",
-    "Models this small, trained this briefly, say little about large ones.",
-]
+    "and what heads that are off save."
+)
+_UNEQUAL = "Models differ in what they cost: all have MLPs of one width, whatever is off."
+_COUNTED = (
+    "Where more FLOPs were counted than computed, heads that are off were computed and masked."
+)
+_SMALL = "Models this small, trained this briefly, say little about large ones."
+
+
+def _notes(run: ComparisonRun, rows: list[table.Row]) -> list[str]:
+    cost = _UNEQUAL if run.cost_of() is None else _EQUAL
+    return [table.legend(rows), cost, _COUNTED, _SMALL]
 
 
 def _mean_log_perplexity(row: table.Row) -> float:
@@ -221,14 +236,14 @@ def _mean_log_perplexity(row: table.Row) -> float:
     return float(np.log(values).mean())
 
 
-def _sample(run: LanguageModelRun, directory: Path, text: Text) -> str:
+def _sample(run: ComparisonRun, directory: Path, text: Text) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory)
     return continue_text(
         model, text.tokenizer, run.sample_prompt, max_new_tokens=160, temperature=0.8, seed=0
     )
 
 
-def _facts(run: LanguageModelRun, text: Text, row: table.Row) -> dict[str, str]:
+def _facts(run: ComparisonRun, text: Text, row: table.Row) -> dict[str, str]:
     shares = {name: len(tokens) for name, tokens in text.training.items()}
     return {
         "Text": run.data or "Python's library (code) and its reference (prose)",

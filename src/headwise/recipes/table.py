@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headwise.recipes.directory import write_whole
-from headwise.recipes.lm import LABELS
+from headwise.recipes.published import PUBLISHED
 
 Row = dict[str, Any]
 
@@ -18,8 +18,9 @@ Row = dict[str, Any]
 LEGEND = (
     "PPL: perplexity of all tokens of the held-out files, in brackets the quartiles of the files. "
     "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
-    "torch's counter saw run. tokens/s: training, median step. ±: deviation over seeds."
+    "torch's counter saw run. ±: deviation over seeds."
 )
+_SPEED = " tokens/s: training, median step."
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -41,7 +42,11 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column heads with units, and one row of cells a model: see `LEGEND`."""
+    """Column heads with units, and one row of cells a model: see `legend`.
+
+    Where a paper published the same comparison, its figures stand in the last columns.
+    """
+    published = PUBLISHED.get(rows[0]["recipe"])
     columns = [
         "model",
         "params (M)",
@@ -50,22 +55,29 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "counted",
         "heads on",
         *(f"PPL {domain} ↓" for domain in domains(rows[0])),
-        "tokens/s ↑",
+        *(["tokens/s ↑"] if _alone(rows) else []),
+        *(f"{column} (published)" for column in (published.columns if published else ())),
     ]
     cells = []
     for name in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == name]
         cells.append([
-            LABELS.get(name, name),
+            runs[0]["label"],
             _mean(runs, "parameters", "{:.2f}", 1e-6),
             _mean(runs, "active_parameters", "{:.2f}", 1e-6),
             _mean(runs, "flops_per_token", "{:.2f}", 1e-6),
             _mean(runs, "flops_per_token_counted", "{:.2f}", 1e-6),
             _mean(runs, "active_heads", "{:.0f} %", 100),
             *(_perplexity(runs, domain) for domain in domains(rows[0])),
-            _mean(runs, "tokens_per_second", "{:,.0f}"),
+            *([_mean(runs, "tokens_per_second", "{:,.0f}")] if _alone(rows) else []),
+            *(published.of(name) if published else ()),
         ])  # fmt: skip
     return columns, cells
+
+
+def _alone(rows: Sequence[Row]) -> bool:
+    """Whether each model had the machine for itself; otherwise its speed says little."""
+    return all(int(row["workers"]) == 1 for row in rows)
 
 
 def domains(row: Row) -> list[str]:
@@ -78,7 +90,16 @@ def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table, its legend, and what it was measured on."""
     columns, cells = comparison(rows)
     table = in_markdown(columns, cells)
-    return f"{table}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+    return f"{table}\n\n{legend(rows)}\nMeasured on {measured_on(rows)}.\n"
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What the columns are, and where published ones come from."""
+    text = LEGEND + _SPEED if _alone(rows) else LEGEND
+    published = PUBLISHED.get(rows[0]["recipe"])
+    if published is None:
+        return text
+    return f"{text} (published): {published.what}, by {published.source}; not measured here."
 
 
 def in_markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -98,12 +119,12 @@ def measured_on(rows: Sequence[Row]) -> str:
     )
 
 
-def for_terminal(rows: Sequence[Row]) -> Table:
+def for_terminal(rows: Sequence[Row], title: str) -> Table:
     """The comparison as a rich table."""
     columns, cells = comparison(rows)
     table = Table(
-        title="At equal FLOPs per token",
-        caption=LEGEND,
+        title=title,
+        caption=legend(rows),
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,

@@ -1,0 +1,72 @@
+"""A comparison's last numbers: each model and seed in each domain."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from headwise.analysis.plots.style import INK, MARKERS, VARIANTS, cycle, mean, styled
+
+Point = tuple[str, float | None, float]
+
+
+@styled
+def comparison(panels: Mapping[str, Sequence[Point]], *, axis: str | None) -> Figure:
+    """Perplexities, a panel a domain: against `axis` where there is one, else a row a model.
+
+    Args:
+        panels: For each domain a point (label, position on the axis, perplexity) a model and seed.
+        axis: What the positions are.
+    """
+    rows = len({label for label, _, _ in next(iter(panels.values()))})
+    height = 3.2 if axis else 1.3 + 0.34 * rows
+    figure = Figure(figsize=(4.4 * len(panels), height), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=axis is None)[0]
+    for axes, (domain, points) in zip(all_axes, panels.items(), strict=True):
+        axes.set_title(domain)
+        if axis is None:
+            _rows(axes, points)
+        else:
+            _line(axes, points, axis)
+    return figure
+
+
+def _rows(axes: Axes, points: Sequence[Point]) -> None:
+    """A marker a seed, a bar at the mean; the first model on top."""
+    by_label: dict[str, list[float]] = {}
+    for label, _, value in points:
+        by_label.setdefault(label, []).append(value)
+    for row, values in enumerate(by_label.values()):
+        colour, marker = cycle(VARIANTS, row), cycle(MARKERS, row)
+        axes.plot(values, [row] * len(values), marker, color=colour, markersize=7, alpha=0.75)
+        axes.vlines(mean(values), row - 0.3, row + 0.3, color=INK, linewidth=1.6)
+    axes.set_yticks(range(len(by_label)), list(by_label))
+    axes.set_ylim(len(by_label) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("Perplexity (a marker a seed, a bar at the mean)")
+
+
+def _line(axes: Axes, points: Sequence[Point], axis: str) -> None:
+    """Means joined, the band is the range over seeds. Models without a position are levels."""
+    by_position: dict[float, list[float]] = {}
+    levels: dict[str, list[float]] = {}
+    for label, position, value in points:
+        if position is None:
+            levels.setdefault(label, []).append(value)
+        else:
+            by_position.setdefault(position, []).append(value)
+    at = sorted(by_position)
+    for label, values in levels.items():
+        axes.axhline(mean(values), color=INK, linewidth=1, linestyle="--", label=label)
+        axes.axhspan(min(values), max(values), color=INK, alpha=0.08, linewidth=0)
+    axes.plot(at, [mean(by_position[x]) for x in at], "o-", color=VARIANTS[1], markersize=4.5)
+    low, high = ([end(by_position[x]) for x in at] for end in (min, max))
+    axes.fill_between(at, low, high, color=VARIANTS[1], alpha=0.18, linewidth=0)
+    axes.set_xlabel(axis)
+    axes.set_ylabel("Perplexity (band: range over seeds)")
+    if levels:
+        axes.legend()

@@ -1,0 +1,174 @@
+"""A comparison of language models: what every such run says of sizes, training and output."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from headwise.hf import MoEConfig, MoHConfig
+from headwise.ops.choice import check_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model of a comparison: a dense Llama, and what becomes of its attention and MLPs.
+
+    Attributes:
+        name: In files and rows ("mh_moe").
+        label: For people ("MH-MoE").
+        attention: What `convert` makes of every attention; None leaves it.
+        mlp: What `convert` puts for MLPs; None leaves them.
+        ternary: Whether all linear maps of its layers have ternary weights (BitNet b1.58).
+        train_on: Domains that it trains on; all of them if empty. It is scored on all.
+        position: Where it stands on the axis of a study that has one.
+    """
+
+    name: str
+    label: str
+    attention: MoHConfig | None = None
+    mlp: MoEConfig | None = None
+    ternary: bool = False
+    train_on: tuple[str, ...] = ()
+    position: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRun:
+    """Models that are trained on the same text in the same way, and compared.
+
+    Attributes:
+        output: Directory of the run.
+        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
+            mixture of datasets to stream: "moh-llm", "red-pajama", or a file of sources whose name
+            ends in .mixture.json.
+        models: Which of the models to train, by name; all of them if empty.
+        seeds: Each model is trained once with each.
+        workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
+            on its share of the processor's cores.
+        dim: Width of the models.
+        num_layers: Layers.
+        num_heads: Attention heads of a layer.
+        mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
+        vocab_size: Entries of the tokenizer that is trained on the text.
+        sequence_length: Tokens that a model sees at once.
+        num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
+        top_k: Experts that a token of the sparse MoE goes to.
+        every: Experts replace the MLP of every `every`-th layer.
+        balance_coefficient: Factor of the balance losses.
+        steps: Optimizer steps.
+        batch_size: Sequences of a step, over all processes.
+        device_batch_size: Sequences that a process computes at a time; None for all of its share.
+        learning_rate: Peak, reached after warmup_steps, cosine to a tenth of it.
+        warmup_steps: Steps of linear warmup.
+        weight_decay: Of AdamW.
+        precision: "fp32", or "bf16" for autocast.
+        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
+        eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        log_every: Steps between two points of the training curve.
+        eval_every: Steps between two points of the validation curve.
+        save_every: Steps between two checkpoints.
+        sample_prompt: What the best model continues in the report.
+        report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
+        resume: Go on with the run in `output`.
+        overwrite: Delete the run in `output` and start anew.
+    """
+
+    output: Path = Path("runs/lm")
+    data: str | None = None
+    models: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    workers: int = 1
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 8
+    mlp_dim: int = 344
+    vocab_size: int = 4096
+    sequence_length: int = 256
+    num_experts: int = 8
+    top_k: int = 1
+    every: int = 2
+    balance_coefficient: float = 0.01
+    steps: int = 400
+    batch_size: int = 8
+    device_batch_size: int | None = None
+    learning_rate: float = 3e-3
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    domain_exponent: float = 0.5
+    eval_blocks_per_file: int = 4
+    log_every: int = 10
+    eval_every: int = 100
+    save_every: int = 100
+    sample_prompt: str = "def "
+    report_to: tuple[str, ...] = field(default=())
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one entry")
+        for field_name in ("models", "seeds"):
+            values = getattr(self, field_name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field_name} is {values}; each entry may occur once")
+        check_choice("precision", self.precision, Literal["fp32", "bf16"])
+        for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "batch_size"):
+            _check_at_least(1, name, getattr(self, name))
+        for name in ("every", "log_every", "eval_every", "save_every", "eval_blocks_per_file"):
+            _check_at_least(1, name, getattr(self, name))
+        _check_at_least(1, "workers", self.workers)
+        _check_at_least(2, "sequence_length", self.sequence_length)
+        _check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
+        _check_at_least(0, "warmup_steps", self.warmup_steps)
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
+            )
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.domain_exponent <= 1:
+            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite are both set; choose one")
+        self.chosen()
+
+    @property
+    def title(self) -> str:
+        """Of the table and the page."""
+        raise NotImplementedError
+
+    @property
+    def recipe(self) -> str:
+        """Name in rows of results."""
+        raise NotImplementedError
+
+    def variants(self) -> list[Variant]:
+        """All models of the comparison, in the order of the table.
+
+        Raises:
+            ValueError: If one of them cannot be built in these sizes.
+        """
+        raise NotImplementedError
+
+    def cost_of(self) -> Variant | None:
+        """The variant whose FLOPs per token all others are given; None compares unequal costs."""
+        return self.variants()[0]
+
+    def chosen(self) -> list[Variant]:
+        """The variants that `models` names.
+
+        Raises:
+            ValueError: If it names one that the comparison does not have.
+        """
+        known = {variant.name: variant for variant in self.variants()}
+        for name in self.models:
+            if name not in known:
+                raise ValueError(f"models is {name!r}; it must be one of {', '.join(known)}")
+        return [known[name] for name in self.models or known]
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

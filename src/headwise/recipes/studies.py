@@ -1,0 +1,228 @@
+"""The papers' tables as comparisons: which models each of them trains."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig
+from headwise.nn import HeadBudget
+from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.text import domain_names
+from headwise.recipes.variants import fine_grained_moe, mh_moe, sparse_moe
+
+
+class Study(NamedTuple):
+    """A question and the models that answer it.
+
+    Attributes:
+        question: What the comparison is to tell.
+        variants: The models, for a run of given sizes.
+        equal_cost: Whether all are given the FLOPs per token of the first; otherwise all have MLPs
+            of one width, and heads that are off make a model cheaper.
+        axis: What `Variant.position` is; None where the models stand on no axis.
+    """
+
+    question: str
+    variants: Callable[[ComparisonRun], Sequence[Variant]]
+    equal_cost: bool = True
+    axis: str | None = None
+
+
+DENSE = Variant(name="dense", label="dense")
+
+
+def mixtures(run: ComparisonRun, shared_expert_dim: int | None = None) -> list[Variant]:
+    """The four mixtures of MH-MoE's tables, at the FLOPs and parameters of the sparse one."""
+    shared = {"shared_expert_dim": shared_expert_dim}
+    return [
+        Variant(name="moe", label="sparse MoE", mlp=sparse_moe(run, **shared)),
+        Variant(name="fine", label="fine-grained MoE", mlp=fine_grained_moe(run, **shared)),
+        *(
+            Variant(
+                name=f"mh_moe_{h}",
+                label=f"MH-MoE, {h} heads",
+                mlp=mh_moe(run, heads=h, top_k=h, **shared),
+            )
+            for h in (2, 3)
+        ),
+    ]
+
+
+def mhmoe_main(run: ComparisonRun) -> list[Variant]:
+    return [DENSE, *mixtures(run)]
+
+
+def mhmoe_shared_expert(run: ComparisonRun) -> list[Variant]:
+    return mixtures(run, shared_expert_dim=run.mlp_dim)
+
+
+def mhmoe_bitnet(run: ComparisonRun) -> list[Variant]:
+    return [replace(variant, ternary=True) for variant in mhmoe_main(run)]
+
+
+def mhmoe_layers(run: ComparisonRun) -> list[Variant]:
+    split = {
+        "neither": ("neither layer", False, False),
+        "head": ("head layer only", True, False),
+        "merge": ("merge layer only", False, True),
+        "both": ("both layers", True, True),
+    }
+    sparse, fine = sparse_moe(run), fine_grained_moe(run)
+    whole = {
+        "moe": ("sparse MoE", sparse),
+        "moe_both": ("sparse MoE, both layers", _with_layers(sparse)),
+        "fine": ("fine-grained MoE", fine),
+        "fine_both": ("fine-grained MoE, both layers", _with_layers(fine)),
+    }
+    return [
+        *(
+            Variant(
+                name=name,
+                label=f"MH-MoE, {layers}",
+                mlp=mh_moe(run, heads=2, top_k=2, head_layer=head, merge_layer=merge),
+            )
+            for name, (layers, head, merge) in split.items()
+        ),
+        *(Variant(name=name, label=label, mlp=mlp) for name, (label, mlp) in whole.items()),
+    ]
+
+
+def mhmoe_heads(run: ComparisonRun) -> list[Variant]:
+    return [
+        Variant(name=f"h{h}", label=f"{h} heads", mlp=mh_moe(run, heads=h, top_k=2), position=h)
+        for h in (1, 2, 3, 4, 6, 8, 12, 16)
+    ]
+
+
+def moh_components(run: ComparisonRun) -> list[Variant]:
+    return [
+        DENSE,
+        Variant(name="routed", label="routed heads only", attention=moh(run, shared=0)),
+        Variant(
+            name="shared",
+            label="and shared heads",
+            attention=moh(run, router="one_stage"),
+        ),
+        Variant(name="two_stage", label="and two-stage routing", attention=moh(run)),
+    ]
+
+
+def moh_shared_share(run: ComparisonRun) -> list[Variant]:
+    active = HeadBudget.resolve(run.num_heads, shared=0, active=0.75).active_heads
+    counts = dict.fromkeys(round(share * active) for share in (0.14, 0.29, 0.44, 0.59, 0.74))
+    return [
+        Variant(
+            name=f"shared_{count}",
+            label=f"{count} of {active} heads shared",
+            attention=moh(run, shared=count, active=active),
+            position=100 * count / active,
+        )
+        for count in counts
+    ]
+
+
+def moh_budget(run: ComparisonRun) -> list[Variant]:
+    heads = run.num_heads
+    actives = dict.fromkeys(round(heads * eighths / 8) for eighths in range(8, 1, -1))
+    return [
+        DENSE,
+        *(
+            Variant(
+                name=f"moh_{100 * active // heads}",
+                label=f"MoH, {active} of {heads} heads",
+                attention=moh(run, shared=max(1, round(0.4 * active)), active=active),
+                position=100 * active / heads,
+            )
+            for active in actives
+        ),
+    ]
+
+
+def moh_routing(run: ComparisonRun) -> list[Variant]:
+    return [
+        Variant(
+            name=f"{scores}_{mode}",
+            label=f"{scores}, mode {mode}",
+            attention=moh(run, scores=scores, mode=mode),
+        )
+        for scores in ("softmax", "sparsemax", "sigmoid")
+        for mode in ("released", "paper")
+    ]
+
+
+def combined(run: ComparisonRun) -> list[Variant]:
+    heads, sparse, split = moh(run), sparse_moe(run), mh_moe(run, heads=2, top_k=2)
+    return [
+        DENSE,
+        Variant(name="moh", label="MoH", attention=heads),
+        Variant(name="moe", label="sparse MoE", mlp=sparse),
+        Variant(name="moh_moe", label="MoH + sparse MoE", attention=heads, mlp=sparse),
+        Variant(name="mh_moe", label="MH-MoE", mlp=split),
+        Variant(name="moh_mh_moe", label="MoH + MH-MoE", attention=heads, mlp=split),
+    ]
+
+
+def domains(run: ComparisonRun) -> list[Variant]:
+    names = domain_names(run.data)
+    if len(names) < 2:
+        raise ValueError(
+            f"data is {run.data!r}, one domain; the study takes a directory with a subdirectory "
+            "for each of two or more"
+        )
+    models = [v for v in combined(run) if v.name in ("dense", "moh", "moe", "mh_moe")]
+    return [
+        replace(
+            variant,
+            name=f"{variant.name}_{name}",
+            label=f"{variant.label}, trained on {name}",
+            train_on=(name,),
+        )
+        for name in names
+        for variant in models
+    ]
+
+
+def moh(run: ComparisonRun, **changes: Any) -> MoHConfig:
+    """Mixture-of-Head attention with three of four heads on, unless the changes say otherwise."""
+    fields: dict[str, Any] = {
+        "shared": 0.4,
+        "active": 0.75,
+        "balance_coefficient": run.balance_coefficient,
+    }
+    return MoHConfig(**fields | changes)
+
+
+def _with_layers(mlp: MoEConfig) -> MHMoEConfig:
+    """The mixture between a head and a merge layer, its tokens whole."""
+    return MHMoEConfig(num_heads=1, **asdict(mlp))
+
+
+STUDIES = {
+    "mhmoe-main": Study("Do sub-tokens pay at equal FLOPs and parameters?", mhmoe_main),
+    "mhmoe-shared-expert": Study("And beside an expert for all tokens?", mhmoe_shared_expert),
+    "mhmoe-bitnet": Study("And with ternary weights?", mhmoe_bitnet),
+    "mhmoe-layers": Study("What do head and merge layer contribute?", mhmoe_layers),
+    "mhmoe-heads": Study(
+        "How many heads should MH-MoE have? (left open)", mhmoe_heads, axis="heads of MH-MoE"
+    ),
+    "moh-components": Study(
+        "What do shared heads and two-stage routing contribute?", moh_components, equal_cost=False
+    ),
+    "moh-shared-share": Study(
+        "How many of the active heads should be shared?",
+        moh_shared_share,
+        equal_cost=False,
+        axis="shared heads (% of those that are on)",
+    ),
+    "moh-budget": Study(
+        "How far can heads be switched off? (left open)",
+        moh_budget,
+        equal_cost=False,
+        axis="heads on (%)",
+    ),
+    "moh-routing": Study(
+        "Which scores and which formulas should route heads?", moh_routing, equal_cost=False
+    ),
+    "combined": Study("Do MoH and MH-MoE add up in one model?", combined),
+    "domains": Study("What does a model know of text of another kind?", domains),
+}

@@ -1,0 +1,118 @@
+"""The studies: what they compare, at what cost, and that every model of theirs can be trained."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from headwise.data.text import load_text
+from headwise.parity import count_flops, count_parameters
+from headwise.recipes.experiment import SCALES, StudyRun, tiny
+from headwise.recipes.published import PUBLISHED
+from headwise.recipes.studies import STUDIES
+from headwise.recipes.text import domain_names
+from headwise.recipes.variants import build_model
+
+V = 211
+MODELS = [(study, variant.name) for study in STUDIES for variant in tiny(study).variants()]
+
+
+def flops(run: StudyRun, model: torch.nn.Module) -> float:
+    return sum(count_flops(model, sequence_length=run.sequence_length).values())
+
+
+def built(study: str) -> dict[str, torch.nn.Module]:
+    run = tiny(study)
+    return {v.name: build_model(run, v, vocab_size=V, seed=0) for v in run.variants()}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_names_are_each_once(study):
+    for variants in (SCALES[scale](study).variants() for scale in SCALES):
+        assert len({v.name for v in variants}) == len({v.label for v in variants}) == len(variants)
+
+
+@pytest.mark.parametrize(("study", "name"), MODELS)
+def test_every_model_learns(study, name):
+    run = dataclasses.replace(tiny(study), num_layers=2)
+    (variant,) = (v for v in run.variants() if v.name == name)
+    model = build_model(run, variant, vocab_size=V, seed=0).train()
+    torch.manual_seed(0)
+    ids = torch.randint(0, V, (2, 24))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert 4 < loss.item() < 7  # ln 211 is 5.35
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+@pytest.mark.parametrize("study", [name for name, study in STUDIES.items() if study.equal_cost])
+def test_models_of_a_study_cost_the_same(study):
+    run = tiny(study)
+    costs = {name: flops(run, model) for name, model in built(study).items()}
+    target = costs[run.variants()[0].name]
+    assert {name: cost for name, cost in costs.items() if abs(cost / target - 1) > 0.005} == {}
+
+
+def test_mixtures_of_a_study_have_the_same_parameters():
+    models = built("mhmoe-main")
+    totals = [count_parameters(models[name])[0] for name in models if name != "dense"]
+    # Routers differ, and the dense MLPs that pay for them.
+    assert max(totals) / min(totals) < 1.03
+
+
+def test_switching_heads_off_makes_a_model_cheaper():
+    run = tiny("moh-budget")
+    costs = [flops(run, model) for name, model in built("moh-budget").items() if name != "dense"]
+    assert costs == sorted(costs, reverse=True)
+    assert [v.position for v in run.variants()] == [None, 100, 87.5, 75, 62.5, 50, 37.5, 25]
+
+
+def test_shared_shares_are_those_of_the_paper_as_far_as_heads_allow():
+    assert [round(v.position) for v in tiny("moh-shared-share").variants()] == [17, 33, 50, 67]
+
+
+@pytest.mark.parametrize("study", PUBLISHED)
+def test_published_figures_are_of_models_that_the_study_has(study):
+    published, names = PUBLISHED[study], {v.name for v in tiny(study).variants()}
+    assert set(published.rows) <= names
+    assert {len(row) for row in published.rows.values()} <= {len(published.columns)}
+
+
+def test_domains_are_trained_on_one_by_one():
+    variants = tiny("domains").variants()
+    assert {v.train_on for v in variants} == {("code",), ("prose",)}
+    assert variants[0].name == "dense_code"
+
+
+def test_domains_of_a_single_one_are_refused(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("a\nb\n")
+    with pytest.raises(ValueError, match="one domain; the study takes a directory"):
+        dataclasses.replace(tiny("domains"), data=str(file))
+
+
+@pytest.mark.parametrize("layout", ["file", "directory", "domains"])
+def test_domains_have_the_names_that_loading_gives_them(layout, tmp_path):
+    places = {"file": "a.txt", "directory": "b/a.txt", "domains": "b/c/a.txt"}
+    data = {"file": "a.txt", "directory": "b", "domains": "b"}
+    path = tmp_path / places[layout]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("one\ntwo\nthree\n")
+    name = str(tmp_path / data[layout])
+    assert domain_names(name) == [domain.name for domain in load_text(name)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"study": "moh"}, "study is 'moh'; it must be one of mhmoe-main"),
+        ({"study": "combined", "scale": "huge"}, "scale is 'huge'; it must be one of"),
+        ({"study": "combined", "models": ("h2",)}, "models is 'h2'; it must be one of dense, moh"),
+        ({"study": "mhmoe-main", "dim": 128}, "heads is 3; it must divide dim = 128"),
+    ],
+)
+def test_impossible_studies_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StudyRun(**fields)

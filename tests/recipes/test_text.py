@@ -1,0 +1,88 @@
+"""A run's text: from files, from a mixture that is streamed, and one domain at a time."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from headwise.data.streams import BlockStream
+from headwise.recipes import LanguageModelRun
+from headwise.recipes.comparison import Variant
+from headwise.recipes.text import curve_blocks, domain_names, read_text, training_blocks
+from headwise.recipes.train import train
+
+TINY = {
+    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300, "steps": 4,
+    "sequence_length": 16, "batch_size": 2, "warmup_steps": 0, "eval_blocks_per_file": 1,
+    "models": ("moh_mh_moe",),
+}  # fmt: skip
+ALL, SQUARES = (
+    Variant(name=n, label=n, train_on=t) for n, t in (("all", ()), ("one", ("squares",)))
+)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> str:
+    """A file that names two sources of 300 documents each."""
+    sources = []
+    for name, power in (("squares", 2), ("cubes", 3)):
+        rows = [{"text": f"number {i} to the {power} is {i**power}. " * 3} for i in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = str(tmp_path / f"{name}.jsonl")
+        sources.append({"dataset": "json", "data_files": files, "domain": name, "weight": power})
+    (tmp_path / "powers.mixture.json").write_text(json.dumps(sources))
+    return str(tmp_path / "powers.mixture.json")
+
+
+def test_a_mixture_is_streamed_and_its_held_out_documents_are_scored(mixture, tmp_path):
+    run = LanguageModelRun(output=tmp_path / "run", data=mixture, **TINY)
+    train(run)
+    with (run.output / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["perplexity_squares"]) > 1 < float(row["perplexity_cubes"])
+
+
+def test_a_variant_streams_only_the_sources_that_it_trains_on(mixture):
+    run = LanguageModelRun(data=mixture, **TINY)
+    text = read_text(run)
+    assert list(text.training) == domain_names(mixture) == ["squares", "cubes"]
+    both, one = (training_blocks(run, text, variant, 0) for variant in (ALL, SQUARES))
+    assert isinstance(both, BlockStream)
+    written = [text.tokenizer.decode(next(iter(one))["input_ids"]) for _ in range(20)]
+    assert not any("to the 3" in block for block in written)
+
+
+def test_a_variant_draws_only_from_the_domains_that_it_trains_on(tmp_path):
+    for name in ("squares", "cubes"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i} " * 30)
+    run = LanguageModelRun(data=str(tmp_path), **TINY)
+    text = read_text(run)
+    assert set(text.training) == {"squares", "cubes"} == set(domain_names(str(tmp_path)))
+    assert training_blocks(run, text, ALL, 0).shares == {"cubes": 0.5, "squares": 0.5}
+    assert training_blocks(run, text, SQUARES, 0).shares == {"squares": 1.0}
+    assert len(curve_blocks(run, text)) == 4  # two files of each are held out
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[", "cannot be read as a list of sources"),
+        ('[{"weight": 2}]', "missing 1 required positional argument: 'dataset'"),
+        ('[{"dataset": "a", "weight": -1}]', "weight is -1"),
+        ("[]", "sources are"),
+    ],
+)
+def test_a_broken_mixture_is_refused(written, message, tmp_path):
+    file = tmp_path / "x.mixture.json"
+    file.write_text(written)
+    with pytest.raises(ValueError, match=message):
+        read_text(dataclasses.replace(LanguageModelRun(**TINY), data=str(file)))
+
+
+def test_a_mixture_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"nowhere\.mixture\.json cannot be read"):
+        domain_names("nowhere.mixture.json")
