@@ -6,19 +6,26 @@ LABELS = {"moh": "MoH", "dense": "dense"}
 
 
 def row(
-    model: str, seed: int, perplexity: float, speed: int = 1234, recipe: str = "lm"
+    model: str,
+    seed: int,
+    perplexity: float,
+    *,
+    speed: int = 1234,
+    recipe: str = "lm",
+    workers: int = 1,
 ) -> dict[str, object]:
     return {
-        "recipe": recipe, "model": model, "label": LABELS[model], "seed": seed, "parameters":
-        1_500_000, "active_parameters": 1_250_000, "flops_per_token": 3_000_000,
-        "flops_per_token_counted": 3_100_000, "active_heads": 0.75, "perplexity_code":
-        perplexity, "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0, "tokens_per_second":
-        speed, "steps": 400, "tokens": 819_200, "precision": "fp32", "device": "a CPU",
-        "threads": 2, "torch": "2", "transformers": "5", "python": "3",
+        "recipe": recipe, "model": model, "label": LABELS[model], "seed": seed,
+        "parameters": 1_500_000, "active_parameters": 1_250_000, "active_heads": 0.75,
+        "flops_per_token": 3_000_000, "flops_per_token_counted": 3_100_000,
+        "perplexity_code": perplexity, "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0,
+        "tokens_per_second": speed, "workers": workers, "steps": 400, "tokens": 819_200,
+        "device": "a CPU", "threads": 2, "precision": "fp32",
+        "torch": "2", "transformers": "5", "python": "3",
     }  # fmt: skip
 
 
-ROWS = [row("moh", 0, 10.0), row("moh", 1, 14.0), row("dense", 0, 11.0, 999)]
+ROWS = [row("moh", 0, 10.0), row("moh", 1, 14.0), row("dense", 0, 11.0, speed=999)]
 
 
 def test_one_line_a_model_with_deviation_over_seeds():
@@ -47,3 +54,10 @@ def test_published_figures_stand_in_columns_of_their_own():
     assert [line[-1] for line in cells] == ["43.9", "–"]
     assert "by arXiv 2410.11842; not measured here" in markdown(rows)
     assert "published" not in markdown(ROWS)
+
+
+def test_speed_of_models_trained_side_by_side_is_not_shown():
+    rows = [row("moh", 0, 10.0), row("dense", 0, 11.0, workers=2)]
+    assert "tokens/s ↑" not in comparison(rows)[0]
+    assert "tokens/s" not in markdown(rows)
+    assert "tokens/s" in markdown(ROWS)
