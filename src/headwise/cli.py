@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    from headwise.recipes import RECIPES, carry_out
+    from headwise.recipes import RECIPES
 
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: headwise train RECIPE [OPTIONS]\n")
@@ -64,8 +64,10 @@ def _train(argv: list[str]) -> None:
     name, *fields = argv
     default = _nearest("recipe", name, RECIPES)()
     run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise train {name}")
+    from headwise.recipes.train import train
+
     _quiet_transformers()
-    carry_out(run)
+    train(run)
 
 
 def _experiment(argv: list[str]) -> None:

@@ -102,7 +102,7 @@ def test_mixtures_have_the_papers_parity():
         ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
         ({"vocab_size": 256}, "vocab_size is 256; it must be at least 257"),
         ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
-        ({"num_heads": 3}, "num_heads is 3; dim = 128 must be an even multiple of it"),
+        ({"num_heads": 3}, "num_heads is 3; it must divide dim = 128"),
         ({"num_heads": 128}, "num_heads is 128; dim = 128 must be an even multiple of it"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0"),

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import re
 import shutil
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,20 +15,22 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModel, AutoTokenizer
 
+from headwise.analysis.records import from_json
 from headwise.data.patches import in_floats, patches_of, visual_tokens
-from headwise.recipes import MaskedRun, carry_out, masked
-from headwise.recipes.masked import LABELS, MaskedName, build_model, flops_per_token
-from headwise.recipes.masked_data import masked_pairs, prepare
-from headwise.recipes.masked_table import comparison
-from headwise.recipes.masked_training import perplexities
+from headwise.parity import measure_flops
+from headwise.recipes import MaskedRun, masked
+from headwise.recipes.comparison import Variant
+from headwise.recipes.masked_task import MaskedTask
+from headwise.recipes.table import comparison
+from headwise.recipes.train import train
 
-NAMES = get_args(MaskedName)
+VARIANTS = {variant.name: variant for variant in masked().variants()}
+NAMES = list(VARIANTS)
 TINY = {
     "dim": 12, "num_heads": 2, "num_layers": 2, "mlp_dim": 24, "codebook_size": 7,
     "vocab_size": 300, "num_experts": 3, "batch_size": 3, "steps": 4, "warmup_steps": 1,
     "log_every": 1, "eval_every": 2, "save_every": 2, "eval_pairs": 5, "eval_masks": 3,
 }  # fmt: skip
-SIZES = {"image_size": 8, "num_channels": 1, "vocab_size": 31, "max_text_length": 5}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,17 @@ def images(tmp_path_factory) -> str:
 def finished(images, tmp_path_factory) -> MaskedRun:
     output = tmp_path_factory.mktemp("runs") / "masked"
     run = MaskedRun(output=output, data=images, seeds=(0, 1), **TINY)
-    carry_out(run)
+    train(run)
     return run
+
+
+def variants(run: MaskedRun) -> dict[str, Variant]:
+    return {variant.name: variant for variant in run.variants()}
+
+
+def perplexities(pairs: MaskedTask, model: torch.nn.Module) -> tuple[float, float]:
+    columns = pairs.score(model).columns
+    return columns["perplexity_text"], columns["perplexity_patches"]
 
 
 def rows(run: MaskedRun) -> list[dict[str, str]]:
@@ -63,25 +73,37 @@ def test_a_row_for_every_model_and_seed(finished):
     for row in table:
         assert 1 < float(row["perplexity_patches"]) < 14
         assert 1 < float(row["perplexity_text"]) < 600
-        assert 1 < float(row["guess_patches"]) <= 7
         assert row["tokens"] == str(4 * 3 * (4 + 4))  # 4 patches, "this picture shows one"
     columns, cells = comparison(table)
-    assert [line[0] for line in cells] == ["guess", *LABELS.values()]
+    assert [line[0] for line in cells] == ["dense", "sparse MoE", "X-MoE", "MH-MoE"]
     text = columns.index("PPL text ↓")
     values = [float(row["perplexity_text"]) for row in table[:2]]
     deviation = abs(values[0] - values[1]) / 2**0.5
-    assert cells[1][text] == f"{sum(values) / 2:.3f} ± {deviation:.3f}"
+    assert cells[0][text] == f"{sum(values) / 2:.1f} ± {deviation:.1f}"
+
+
+def test_the_page_tells_tokens_from_patches(finished):
+    record = from_json((finished.output / "record.json").read_text())
+    assert "text" in record.facts["Perplexity of guesses by frequency"]
+    for model in record.models:
+        assert (model.experts is None) == (model.name == "dense")
+        if model.experts:
+            assert list(model.experts.by_domain) == ["text", "patches"]
+            # 4 patches, 4 held-out pairs masked 3 times; each goes to one expert, or to 2 twice.
+            assert model.experts.assignments["patches"] == [
+                48 * (4 if model.name == "mh_moe" else 1)
+            ]
 
 
 def test_a_finished_model_is_what_was_measured(finished):
-    pairs = prepare(finished)
-    _, held_out = masked_pairs(finished, pairs, seed=1)
+    pairs = finished.read()
+    _, held_out = pairs.datasets(VARIANTS["dense"], seed=1)
     assert len(held_out) == 4 * 3  # a tenth of forty, three times
     for row in rows(finished):
         directory = finished.output / "models" / f"{row['model']}-seed{row['seed']}"
         model = AutoModel.from_pretrained(directory)
         want = (float(row["perplexity_text"]), float(row["perplexity_patches"]))
-        assert perplexities(model, held_out, batch_size=5) == pytest.approx(want, abs=1e-3)
+        assert perplexities(pairs, model) == pytest.approx(want, abs=1e-3)
         patches = patches_of(in_floats(pairs.training.pixels), finished.patch_size)
         assert torch.equal(
             visual_tokens(patches, model.codebook), torch.from_numpy(pairs.training.visual)
@@ -104,7 +126,7 @@ def test_resumed_equals_never_stopped(finished, tmp_path, capsys):
             shutil.rmtree(output / "models" / f"{name}-seed{seed}")
             shutil.rmtree(output / "checkpoints" / f"{name}-seed{seed}" / "checkpoint-4")
     capsys.readouterr()
-    carry_out(dataclasses.replace(finished, output=output, resume=True))
+    train(dataclasses.replace(finished, output=output, resume=True))
     assert "step 2/4" not in capsys.readouterr().out
     for name in NAMES:
         weights = (f"models/{name}-seed{seed}/model.safetensors" for seed in (0, 1))
@@ -120,46 +142,52 @@ def test_resumed_equals_never_stopped(finished, tmp_path, capsys):
 
 def test_perplexity_is_that_of_all_masked_tokens_together(finished):
     """Whatever the batches, and a model that knows nothing has that of its vocabulary."""
-    pairs = prepare(finished)
-    _, held_out = masked_pairs(finished, pairs, seed=0)
-    model = build_model(finished, "mh_moe", sizes=pairs.sizes(), codebook=pairs.codebook, seed=0)
-    want = perplexities(model, held_out, batch_size=1)
-    assert perplexities(model, held_out, batch_size=12) == pytest.approx(want)
+    pairs = finished.read()
+    model = pairs.model(variants(finished)["mh_moe"], seed=0)
+    one, twelve = (
+        dataclasses.replace(pairs, run=dataclasses.replace(finished, batch_size=n)) for n in (1, 12)
+    )
+    assert perplexities(twelve, model) == pytest.approx(perplexities(one, model))
     with torch.no_grad():
         for head in (model.text_head, model.image_head):
             head.weight.zero_()
-    assert perplexities(model, held_out, batch_size=5) == pytest.approx(
+    assert perplexities(pairs, model) == pytest.approx(
         (len(pairs.tokenizer), finished.codebook_size)
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_default_models_cost_what_dense_does(name):
-    def flops(name: str) -> float:
-        codebook = torch.zeros(64, 4)
-        return flops_per_token(build_model(masked(), name, sizes=SIZES, codebook=codebook, seed=0))
+def test_default_models_cost_what_dense_does(images):
+    run = dataclasses.replace(masked(), data=images, codebook_size=16)
+    pairs = run.read()
+    costs = [pairs.flops(pairs.model(variant, seed=0)) for variant in run.variants()]
+    assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
 
-    assert flops(name) == pytest.approx(flops("dense"), rel=0.01)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_by_formula_are_those_counted(finished, name):
+    pairs = finished.read()
+    model = pairs.model(variants(finished)[name], seed=0).eval()
+    with torch.no_grad():
+        counted = measure_flops(lambda: model(**pairs.example(model)))
+    assert pairs.flops(model) * pairs.length == pytest.approx(counted)
 
 
 def test_mixtures_have_the_first_papers_parity():
-    run = masked()
-    sparse, cosine, split = (run.mixture(name) for name in NAMES[1:])
+    sparse, cosine, split = (VARIANTS[name].mlp for name in NAMES[1:])
     assert (sparse.num_experts, sparse.top_k, sparse.expert_dim) == (8, 1, 256)
     assert dataclasses.replace(cosine, router="linear") == sparse
     assert cosine.router == "cosine"
     # f = (256 - 64) / 2 = 96;  E = (2·64·256·8 - 2·64²) · 2 / (2·64·96) = 41.3 → 41
     assert (split.num_heads, split.top_k, split.expert_dim, split.num_experts) == (2, 2, 96, 41)
     assert {(m.glu, m.activation) for m in (sparse, cosine, split)} == {(False, "gelu")}
-    assert run.mixture("dense") is None
+    assert VARIANTS["dense"].mlp is None
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"models": ()}, "models is ()"),
-        ({"models": ("moh",)}, "models is 'moh'"),
-        ({"seeds": (1, 1)}, "seeds is (1, 1); it takes one entry or more, each once"),
+        ({"models": ("moh",)}, "models is 'moh'; it must be one of dense, moe, x_moe, mh_moe"),
+        ({"seeds": (1, 1)}, "seeds is (1, 1); each entry may occur once"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
         ({"mask_text": 0.0}, "mask_text is 0.0; it must lie between 0 and 1"),
@@ -190,5 +218,5 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
 ):
     run = MaskedRun(**TINY | {"output": tmp_path / "run", "data": images} | fields)
     with pytest.raises(ValueError, match=re.escape(message)):
-        carry_out(run)
+        train(run)
     assert not run.output.exists()

@@ -25,15 +25,15 @@ def row(
     }  # fmt: skip
 
 
-ROWS = [row("moh", 0, 10.0), row("moh", 1, 14.0), row("dense", 0, 11.0, speed=999)]
+ROWS = [row("moh", 0, 30.0), row("moh", 1, 34.0), row("dense", 0, 11.0, speed=999)]
 
 
 def test_one_line_a_model_with_deviation_over_seeds():
     columns, (moh, dense) = comparison(ROWS)
     assert columns[5:] == ["heads on", "PPL code ↓", "tokens/s ↑"]
-    # mean 12, deviation sqrt(((10 - 12)² + (14 - 12)²) / 1) = 2.8
-    assert moh == ["MoH", "1.50", "1.25", "3.00", "3.10", "75 %", "12.0 ± 2.8 (8–30)", "1,234"]
-    assert dense[-2:] == ["11.0 (8–30)", "999"]
+    # mean 32, deviation sqrt(((30 - 32)² + (34 - 32)²) / 1) = 2.8
+    assert moh == ["MoH", "1.50", "1.25", "3.00", "3.10", "75 %", "32.0 ± 2.8 (8–30)", "1,234"]
+    assert dense[-2:] == ["11.00 (8–30)", "999"]
 
 
 def test_domains_are_those_with_perplexities():

@@ -10,7 +10,7 @@ import pytest
 from headwise.data.streams import BlockStream
 from headwise.recipes import LanguageModelRun
 from headwise.recipes.comparison import Variant
-from headwise.recipes.text import curve_blocks, domain_names, read_text, training_blocks
+from headwise.recipes.text import domain_names
 from headwise.recipes.train import train
 
 TINY = {
@@ -46,9 +46,9 @@ def test_a_mixture_is_streamed_and_its_held_out_documents_are_scored(mixture, tm
 
 def test_a_variant_streams_only_the_sources_that_it_trains_on(mixture):
     run = LanguageModelRun(data=mixture, **TINY)
-    text = read_text(run)
+    text = run.read()
     assert list(text.training) == domain_names(mixture) == ["squares", "cubes"]
-    both, one = (training_blocks(run, text, variant, 0) for variant in (ALL, SQUARES))
+    both, one = (text.datasets(variant, 0)[0] for variant in (ALL, SQUARES))
     assert isinstance(both, BlockStream)
     written = [text.tokenizer.decode(next(iter(one))["input_ids"]) for _ in range(20)]
     assert not any("to the 3" in block for block in written)
@@ -60,11 +60,12 @@ def test_a_variant_draws_only_from_the_domains_that_it_trains_on(tmp_path):
         for i in range(20):
             (tmp_path / name / f"{i}.txt").write_text(f"{name} {i} " * 30)
     run = LanguageModelRun(data=str(tmp_path), **TINY)
-    text = read_text(run)
+    text = run.read()
     assert set(text.training) == {"squares", "cubes"} == set(domain_names(str(tmp_path)))
-    assert training_blocks(run, text, ALL, 0).shares == {"cubes": 0.5, "squares": 0.5}
-    assert training_blocks(run, text, SQUARES, 0).shares == {"squares": 1.0}
-    assert len(curve_blocks(run, text)) == 4  # two files of each are held out
+    blocks, curve = text.datasets(ALL, 0)
+    assert blocks.shares == {"cubes": 0.5, "squares": 0.5}
+    assert text.datasets(SQUARES, 0)[0].shares == {"squares": 1.0}
+    assert len(curve) == 4  # two files of each are held out
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_broken_mixture_is_refused(written, message, tmp_path):
     file = tmp_path / "x.mixture.json"
     file.write_text(written)
     with pytest.raises(ValueError, match=message):
-        read_text(dataclasses.replace(LanguageModelRun(**TINY), data=str(file)))
+        dataclasses.replace(LanguageModelRun(**TINY), data=str(file)).read()
 
 
 def test_a_mixture_that_is_not_there_is_refused():

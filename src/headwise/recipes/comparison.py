@@ -1,16 +1,19 @@
-"""A comparison of language models: what every such run says of sizes, training and output."""
+"""A comparison of models: what every such run says of sizes, training and output."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from headwise.hf import MoEConfig, MoHConfig
 from headwise.ops.choice import check_choice
 
+if TYPE_CHECKING:
+    from headwise.recipes.task import Task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One model of a comparison: a dense Llama, and what becomes of its attention and MLPs.
+    """One model of a comparison: a dense one, and what becomes of its attention and MLPs.
 
     Attributes:
         name: In files and rows ("mh_moe").
@@ -33,13 +36,11 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRun:
-    """Models that are trained on the same text in the same way, and compared.
+    """Models that are trained on the same data in the same way, and compared.
 
     Attributes:
         output: Directory of the run.
-        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
-            mixture of datasets to stream: "moh-llm", "red-pajama", or a file of sources whose name
-            ends in .mixture.json.
+        data: What to train on; None for what is embedded.
         models: Which of the models to train, by name; all of them if empty.
         seeds: Each model is trained once with each.
         workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
@@ -48,25 +49,20 @@ class ComparisonRun:
         num_layers: Layers.
         num_heads: Attention heads of a layer.
         mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
-        vocab_size: Entries of the tokenizer that is trained on the text.
-        sequence_length: Tokens that a model sees at once.
         num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
         top_k: Experts that a token of the sparse MoE goes to.
         every: Experts replace the MLP of every `every`-th layer.
         balance_coefficient: Factor of the balance losses.
         steps: Optimizer steps.
-        batch_size: Sequences of a step, over all processes.
-        device_batch_size: Sequences that a process computes at a time; None for all of its share.
+        batch_size: Examples of a step, over all processes.
+        device_batch_size: Examples that a process computes at a time; None for all of its share.
         learning_rate: Peak, reached after warmup_steps, cosine to a tenth of it.
         warmup_steps: Steps of linear warmup.
         weight_decay: Of AdamW.
         precision: "fp32", or "bf16" for autocast.
-        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
-        eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
         log_every: Steps between two points of the training curve.
         eval_every: Steps between two points of the validation curve.
         save_every: Steps between two checkpoints.
-        sample_prompt: What the best model continues in the report.
         report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
         resume: Go on with the run in `output`.
         overwrite: Delete the run in `output` and start anew.
@@ -81,8 +77,6 @@ class ComparisonRun:
     num_layers: int = 4
     num_heads: int = 8
     mlp_dim: int = 344
-    vocab_size: int = 4096
-    sequence_length: int = 256
     num_experts: int = 8
     top_k: int = 1
     every: int = 2
@@ -94,12 +88,9 @@ class ComparisonRun:
     warmup_steps: int = 40
     weight_decay: float = 0.1
     precision: Literal["fp32", "bf16"] = "fp32"
-    domain_exponent: float = 0.5
-    eval_blocks_per_file: int = 4
     log_every: int = 10
     eval_every: int = 100
     save_every: int = 100
-    sample_prompt: str = "def "
     report_to: tuple[str, ...] = field(default=())
     resume: bool = False
     overwrite: bool = False
@@ -113,23 +104,16 @@ class ComparisonRun:
                 raise ValueError(f"{field_name} is {values}; each entry may occur once")
         check_choice("precision", self.precision, Literal["fp32", "bf16"])
         for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "batch_size"):
-            _check_at_least(1, name, getattr(self, name))
-        for name in ("every", "log_every", "eval_every", "save_every", "eval_blocks_per_file"):
-            _check_at_least(1, name, getattr(self, name))
-        _check_at_least(1, "workers", self.workers)
-        _check_at_least(2, "sequence_length", self.sequence_length)
-        _check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
-        _check_at_least(0, "warmup_steps", self.warmup_steps)
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
-            )
+            check_at_least(1, name, getattr(self, name))
+        for name in ("every", "log_every", "eval_every", "save_every", "workers"):
+            check_at_least(1, name, getattr(self, name))
+        check_at_least(0, "warmup_steps", self.warmup_steps)
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
-        if not 0 <= self.domain_exponent <= 1:
-            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both set; choose one")
         self.chosen()
@@ -142,6 +126,14 @@ class ComparisonRun:
     @property
     def recipe(self) -> str:
         """Name in rows of results."""
+        raise NotImplementedError
+
+    def read(self) -> "Task":
+        """Read the data and make them ready.
+
+        Raises:
+            ValueError: If there are none, or they cannot be read.
+        """
         raise NotImplementedError
 
     def variants(self) -> list[Variant]:
@@ -169,6 +161,47 @@ class ComparisonRun:
         return [known[name] for name in self.models or known]
 
 
-def _check_at_least(least: int, name: str, value: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TextRun(ComparisonRun):
+    """Language models, of Llama's layout, that are compared on text.
+
+    Attributes:
+        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
+            mixture of datasets to stream: "moh-llm", "red-pajama", or a file of sources whose name
+            ends in .mixture.json.
+        vocab_size: Entries of the tokenizer that is trained on the text.
+        sequence_length: Tokens that a model sees at once.
+        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
+        eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        sample_prompt: What the best model continues in the report.
+    """
+
+    vocab_size: int = 4096
+    sequence_length: int = 256
+    domain_exponent: float = 0.5
+    eval_blocks_per_file: int = 4
+    sample_prompt: str = "def "
+
+    def __post_init__(self) -> None:
+        check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
+        check_at_least(2, "sequence_length", self.sequence_length)
+        check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
+        if not 0 <= self.domain_exponent <= 1:
+            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
+        super().__post_init__()
+        if (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
+            )
+
+    def read(self) -> "Task":
+        # Not above: help on a recipe's fields shall not wait for what reads text.
+        from headwise.recipes.text import read_text
+
+        return read_text(self)
+
+
+def check_at_least(least: int, name: str, value: int) -> None:
+    """Raises ValueError if the field of that name is less."""
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")

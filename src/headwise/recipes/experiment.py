@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from headwise.ops.choice import check_choice
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.studies import STUDIES, Study
 
 Scale = Literal["tiny", "small", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRun(ComparisonRun):
+class StudyRun(TextRun):
     """A study at a scale. The scale says what the other fields default to.
 
     Attributes:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from headwise.hf import MoHConfig
 from headwise.nn import Budget, HeadBudget
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.variants import mh_moe, sparse_moe
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelRun(ComparisonRun):
+class LanguageModelRun(TextRun):
     """Five models at equal FLOPs per token: dense, moh, moe, mh_moe, moh_mh_moe.
 
     The defaults are the demo.

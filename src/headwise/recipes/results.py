@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import platform
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,32 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headwise.analysis.experts import expert_use
-from headwise.analysis.records import (
-    Curve,
-    ModelRecord,
-    RunRecord,
-    model_from_dict,
-    to_json,
-)
+from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
 from headwise.hf.trainer import SafeTrainer
-from headwise.parity import count_flops, count_parameters, measure_flops
+from headwise.parity import count_parameters, measure_flops
 from headwise.recipes import table
 from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.directory import RunDirectory, write_whole
-from headwise.recipes.evaluation import (
-    RoutingStatistics,
-    Tokens,
-    file_losses,
-    perplexity,
-    routed_text,
-)
-from headwise.recipes.generation import continue_text
-from headwise.recipes.text import Text
+from headwise.recipes.task import Task
 
-_PASSAGE_TOKENS = 160
 _RESULT_FILE = "result.json"
 
 
@@ -47,42 +30,25 @@ class Trained(NamedTuple):
     record: ModelRecord
 
 
-def measure(
-    run: ComparisonRun, text: Text, trainer: SafeTrainer, variant: Variant, seed: int
-) -> Trained:
+def measure(task: Task, trainer: SafeTrainer, variant: Variant, seed: int) -> Trained:
     """Everything that the table and the report say of a model that has just been trained."""
-    model = trainer.model
-    statistics = RoutingStatistics(model)
+    run, model = task.run, trainer.model
+    model.eval()
+    cost, scores = _cost(task, model), task.score(model)
     row = {
         "recipe": run.recipe,
         "model": variant.name,
         "label": variant.label,
         "position": variant.position,
         "seed": seed,
-        **_cost(run, model),
-    }
-    for domain, files in text.validation.items():
-        losses = file_losses(
-            model,
-            files,
-            sequence_length=run.sequence_length,
-            max_blocks=run.eval_blocks_per_file,
-            observe=partial(statistics.add, domain),
-        )
-        value, low, high = perplexity(losses)
-        row |= {
-            f"perplexity_{domain}": round(value, 3),
-            f"perplexity_{domain}_q1": round(low, 3),
-            f"perplexity_{domain}_q3": round(high, 3),
-        }
-    row["tokens_per_second"] = round(trainer.speed.tokens_per_second())
-    row |= {
+        **cost,
+        **{name: round(value, 3) for name, value in scores.columns.items()},
+        "tokens_per_second": round(trainer.speed.tokens_per_second()),
         "workers": run.workers,
         "steps": run.steps,
-        "tokens": run.steps * run.batch_size * run.sequence_length,
+        "tokens": run.steps * run.batch_size * task.length,
+        **environment(run.precision),
     }
-    row |= environment(run.precision)
-    heads = statistics.head_loads()
     history = trainer.state.log_history
     record = ModelRecord(
         name=variant.name,
@@ -90,30 +56,23 @@ def measure(
         seed=seed,
         training=_curve(history, "loss"),
         validation=_curve(history, "eval_loss"),
-        heads=heads,
-        experts=statistics.expert_loads(),
-        texts=[
-            routed_text(model, text.tokenizer, domain, _passage(files))
-            for domain, files in text.validation.items()
-            if heads is not None
-        ],
+        heads=scores.heads,
+        experts=scores.experts,
+        texts=scores.texts,
     )
     return Trained(row, record)
 
 
-def _cost(run: ComparisonRun, model: PreTrainedModel) -> dict[str, Any]:
+def _cost(task: Task, model: Any) -> dict[str, Any]:
     total, active = count_parameters(model)
-    ids = torch.zeros(1, run.sequence_length, dtype=torch.long, device=model.device)
-    model.eval()
     with torch.no_grad():
-        counted = measure_flops(lambda: model(ids)) / ids.numel()
-    flops = sum(count_flops(model, sequence_length=run.sequence_length).values())
+        counted = measure_flops(lambda: model(**task.example(model))) / task.length
     routers = (getattr(module, "budget", None) for module in model.modules())
     shares = [budget.active_share for budget in routers if budget is not None]
     return {
         "parameters": total,
         "active_parameters": active,
-        "flops_per_token": round(flops),
+        "flops_per_token": round(task.flops(model)),
         "flops_per_token_counted": round(counted),
         "active_heads": shares[0] if shares else 1.0,
     }
@@ -144,13 +103,6 @@ def _curve(history: list[dict[str, float]], key: str) -> Curve:
     return Curve([step for step, _ in points], [loss for _, loss in points])
 
 
-def _passage(files: dict[str, Tokens]) -> Tokens:
-    """From the middle of the longest held-out file."""
-    longest = max(files.values(), key=len)
-    start = max(0, len(longest) // 2 - _PASSAGE_TOKENS // 2)
-    return longest[start : start + _PASSAGE_TOKENS]
-
-
 def write_result(directory: Path, trained: Trained) -> None:
     """Beside the weights of a finished model."""
     result = {"row": trained.row, "record": dataclasses.asdict(trained.record)}
@@ -166,38 +118,38 @@ def read_result(directory: Path) -> Trained | None:
     return Trained(saved["row"], model_from_dict(saved["record"]))
 
 
-def report(run: ComparisonRun, directory: RunDirectory, text: Text, trained: list[Trained]) -> None:
-    """Print the table, and write results.csv, experts.csv, figure.png, record.json and
-    report.html."""
+def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
+    """Print the table; write results.csv, experts.csv, figure.png, record.json, report.html."""
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
     from headwise.recipes.figure import draw_comparison
 
-    rows = [result.row for result in trained]
+    run, rows = task.run, [result.row for result in trained]
     table.write_csv(directory.root / "results.csv", rows)
     if of_experts := _expert_rows(trained):
         table.write_csv(directory.root / "experts.csv", of_experts)
     draw_comparison(rows, directory.root / "figure.png")
     columns, cells = table.comparison(rows)
-    best = min(trained, key=lambda result: _mean_log_perplexity(result.row))
-    sample = _sample(run, directory.model(best.record.name, best.record.seed), text)
+    best = min(trained, key=lambda result: _mean_log_perplexity(result.row)).record
+    sample = task.sample(directory.model(best.name, best.seed))
     record = RunRecord(
         title=f"headwise: {run.title}",
-        facts=_facts(run, text, rows[0]),
+        facts={**task.facts(), **_facts(run, rows[0])},
         table_columns=columns,
         table_rows=cells,
         notes=_notes(run, rows),
         models=[result.record for result in trained],
-        sample_model=f"{best.record.label}, seed {best.record.seed}",
-        sample_prompt=run.sample_prompt,
-        sample_text=sample,
+        sample_model=f"{best.label}, seed {best.seed}" if sample else "",
+        sample_prompt=sample.prompt if sample else "",
+        sample_text=sample.text if sample else "",
     )
     write_whole(directory.root / "record.json", lambda path: path.write_text(to_json(record)))
     page = write_report(record, directory.root / "report.html")
     console = Console()
     console.print(table.for_terminal(rows, run.title))
-    console.print(f"\n[bold]{record.sample_model}[/bold] continues {run.sample_prompt!r}:\n")
-    console.print(sample, markup=False, highlight=False)
+    if sample:
+        console.print(f"\n[bold]{record.sample_model}[/bold] continues {sample.prompt!r}:\n")
+        console.print(sample.text, markup=False, highlight=False)
     written = {"Table": "results.csv", "Figure": "figure.png", "Page": page.name}
     console.print(
         "", *(f"{what}:\t{directory.root / name}" for what, name in written.items()), sep="\n"
@@ -236,20 +188,10 @@ def _mean_log_perplexity(row: table.Row) -> float:
     return float(np.log(values).mean())
 
 
-def _sample(run: ComparisonRun, directory: Path, text: Text) -> str:
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    return continue_text(
-        model, text.tokenizer, run.sample_prompt, max_new_tokens=160, temperature=0.8, seed=0
-    )
-
-
-def _facts(run: ComparisonRun, text: Text, row: table.Row) -> dict[str, str]:
-    shares = {name: len(tokens) for name, tokens in text.training.items()}
+def _facts(run: ComparisonRun, row: table.Row) -> dict[str, str]:
+    tokens = f"{int(row['tokens']):,} tokens a model"
     return {
-        "Text": run.data or "Python's library (code) and its reference (prose)",
-        "Tokens to draw from": ", ".join(f"{name} {n:,}" for name, n in shares.items()),
-        "Held-out files": ", ".join(f"{n} {len(f)}" for n, f in text.validation.items()),
-        "Training": f"{run.steps} steps of {run.batch_size} × {run.sequence_length} tokens",
+        "Training": f"{run.steps} steps of {run.batch_size} examples, {tokens}",
         "Seeds": ", ".join(map(str, run.seeds)),
         "Device": f"{row['device']}, {row['threads']} threads, {run.precision}",
         "Versions": ", ".join(

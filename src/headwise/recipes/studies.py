@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig
 from headwise.nn import HeadBudget
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.text import domain_names
 from headwise.recipes.variants import fine_grained_moe, mh_moe, sparse_moe
 
@@ -23,7 +23,7 @@ class Study(NamedTuple):
     """
 
     question: str
-    variants: Callable[[ComparisonRun], Sequence[Variant]]
+    variants: Callable[[TextRun], Sequence[Variant]]
     equal_cost: bool = True
     axis: str | None = None
 
@@ -31,7 +31,7 @@ class Study(NamedTuple):
 DENSE = Variant(name="dense", label="dense")
 
 
-def mixtures(run: ComparisonRun, shared_expert_dim: int | None = None) -> list[Variant]:
+def mixtures(run: TextRun, shared_expert_dim: int | None = None) -> list[Variant]:
     """The four mixtures of MH-MoE's tables, at the FLOPs and parameters of the sparse one."""
     shared = {"shared_expert_dim": shared_expert_dim}
     return [
@@ -48,19 +48,19 @@ def mixtures(run: ComparisonRun, shared_expert_dim: int | None = None) -> list[V
     ]
 
 
-def mhmoe_main(run: ComparisonRun) -> list[Variant]:
+def mhmoe_main(run: TextRun) -> list[Variant]:
     return [DENSE, *mixtures(run)]
 
 
-def mhmoe_shared_expert(run: ComparisonRun) -> list[Variant]:
+def mhmoe_shared_expert(run: TextRun) -> list[Variant]:
     return mixtures(run, shared_expert_dim=run.mlp_dim)
 
 
-def mhmoe_bitnet(run: ComparisonRun) -> list[Variant]:
+def mhmoe_bitnet(run: TextRun) -> list[Variant]:
     return [replace(variant, ternary=True) for variant in mhmoe_main(run)]
 
 
-def mhmoe_layers(run: ComparisonRun) -> list[Variant]:
+def mhmoe_layers(run: TextRun) -> list[Variant]:
     split = {
         "neither": ("neither layer", False, False),
         "head": ("head layer only", True, False),
@@ -87,14 +87,14 @@ def mhmoe_layers(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def mhmoe_heads(run: ComparisonRun) -> list[Variant]:
+def mhmoe_heads(run: TextRun) -> list[Variant]:
     return [
         Variant(name=f"h{h}", label=f"{h} heads", mlp=mh_moe(run, heads=h, top_k=2), position=h)
         for h in (1, 2, 3, 4, 6, 8, 12, 16)
     ]
 
 
-def moh_components(run: ComparisonRun) -> list[Variant]:
+def moh_components(run: TextRun) -> list[Variant]:
     return [
         DENSE,
         Variant(name="routed", label="routed heads only", attention=moh(run, shared=0)),
@@ -107,7 +107,7 @@ def moh_components(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def moh_shared_share(run: ComparisonRun) -> list[Variant]:
+def moh_shared_share(run: TextRun) -> list[Variant]:
     active = HeadBudget.resolve(run.num_heads, shared=0, active=0.75).active_heads
     counts = dict.fromkeys(round(share * active) for share in (0.14, 0.29, 0.44, 0.59, 0.74))
     return [
@@ -121,7 +121,7 @@ def moh_shared_share(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def moh_budget(run: ComparisonRun) -> list[Variant]:
+def moh_budget(run: TextRun) -> list[Variant]:
     heads = run.num_heads
     actives = dict.fromkeys(round(heads * eighths / 8) for eighths in range(8, 1, -1))
     return [
@@ -138,7 +138,7 @@ def moh_budget(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def moh_routing(run: ComparisonRun) -> list[Variant]:
+def moh_routing(run: TextRun) -> list[Variant]:
     return [
         Variant(
             name=f"{scores}_{mode}",
@@ -150,7 +150,7 @@ def moh_routing(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def combined(run: ComparisonRun) -> list[Variant]:
+def combined(run: TextRun) -> list[Variant]:
     heads, sparse, split = moh(run), sparse_moe(run), mh_moe(run, heads=2, top_k=2)
     return [
         DENSE,
@@ -162,7 +162,7 @@ def combined(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def domains(run: ComparisonRun) -> list[Variant]:
+def domains(run: TextRun) -> list[Variant]:
     names = domain_names(run.data)
     if len(names) < 2:
         raise ValueError(
@@ -182,7 +182,7 @@ def domains(run: ComparisonRun) -> list[Variant]:
     ]
 
 
-def moh(run: ComparisonRun, **changes: Any) -> MoHConfig:
+def moh(run: TextRun, **changes: Any) -> MoHConfig:
     """Mixture-of-Head attention with three of four heads on, unless the changes say otherwise."""
     fields: dict[str, Any] = {
         "shared": 0.4,

@@ -15,12 +15,18 @@ from headwise.recipes.published import PUBLISHED
 Row = dict[str, Any]
 
 
-LEGEND = (
-    "PPL: perplexity of all tokens of the held-out files, in brackets the quartiles of the files. "
+_PERPLEXITY = {
+    "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
+    "patches of held-out images, coded as the nearest of a codebook; the same for all models."
+}
+_OF_FILES = (
+    "PPL: perplexity of all tokens of the held-out files, in brackets the quartiles of the files."
+)
+_COST = (
     "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
     "torch's counter saw run. ±: deviation over seeds."
 )
-_SPEED = " tokens/s: training, median step."
+_SPEED = "tokens/s: training, median step."
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -95,11 +101,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
-    text = LEGEND + _SPEED if _alone(rows) else LEGEND
-    published = PUBLISHED.get(rows[0]["recipe"])
-    if published is None:
-        return text
-    return f"{text} (published): {published.what}, by {published.source}; not measured here."
+    sentences = [_PERPLEXITY.get(rows[0]["recipe"], _OF_FILES), _COST]
+    if _alone(rows):
+        sentences.append(_SPEED)
+    if published := PUBLISHED.get(rows[0]["recipe"]):
+        sentences.append(
+            f"(published): {published.what}, by {published.source}; not measured here."
+        )
+    return " ".join(sentences)
 
 
 def in_markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -148,8 +157,11 @@ def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
 
 
 def _perplexity(runs: Sequence[Row], domain: str) -> str:
-    low, high = (
-        statistics.fmean(float(row[f"perplexity_{domain}_{q}"]) for row in runs)
-        for q in ("q1", "q3")
-    )
-    return f"{_mean(runs, f'perplexity_{domain}', '{:.1f}')} ({low:.0f}–{high:.0f})"
+    key = f"perplexity_{domain}"
+    least = min(float(row[key]) for row in runs)
+    value = _mean(runs, key, "{:.1f}" if least >= 20 else "{:.2f}")
+    quartiles = [f"{key}_{q}" for q in ("q1", "q3")]
+    if quartiles[0] not in runs[0]:
+        return value
+    low, high = (statistics.fmean(float(row[q]) for row in runs) for q in quartiles)
+    return f"{value} ({low:.0f}–{high:.0f})"

@@ -1,14 +1,15 @@
-"""The text of a run in tokens: what its models train on, and the files they are scored on."""
+"""Language models on text: a run's text in tokens, and what is trained and measured on it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from headwise.data.mixtures import find_mixture
 from headwise.data.sources import Source, sample_domains
@@ -22,41 +23,26 @@ from headwise.data.text import (
     tokenize,
     train_tokenizer,
 )
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.directory import fingerprint
-from headwise.recipes.evaluation import Tokens
+from headwise.recipes.evaluation import (
+    RoutingStatistics,
+    Tokens,
+    file_losses,
+    perplexity,
+    routed_text,
+)
+from headwise.recipes.generation import continue_text
+from headwise.recipes.task import Examples, Sample, Scores, Task
+from headwise.recipes.variants import build_model, model_flops
 
-Blocks = Dataset[dict[str, Tensor]]
 _CURVE_FILES = 16  # of each domain
+_PASSAGE_TOKENS = 160
 # Documents of each source of a mixture.
 _HELD_OUT, _FOR_TOKENIZER = 200, 2000
 
 
-class Text(NamedTuple):
-    """The run's text in tokens, by domain.
-
-    Attributes:
-        tokenizer: Trained on it.
-        training: A stream of tokens to train on; of a mixture, what the tokenizer was trained on.
-        validation: The held-out files.
-        mixture: Where the text is streamed from, and its held-out documents; None where all of it
-            is in `training`.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    training: dict[str, Tokens]
-    validation: dict[str, dict[str, Tokens]]
-    mixture: tuple[Sequence[Source], list[Domain]] | None = None
-
-    def fingerprint(self) -> dict[str, str]:
-        """What a run that resumes must find again."""
-        return fingerprint({
-            domain: [stream, *self.validation[domain].values()]
-            for domain, stream in self.training.items()
-        })  # fmt: skip
-
-
-def read_text(run: ComparisonRun) -> Text:
+def read_text(run: TextRun) -> "TextTask":
     """The text that `run.data` names, and a tokenizer trained on it.
 
     Raises:
@@ -68,9 +54,11 @@ def read_text(run: ComparisonRun) -> Text:
         if sources is None
         else sample_domains(sources, held_out=_HELD_OUT, training=_FOR_TOKENIZER)
     )
+    PartialState().print("Training a tokenizer on the text", flush=True)
     bpe = train_tokenizer(domains, vocab_size=run.vocab_size)
     end = bpe.token_to_id(END_OF_TEXT)
-    return Text(
+    return TextTask(
+        run,
         PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT),
         training={d.name: tokenize(bpe, d.training.values(), end=end) for d in domains},
         validation={
@@ -93,44 +81,129 @@ def domain_names(data: str | None) -> list[str]:
     return [p.name for p in subdirectories(path)] or [path.name]
 
 
-def training_blocks(run: ComparisonRun, text: Text, variant: Variant, seed: int) -> Blocks:
-    """What a variant trains on.
+@dataclass(frozen=True)
+class TextTask(Task):
+    """The run's text in tokens, by domain.
 
-    Raises:
-        ValueError: If a domain has fewer tokens than one block.
+    Attributes:
+        run: Whose text it is.
+        tokenizer: Trained on it.
+        training: A stream of tokens to train on; of a mixture, what the tokenizer was trained on.
+        validation: The held-out files.
+        mixture: Where the text is streamed from, and its held-out documents; None where all of it
+            is in `training`.
     """
-    if text.mixture is not None:
-        sources, held_out = text.mixture
-        return stream_blocks(
-            [s for s in sources if s.name in (variant.train_on or text.training)],
-            text.tokenizer.backend_tokenizer,
+
+    run: TextRun
+    tokenizer: PreTrainedTokenizerFast
+    training: dict[str, Tokens]
+    validation: dict[str, dict[str, Tokens]]
+    mixture: tuple[Sequence[Source], list[Domain]] | None = None
+
+    @property
+    def length(self) -> int:
+        return self.run.sequence_length
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint({
+            domain: [stream, *self.validation[domain].values()]
+            for domain, stream in self.training.items()
+        })  # fmt: skip
+
+    def check(self) -> None:
+        for variant in self.run.chosen():
+            self.datasets(variant, self.run.seeds[0])
+
+    def model(self, variant: Variant, seed: int) -> PreTrainedModel:
+        return build_model(self.run, variant, vocab_size=len(self.tokenizer), seed=seed)
+
+    def flops(self, model: PreTrainedModel) -> float:
+        return model_flops(self.run, model)
+
+    def example(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(1, self.length, dtype=torch.long, device=model.device)}
+
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """Blocks of tokens, and the first block of some held-out files of each domain.
+
+        Raises:
+            ValueError: If a domain has fewer tokens than one block, or no file has as many.
+        """
+        return self._training(variant, seed), self._validation()
+
+    def _training(self, variant: Variant, seed: int) -> Examples:
+        run, names = self.run, variant.train_on or tuple(self.training)
+        if self.mixture is not None:
+            sources, held_out = self.mixture
+            return stream_blocks(
+                [source for source in sources if source.name in names],
+                self.tokenizer.backend_tokenizer,
+                sequence_length=run.sequence_length,
+                seed=seed,
+                end=self.tokenizer.eos_token_id,
+                held_out=held_out,
+            )
+        return MixedBlocks(
+            {name: self.training[name] for name in names},
             sequence_length=run.sequence_length,
+            num_blocks=run.steps * run.batch_size,
+            exponent=run.domain_exponent,
             seed=seed,
-            end=text.tokenizer.eos_token_id,
-            held_out=held_out,
         )
-    return MixedBlocks(
-        {name: text.training[name] for name in variant.train_on or text.training},
-        sequence_length=run.sequence_length,
-        num_blocks=run.steps * run.batch_size,
-        exponent=run.domain_exponent,
-        seed=seed,
-    )
 
+    def _validation(self) -> list[dict[str, Tensor]]:
+        blocks = [
+            torch.from_numpy(tokens[: self.length].astype(np.int64))
+            for files in self.validation.values()
+            for tokens in [x for x in files.values() if len(x) >= self.length][:_CURVE_FILES]
+        ]
+        if not blocks:
+            raise ValueError(f"sequence_length is {self.length}, longer than every held-out file")
+        return [{"input_ids": block, "labels": block} for block in blocks]
 
-def curve_blocks(run: ComparisonRun, text: Text) -> list[dict[str, Tensor]]:
-    """For the validation curve: the first block of some held-out files of each domain.
+    def score(self, model: PreTrainedModel) -> Scores:
+        statistics = RoutingStatistics(model)
+        columns = {}
+        for domain, files in self.validation.items():
+            losses = file_losses(
+                model,
+                files,
+                sequence_length=self.length,
+                max_blocks=self.run.eval_blocks_per_file,
+                observe=partial(statistics.add, domain),
+            )
+            value, low, high = perplexity(losses)
+            columns[f"perplexity_{domain}"] = value
+            columns[f"perplexity_{domain}_q1"] = low
+            columns[f"perplexity_{domain}_q3"] = high
+        heads = statistics.head_loads()
+        texts = [
+            routed_text(model, self.tokenizer, domain, _passage(files))
+            for domain, files in self.validation.items()
+            if heads is not None
+        ]
+        return Scores(columns, heads, statistics.expert_loads(), texts)
 
-    Raises:
-        ValueError: If no file is as long as a block.
-    """
-    blocks = [
-        torch.from_numpy(tokens[: run.sequence_length].astype(np.int64))
-        for files in text.validation.values()
-        for tokens in [t for t in files.values() if len(t) >= run.sequence_length][:_CURVE_FILES]
-    ]
-    if not blocks:
-        raise ValueError(
-            f"sequence_length is {run.sequence_length}, longer than every held-out file"
+    def facts(self) -> dict[str, str]:
+        shares = {name: len(tokens) for name, tokens in self.training.items()}
+        drawn = "Tokens to draw from" if self.mixture is None else "Tokens of the tokenizer's text"
+        return {
+            "Text": self.run.data or "Python's library (code) and its reference (prose)",
+            drawn: ", ".join(f"{name} {n:,}" for name, n in shares.items()),
+            "Held-out files": ", ".join(f"{n} {len(f)}" for n, f in self.validation.items()),
+        }
+
+    def sample(self, directory: Path) -> Sample:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        prompt = self.run.sample_prompt
+        text = continue_text(
+            model, self.tokenizer, prompt, max_new_tokens=160, temperature=0.8, seed=0
         )
-    return [{"input_ids": block, "labels": block} for block in blocks]
+        return Sample(prompt, text)
+
+
+def _passage(files: dict[str, Tokens]) -> Tokens:
+    """From the middle of the longest held-out file."""
+    longest = max(files.values(), key=len)
+    start = max(0, len(longest) // 2 - _PASSAGE_TOKENS // 2)
+    return longest[start : start + _PASSAGE_TOKENS]

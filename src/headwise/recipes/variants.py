@@ -1,5 +1,6 @@
 """Building the models of a comparison: mixtures of equal cost, and whole models of equal cost."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from headwise.hf import MHMoEConfig, MoEConfig, convert
 from headwise.parity import count_flops, match_sparse_moe
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import ComparisonRun, TextRun, Variant
 
 
 def sparse_moe(run: ComparisonRun, **changes: Any) -> MoEConfig:
@@ -31,7 +32,13 @@ def fine_grained_moe(run: ComparisonRun, **changes: Any) -> MoEConfig:
 def mh_moe(run: ComparisonRun, *, heads: int, top_k: int, **changes: Any) -> MHMoEConfig:
     """MH-MoE at the FLOPs and parameters of the run's sparse mixture."""
     match = match_sparse_moe(
-        run.dim, run.num_experts, run.top_k, run.mlp_dim, heads=heads, top_k_mh=top_k
+        run.dim,
+        run.num_experts,
+        run.top_k,
+        run.mlp_dim,
+        heads=heads,
+        top_k_mh=top_k,
+        glu=changes.get("glu", True),
     )
     fields: dict[str, Any] = {
         "num_heads": heads,
@@ -44,36 +51,58 @@ def mh_moe(run: ComparisonRun, *, heads: int, top_k: int, **changes: Any) -> MHM
     return MHMoEConfig(**fields | changes)
 
 
-def build_model(
-    run: ComparisonRun, variant: Variant, *, vocab_size: int, seed: int
-) -> PreTrainedModel:
-    """The model of a variant, with the FLOPs per token of the run's `cost_of`.
+def equal_width(
+    run: ComparisonRun, variant: Variant, flops: Callable[[Variant, int], float]
+) -> int:
+    """The width of the dense MLPs with which a variant costs what the run's `cost_of` does.
 
     Routers cost a little, heads that are off save a little: the dense MLPs that are left take up
     the difference, to the next multiple of 8 of their width.
 
+    Args:
+        run: The comparison.
+        variant: One of its models.
+        flops: Of a model, by variant and width of its dense MLPs.
+
+    Raises:
+        ValueError: If there is no such width.
+    """
+    width, reference = run.mlp_dim, run.cost_of()
+    if reference is None:
+        return width
+    target = flops(reference, width)
+    now, wider = flops(variant, width), flops(variant, width + 8)
+    width += 8 * round((target - now) / (wider - now)) if wider > now else 0
+    if width < 8:
+        raise ValueError(
+            f"mlp_dim is {run.mlp_dim}, too small for {variant.name} to cost what "
+            f"{reference.name} does"
+        )
+    return width
+
+
+def build_model(run: TextRun, variant: Variant, *, vocab_size: int, seed: int) -> PreTrainedModel:
+    """The language model of a variant, with the FLOPs per token of the run's `cost_of`.
+
     Raises:
         ValueError: If no width of the dense MLPs gives that cost.
     """
-    width = run.mlp_dim
-    if (reference := run.cost_of()) is not None:
-        target = _flops(run, _assemble(run, reference, width, vocab_size))
-        now, wider = (
-            _flops(run, _assemble(run, variant, mlp_dim, vocab_size))
-            for mlp_dim in (width, width + 8)
-        )
-        width += 8 * round((target - now) / (wider - now)) if wider > now else 0
-        if width < 8:
-            raise ValueError(
-                f"mlp_dim is {run.mlp_dim}, too small for {variant.name} to cost what "
-                f"{reference.name} does"
-            )
+
+    def flops(variant: Variant, width: int) -> float:
+        return model_flops(run, _assemble(run, variant, width, vocab_size))
+
+    width = equal_width(run, variant, flops)
     torch.manual_seed(seed)
     return _assemble(run, variant, width, vocab_size, device="cpu")
 
 
+def model_flops(run: TextRun, model: PreTrainedModel) -> float:
+    """Of a forward, per token, by formula."""
+    return sum(count_flops(model, sequence_length=run.sequence_length).values())
+
+
 def _assemble(
-    run: ComparisonRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
+    run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
 ) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -87,14 +116,14 @@ def _assemble(
         eos_token_id=0,
     )
     with torch.device(device):
-        model = LlamaForCausalLM(config)
-        changes: dict[str, Any] = {
-            "attention": variant.attention,
-            "mlp": variant.mlp,
-            "ternary": variant.ternary,
-        }
-        return convert(model, every=run.every, **changes) if any(changes.values()) else model
+        return convert_variant(run, variant, LlamaForCausalLM(config))
 
 
-def _flops(run: ComparisonRun, model: PreTrainedModel) -> float:
-    return sum(count_flops(model, sequence_length=run.sequence_length).values())
+def convert_variant(run: ComparisonRun, variant: Variant, model: Any) -> Any:
+    """The dense model, made what the variant says."""
+    changes: dict[str, Any] = {
+        "attention": variant.attention,
+        "mlp": variant.mlp,
+        "ternary": variant.ternary,
+    }
+    return convert(model, every=run.every, **changes) if any(changes.values()) else model

@@ -13,20 +13,18 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import RunDirectory
 from headwise.recipes.results import Trained
 from headwise.recipes.table import domains
-from headwise.recipes.text import Text
+from headwise.recipes.task import Task
 
 Job = tuple[Variant, int]
-Train = Callable[[ComparisonRun, Text, Variant, int], Trained]
+Train = Callable[[Task, Variant, int], Trained]
 
 
-def side_by_side(
-    train: Train, run: ComparisonRun, text: Text, jobs: Sequence[Job]
-) -> list[Trained]:
-    """`train(run, text, variant, seed)` for each job, `run.workers` at a time; in their order.
+def side_by_side(train: Train, task: Task, jobs: Sequence[Job]) -> list[Trained]:
+    """`train(task, variant, seed)` for each job, as many at a time as the run has workers.
 
     A process has a GPU of its own, or its share of the threads. What it prints goes to
     `logs/NAME-seedS.log` of the run's directory. It ends with this one, however that ends.
@@ -35,6 +33,7 @@ def side_by_side(
         FloatingPointError, OSError, ValueError: What the training of a model ended with. Others are
             stopped; their checkpoints and the finished models stay.
     """
+    run = task.run
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(run.workers):
@@ -43,7 +42,7 @@ def side_by_side(
     pool = ProcessPoolExecutor(
         run.workers, context, initializer=_begin, initargs=(numbers, _gpus(), threads)
     )
-    futures = [pool.submit(_work, train, run, text, *job) for job in jobs]
+    futures = [pool.submit(_work, train, task, *job) for job in jobs]
     try:
         _follow(futures, [f"{variant.label}, seed {seed}" for variant, seed in jobs])
     except BaseException:
@@ -97,10 +96,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(train: Train, run: ComparisonRun, text: Text, variant: Variant, seed: int) -> Trained:
-    log = RunDirectory(run.output).log(variant.name, seed)
+def _work(train: Train, task: Task, variant: Variant, seed: int) -> Trained:
+    log = RunDirectory(task.run.output).log(variant.name, seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    return train(run, text, variant, seed)
+    return train(task, variant, seed)

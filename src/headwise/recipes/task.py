@@ -1,0 +1,87 @@
+"""What a recipe does with its data: the steps in which recipes differ, one object for each run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
+from headwise.recipes.comparison import ComparisonRun, Variant
+
+Examples = Dataset[dict[str, Tensor]] | list[dict[str, Tensor]]
+
+
+class Scores(NamedTuple):
+    """What a trained model is worth on what was held out, and who does the work.
+
+    Attributes:
+        columns: Of its row; those that are named perplexity_DOMAIN are compared.
+        heads, experts, texts: As in `ModelRecord`.
+    """
+
+    columns: dict[str, float]
+    heads: HeadLoads | None
+    experts: ExpertLoads | None
+    texts: list[RoutedText]
+
+
+class Sample(NamedTuple):
+    """A text that a model wrote."""
+
+    prompt: str
+    text: str
+
+
+class Task(ABC):
+    """The data of a run, made ready, and what is built, trained and measured on them.
+
+    It holds nothing that a process of its own could not be given (pickled).
+    """
+
+    run: ComparisonRun
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of an example."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Of the data: what a run that resumes must find again."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ValueError if the run cannot be carried out on these data."""
+
+    @abstractmethod
+    def model(self, variant: Variant, seed: int) -> Any:
+        """The model of a variant, untrained."""
+
+    @abstractmethod
+    def flops(self, model: Any) -> float:
+        """Of a forward, per token, by formula."""
+
+    @abstractmethod
+    def example(self, model: Any) -> dict[str, Tensor]:
+        """Arguments of a forward on one example of full length, on the model's device."""
+
+    @abstractmethod
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """What a variant trains on, and what its validation curve is measured on."""
+
+    @abstractmethod
+    def score(self, model: Any) -> Scores:
+        """What a trained model is worth."""
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, str]:
+        """What the page says of the data."""
+
+    def sample(self, directory: Path) -> Sample | None:
+        """What the saved model writes; None where there is nothing to write."""
+        return None
