@@ -80,7 +80,7 @@ def test_help_of_a_command(capsys, command):
     ("arguments", "message"),
     [
         (["trian", "lm"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzz"], "unknown command 'zzz'; there are train, convert, tune, samples, generate"),
+        (["zzz"], "unknown command 'zzz'; there are train, experiment, convert, tune"),
         (["train", "lms"], "unknown recipe 'lms'; did you mean 'lm'?"),
         (["train", "zzz"], "unknown recipe 'zzz'; there are lm"),
         (["train", "lm", "--stepz", "3"], "--steps"),
