@@ -10,17 +10,17 @@ import torch
 from headwise.analysis.records import from_json
 from headwise.hf.auto import Routed
 from headwise.parity import count_flops
-from headwise.recipes import RECIPES, LanguageModelRun, lm
+from headwise.recipes import RECIPES, LanguageModelRun, lm, multilingual
+from headwise.recipes.comparison import TextRun
 from headwise.recipes.train import train
 from headwise.recipes.variants import build_model
 
 VARIANTS = {variant.name: variant for variant in lm().variants()}
+ON_TEXT = [name for name, recipe in RECIPES.items() if isinstance(recipe(), TextRun)]
 TINY = {
-    "lm": {
-        "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
-        "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
-        "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
-    },
+    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
+    "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
+    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
 }  # fmt: skip
 
 
@@ -36,13 +36,9 @@ def build(run: LanguageModelRun, name: str, vocab_size: int = 31, seed: int = 0)
     return build_model(run, variant, vocab_size=vocab_size, seed=seed)
 
 
-def test_every_recipe_has_tiny_fields_here():
-    assert TINY.keys() | {"masked"} == RECIPES.keys()  # test_masked_recipe.py has its own
-
-
-@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("recipe", ON_TEXT)
 def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
-    run = dataclasses.replace(RECIPES[recipe](), output=tmp_path / "run", data=text, **TINY[recipe])
+    run = dataclasses.replace(RECIPES[recipe](), output=tmp_path / "run", data=text, **TINY)
     train(run)
     with (run.output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -51,9 +47,14 @@ def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
     assert [model.label for model in record.models] == [row["label"] for row in rows]
 
 
+def test_languages_come_from_a_directory():
+    with pytest.raises(ValueError, match=r"data is None; .*docs/multilingual.sh"):
+        train(multilingual())
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_moves_every_parameter(name):
-    run = LanguageModelRun(**TINY["lm"])
+    run = LanguageModelRun(**TINY)
     model = build(run, name).train()
     assert isinstance(model, Routed) == (name != "dense")
     ids = torch.randint(0, 31, (8, 16))
@@ -72,7 +73,7 @@ def test_default_models_cost_what_dense_does(name):
 
 
 def test_build_follows_the_seed_alone():
-    run = LanguageModelRun(**TINY["lm"])
+    run = LanguageModelRun(**TINY)
     states = []
     for seed in (1, 1, 2):
         torch.rand(7)

@@ -61,3 +61,10 @@ def test_speed_of_models_trained_side_by_side_is_not_shown():
     assert "tokens/s ↑" not in comparison(rows)[0]
     assert "tokens/s" not in markdown(rows)
     assert "tokens/s" in markdown(ROWS)
+
+
+def test_many_domains_leave_no_room_for_quartiles():
+    many = row("dense", 0, 30.0) | {f"perplexity_{x}": 25.0 for x in ("de", "fr", "ja")}
+    assert comparison([many])[1][0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
+    assert "quartiles" not in markdown([many])
+    assert "quartiles" in markdown(ROWS)

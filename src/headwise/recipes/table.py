@@ -19,13 +19,13 @@ _PERPLEXITY = {
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models."
 }
-_OF_FILES = (
-    "PPL: perplexity of all tokens of the held-out files, in brackets the quartiles of the files."
-)
+_OF_FILES = "PPL: perplexity of all tokens of the held-out files"
+_QUARTILES = ", in brackets the quartiles of the files"
 _COST = (
     "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
     "torch's counter saw run. ±: deviation over seeds."
 )
+_MOST_WITH_QUARTILES = 3  # domains
 _SPEED = "tokens/s: training, median step."
 
 
@@ -64,6 +64,7 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         *(["tokens/s ↑"] if _alone(rows) else []),
         *(f"{column} (published)" for column in (published.columns if published else ())),
     ]
+    quartiles = _with_quartiles(rows)
     cells = []
     for name in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == name]
@@ -74,7 +75,7 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             _mean(runs, "flops_per_token", "{:.2f}", 1e-6),
             _mean(runs, "flops_per_token_counted", "{:.2f}", 1e-6),
             _mean(runs, "active_heads", "{:.0f} %", 100),
-            *(_perplexity(runs, domain) for domain in domains(rows[0])),
+            *(_perplexity(runs, domain, quartiles) for domain in domains(rows[0])),
             *([_mean(runs, "tokens_per_second", "{:,.0f}")] if _alone(rows) else []),
             *(published.of(name) if published else ()),
         ])  # fmt: skip
@@ -101,7 +102,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
-    sentences = [_PERPLEXITY.get(rows[0]["recipe"], _OF_FILES), _COST]
+    of_files = f"{_OF_FILES}{_QUARTILES if _with_quartiles(rows) else ''}."
+    sentences = [_PERPLEXITY.get(rows[0]["recipe"], of_files), _COST]
     if _alone(rows):
         sentences.append(_SPEED)
     if published := PUBLISHED.get(rows[0]["recipe"]):
@@ -156,12 +158,16 @@ def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
     return f"{text} ± {form.format(statistics.stdev(values))}"
 
 
-def _perplexity(runs: Sequence[Row], domain: str) -> str:
+def _with_quartiles(rows: Sequence[Row]) -> bool:
+    """Whether they are there, and the columns few enough to hold them."""
+    return len(domains(rows[0])) <= _MOST_WITH_QUARTILES and any("_q1" in key for key in rows[0])
+
+
+def _perplexity(runs: Sequence[Row], domain: str, with_quartiles: bool) -> str:
     key = f"perplexity_{domain}"
     least = min(float(row[key]) for row in runs)
     value = _mean(runs, key, "{:.1f}" if least >= 20 else "{:.2f}")
-    quartiles = [f"{key}_{q}" for q in ("q1", "q3")]
-    if quartiles[0] not in runs[0]:
+    if not with_quartiles:
         return value
-    low, high = (statistics.fmean(float(row[q]) for row in runs) for q in quartiles)
+    low, high = (statistics.fmean(float(row[f"{key}_{q}"]) for row in runs) for q in ("q1", "q3"))
     return f"{value} ({low:.0f}–{high:.0f})"
