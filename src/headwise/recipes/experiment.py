@@ -59,9 +59,9 @@ def tiny(study: str) -> StudyRun:
         dim=96,
         mlp_dim=256,
         vocab_size=2048,
-        steps=250,
-        warmup_steps=25,
-        eval_every=50,
+        sequence_length=128,
+        steps=500,
+        warmup_steps=50,
     )
 
 

@@ -111,6 +111,7 @@ def _assemble(
         num_hidden_layers=run.num_layers,
         num_attention_heads=run.num_heads,
         max_position_embeddings=run.sequence_length,
+        initializer_range=run.initializer_range or (2 / (5 * run.dim)) ** 0.5,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
