@@ -272,6 +272,8 @@ def _quiet_transformers() -> None:
 
     disable_progress_bar()
     set_verbosity_error()
+    # Without a network it retries, and says so each time.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _fail(status: int, message: object) -> NoReturn:

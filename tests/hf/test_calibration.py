@@ -116,6 +116,8 @@ def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
 
 
 def test_what_it_refuses(tiny, batches):
+    with pytest.raises(ValueError, match="batches holds a Tensor; each must be a dict"):
+        calibrate(tiny(), [torch.zeros(1, 3, dtype=torch.long)], CONFIG)
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(tiny(), [], CONFIG)
     with pytest.raises(ValueError, match="by is 'norm'"):

@@ -51,7 +51,7 @@ def test_configuration_is_kept(run):
 
 def test_progress_and_comparison_are_printed(printed):
     assert "dense, seed 0  step 20/20  loss " in printed
-    assert "At equal FLOPs per token" in printed
+    assert "Language models at equal FLOPs per token" in printed
     assert "report.html" in printed
 
 

@@ -102,7 +102,7 @@ def test_what_it_refuses(original, tmp_path, capsys):
         capsys, original, "-o", new, "--shared", 5, "--active", 4
     )
     assert "layer 0: active_heads is 7" in refusal(capsys, original, "-o", new, "--active", 7)
-    assert "must be a text file" in refusal(capsys, original, "-o", new, "--calibrate", "none.txt")
+    assert "there is no file" in refusal(capsys, original, "-o", new, "--calibrate", "none.txt")
     text.write_text("too short")
     assert "more than 256" in refusal(capsys, original, "-o", new, "--calibrate", text)
     text.write_text(TEXT)

@@ -69,6 +69,11 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "piqa.json").write_text("not json")
     with pytest.raises(ValueError, match=r"piqa\.json, entry 1: "):
         read("piqa", tmp_path)
+    (tmp_path / "piqa.json").write_text('[{"goal": "q", "sol1": "a", "sol2": "b", "label": 0}]')
+    with pytest.raises(
+        ValueError, match=r"entry 1 has no field 'instruction'; in instruction form"
+    ):
+        read("piqa", tmp_path)
     choices = "Q: q\n\nSolution1: one\n\nSolution2: two\n\nAnswer format: a/b"
     write(tmp_path / "piqa.json", (choices, "solution1"), ("Q: no choices", "solution1"))
     with pytest.raises(ValueError, match=r"piqa\.json, entry 2: its instruction is no question"):

@@ -58,5 +58,7 @@ def test_wrong_input(model, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             SamplesRun(str(model), **fields)
+    with pytest.raises(ValueError, match=r"length is 9999; the model in .* takes at most"):
+        write_samples(SamplesRun(str(model), tmp_path / "a.parquet", length=9999))
     with pytest.raises(ValueError, match="holds no model"):
         write_samples(SamplesRun(str(tmp_path), tmp_path / "a.parquet"))

@@ -353,7 +353,9 @@ def _mlp_from_dict(kind: str, **fields: Any) -> MoEConfig:
 def _check_budget(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{field} is {value!r}; it must be a count or a share")
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{field} is {value}; a count of heads must be at least 0")
+    if isinstance(value, float) and not 0 <= value <= 1:
         raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
 
 

@@ -25,7 +25,7 @@ def model_card(model: Any, path: str, name: str, *, weights: str, figures: str =
     Args:
         model: With routed heads.
         path: Of the original, a directory or a name on the hub.
-        name: Of the converted model.
+        name: Of the converted model's directory.
         weights: A sentence on where they come from.
         figures: What was measured, in Markdown; may be empty.
     """
@@ -48,16 +48,14 @@ def model_card(model: Any, path: str, name: str, *, weights: str, figures: str =
 
 {listed}
 
-```bash
-pip install headwise
-```
+It needs the library headwise, installed from its source (`pip install -c constraints.txt .`).
 
 ```python
 from transformers import {auto}
 
 import headwise
 
-model = {auto}.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")  # the directory of this card
 ```
 {figures}"""
 
@@ -86,7 +84,7 @@ def calibration_figures(perplexities: Mapping[str, float]) -> str:
         return ""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in perplexities.items())
     return f"""
-On the last quarter of the text by which the shared heads were chosen, which had no part in that:
+On pieces of the text by which the shared heads were chosen that had no part in that:
 
 | heads | perplexity |
 |---|---:|

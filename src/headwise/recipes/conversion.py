@@ -39,9 +39,10 @@ class ConversionRun:
         router: query_norm (no parameters, ready at once), or two_stage or one_stage (learned; tune
             afterwards).
         route_groups: Query heads that share a key head are on or off together.
-        calibrate: Text file, or tokens that `headwise samples` wrote, by which to choose the shared
-            heads of each layer; without it they are the first ones. A quarter of the text is kept
-            to compare the two.
+        calibrate: Text file, or tokens that `headwise samples` wrote (.parquet), by which to choose
+            the shared heads of each layer; without it they are the first ones. Of its first 64
+            pieces of up to 256 tokens three quarters are used, and the last quarter is kept to
+            compare the two.
         by: What calibration goes by: gradient of the loss with respect to the head's gate, loss (a
             forward for each head), or query_norm.
     """
@@ -59,7 +60,10 @@ class ConversionRun:
         if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise ValueError(f"output is {self.output}, which exists; choose another")
         if self.calibrate is not None and not self.calibrate.is_file():
-            raise ValueError(f"calibrate is {self.calibrate}; it must be a text file")
+            raise ValueError(
+                f"calibrate is {self.calibrate}, where there is no file; it must be a text file or "
+                "tokens that `headwise samples` wrote"
+            )
         self.attention()
 
     def attention(self) -> MoHConfig:
@@ -85,7 +89,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         kept = -(-len(batches) // 4)
         attention = calibrate(model, batches[:-kept], attention, by=run.by)
         perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
-        console.print(_table(perplexities))
+        console.print(_table(perplexities, kept, len(batches)))
     convert(model, attention=attention)
 
     card = model_card(
@@ -103,6 +107,8 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         (directory / "README.md").write_text(card)
 
     write_whole(run.output, write)
+    if tokenizer is None:
+        console.print(f"{run.path} has no tokenizer, so {run.output} has none", highlight=False)
     for line in budget_lines(model):
         console.print(line, highlight=False)
     console.print(f"saved in {run.output}", highlight=False)
@@ -123,7 +129,7 @@ def _blocks(
     blocks = [row[:_BLOCK] for row in rows if len(row) > 1][:_MOST_BLOCKS]
     if len(blocks) < 2:
         tokens = sum(map(len, rows))
-        raise ValueError(f"the text has {tokens} tokens; calibrate needs more than {_BLOCK}")
+        raise ValueError(f"{file} has {tokens} tokens; calibrate needs more than {_BLOCK}")
     check_tokens(np.concatenate(blocks), model.get_input_embeddings().num_embeddings, path)
     ids = [torch.from_numpy(block.astype(np.int64))[None].to(model.device) for block in blocks]
     return [{"input_ids": block, "labels": block} for block in ids]
@@ -140,8 +146,9 @@ def _comparison(
     return perplexities
 
 
-def _table(perplexities: dict[str, float]) -> Table:
-    table = Table("heads", "perplexity", title="on the last quarter of the text")
+def _table(perplexities: dict[str, float], kept: int, pieces: int) -> Table:
+    title = f"on {kept} of {pieces} pieces of text, kept from calibration"
+    table = Table("heads", "perplexity", title=title)
     for name, perplexity in perplexities.items():
         table.add_row(name, f"{perplexity:.4g}")
     return table

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from headwise.recipes.loading import load_tokenizer
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
@@ -19,9 +21,12 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         raise ValueError(f"{directory} holds no model (no config.json){hint}")
     try:
         model = AutoModelForCausalLM.from_pretrained(directory)
-        return model, AutoTokenizer.from_pretrained(directory)
     except Exception as error:
         raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(str(directory))
+    if tokenizer is None:
+        raise ValueError(f"{directory} has no tokenizer, and text needs one; save one beside it")
+    return model, tokenizer
 
 
 def continue_text(

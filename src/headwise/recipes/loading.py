@@ -1,5 +1,6 @@
 """Loading what a path holds: a causal language model, converted or not, and its tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -15,7 +16,8 @@ def load_causal_lm(path: str, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no model that can be loaded: {reason}") from error
+        nowhere = "" if Path(path).is_dir() else "there is no such directory, and "
+        raise ValueError(f"{path} holds no model that can be loaded: {nowhere}{reason}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -24,3 +26,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def check_length(field: str, length: int, model: Any, path: str) -> None:
+    """Raises ValueError if the model was not made for sequences of that length."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(
+            f"{field} is {length}; the model in {path} takes at most {most} tokens "
+            "(max_position_embeddings)"
+        )

@@ -65,7 +65,10 @@ def _choices(entry: Document) -> tuple[str, list[str], int]:
     """Question, choices and the place of the right one, of an instruction that lists them."""
     match = _INSTRUCTION.fullmatch(entry["instruction"])
     if match is None:
-        raise ValueError("its instruction is no question with numbered choices")
+        raise ValueError(
+            "its instruction is no question with numbered choices, as in 'Choose one: QUESTION"
+            "\\n\\nAnswer1: … Answer2: …\\n\\nAnswer format: answer1/answer2'"
+        )
     choices = _NEXT_CHOICE.split(match["choices"])
     answer = int(entry["answer"][-1]) - 1
     if not 0 <= answer < len(choices):
@@ -112,7 +115,12 @@ def read_documents(source: Source, directories: Sequence[Path]) -> list[Document
     try:
         for entry in _entries(paths[0]):
             documents.append(source.read(entry))
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"{paths[0]}, entry {len(documents) + 1} has no field {error}; in instruction form it "
+            "has 'instruction' and 'answer'"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{paths[0]}, entry {len(documents) + 1}: {error}") from error
     return documents
 

@@ -11,7 +11,7 @@ from rich.progress import track
 from transformers import set_seed
 
 from headwise.recipes.directory import write_whole
-from headwise.recipes.loading import load_causal_lm
+from headwise.recipes.loading import check_length, load_causal_lm
 from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
 
 
@@ -55,6 +55,7 @@ def write_samples(run: SamplesRun) -> None:
         ValueError: If there is no model, or it has no first token (`bos_token_id`).
     """
     model = load_causal_lm(run.path).eval()
+    check_length("length", run.length, model, run.path)
     first = model.config.bos_token_id
     if first is None:
         raise ValueError(f"{run.path} has no bos_token_id, with which a text would begin")

@@ -16,7 +16,7 @@ from headwise.recipes import recovery
 from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.card import model_card
 from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
-from headwise.recipes.loading import load_causal_lm, load_tokenizer
+from headwise.recipes.loading import check_length, load_causal_lm, load_tokenizer
 from headwise.recipes.recovery import Point
 from headwise.recipes.tuning import TuningRun
 from headwise.recipes.tuning_text import held_out_blocks, load_tokens, training_blocks
@@ -49,6 +49,7 @@ def tune(run: TuningRun) -> None:
             f"dense.steps is 0, and the model in {run.path} has no routed heads to tune; convert "
             "it with `headwise convert`, or give dense.steps"
         )
+    check_length("sequence_length", run.sequence_length, model, run.path)
     original = _original(run, model, tokenizer)
     text = load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
     dense_blocks, routed_blocks = training_blocks(run, text)
@@ -115,7 +116,7 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
         if setting.tokenizer is not None:
             setting.tokenizer.save_pretrained(directory)
         if isinstance(model, Routed):
-            (directory / "README.md").write_text(_card(run, model, points))
+            (directory / "README.md").write_text(_card(run, finished, model, points))
         (directory / _POINTS_FILE).write_text(json.dumps([p._asdict() for p in points]))
 
     if state.is_main_process:
@@ -124,7 +125,7 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
     return points
 
 
-def _card(run: TuningRun, model: Any, points: list[Point]) -> str:
+def _card(run: TuningRun, directory: Path, model: Any, points: list[Point]) -> str:
     last = points[-1]
     weights = (
         f"Tuned on {last.tokens:,} tokens of {Path(run.data).name if run.data else 'text'}, "
@@ -134,9 +135,8 @@ def _card(run: TuningRun, model: Any, points: list[Point]) -> str:
         f"\nPerplexity of held-out text: {last.perplexity}, the original's "
         f"{last.original_perplexity}: {last.recovery} % recovered.\n"
     )
-    return model_card(
-        model, run.original or run.path, run.output.name, weights=weights, figures=figures
-    )
+    name = "/".join(directory.parts[-3:])
+    return model_card(model, run.original or run.path, name, weights=weights, figures=figures)
 
 
 def _trainer(

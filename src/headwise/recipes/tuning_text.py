@@ -115,8 +115,13 @@ def _of_text(data: str | None, tokenizer: PreTrainedTokenizerBase) -> TuningText
 
 def _of_token_file(file: Path, length: int) -> TuningText:
     """Each row is cut into whole sequences; every tenth row is held out."""
-    cut = [row[: len(row) // length * length] for row in token_rows(file)]
+    rows = token_rows(file)
+    cut = [row[: len(row) // length * length] for row in rows]
     held_out, training = cut[::10], [row for i, row in enumerate(cut) if i % 10]
     if not training or not sum(map(len, training)):
-        raise ValueError(f"{file} has no row of sequence_length = {length} tokens to train on")
+        longest = max(map(len, rows), default=0)
+        raise ValueError(
+            f"sequence_length is {length}, but {file} has rows of at most {longest} tokens; give "
+            f"--sequence-length {longest} or less, and at least two such rows"
+        )
     return TuningText({file.stem: np.concatenate(training)}, {file.stem: np.concatenate(held_out)})
