@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
-from headwise.analysis.plots import recovery_curves
+from headwise.analysis.plots import recovery_curves, time_against_share
 from headwise.bench import table as performance
 from headwise.recipes import harness_table, recovery
 from headwise.recipes import table as lm
+from headwise.recipes.figure import draw_comparison
 from headwise.recipes.studies import STUDIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/convert.md", "docs/experiments.md")
+PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md")
+# Tables whose rows are in a file of another name.
+SOURCES = {"speed": "performance"}
 TABLES = {
     "lm": lm.markdown,
     "performance": performance.markdown,
+    "speed": performance.summary,
     "stories260k": recovery.markdown,
     "smollm2": harness_table.markdown,
 } | dict.fromkeys(STUDIES, lm.markdown)
@@ -25,12 +29,15 @@ def main() -> None:
         for name, markdown in TABLES.items():
             start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
             before, found, rest = text.partition(start)
-            if found:
+            if found and (ROOT / "results" / f"{SOURCES.get(name, name)}.csv").exists():
                 _, _, after = rest.partition(end)
-                text = f"{before}{start}{markdown(rows_of(name))}{end}{after}"
+                rows = rows_of(SOURCES.get(name, name))
+                text = f"{before}{start}{markdown(rows)}{end}{after}"
         (ROOT / page).write_text(text)
     figure = recovery_curves(rows_of("stories260k"))
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
+    figure = time_against_share(rows_of("performance"))
+    figure.savefig(ROOT / "results" / "performance.png", dpi=150)
     for name in STUDIES:
         if (ROOT / "results" / f"{name}.csv").exists():
             draw_comparison(rows_of(name), ROOT / "results" / f"{name}.png")

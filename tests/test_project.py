@@ -12,6 +12,7 @@ from transformers.utils import logging
 import headwise
 import headwise.parity
 from headwise.bench.table import markdown as performance_markdown
+from headwise.bench.table import summary as speed_summary
 from headwise.cli import main
 from headwise.recipes.harness_table import markdown as harness_markdown
 from headwise.recipes.recovery import markdown as recovery_markdown
@@ -26,6 +27,7 @@ TABLES = dict(re.findall(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", PAGES
 MARKDOWN = {
     "lm": lm_markdown,
     "performance": performance_markdown,
+    "speed": speed_summary,
     "smollm2": harness_markdown,
     "stories260k": recovery_markdown,
 } | dict.fromkeys(STUDIES, lm_markdown)
@@ -123,7 +125,7 @@ def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_equal_results(name):
-    results = ROOT / "results" / f"{name}.csv"
+    results = ROOT / "results" / f"{'performance' if name == 'speed' else name}.csv"
     if not results.exists():
         pytest.skip(f"results/{name}.csv is not there yet")
     assert TABLES[name].strip() == MARKDOWN[name](read_csv(results)).strip()

@@ -49,6 +49,33 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """With half of the heads on: one line a case, the ratios by dtype; see `markdown` for more."""
+    half = [
+        row
+        for row in rows
+        if _is_shown(row)
+        and "T=512" not in row["shape"]
+        and (row["benchmark"] == "experts" or float(row["share"]) == 0.5)
+    ]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in half))
+    cases: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in half:
+        *_, ratio, _, _, target = _cells(row)
+        key = (row["case"], row["shape"], row["rival"])
+        mark = target.partition(" ")[2]
+        cases.setdefault(key, {})[row["dtype"]] = f"{ratio} {mark}".strip()
+    columns = ["case", "shape", "rival", *dtypes]
+    lines = [columns, ["---"] * 3 + ["---:"] * len(dtypes)]
+    lines += [[*key, *(ratios.get(dtype, "") for dtype in dtypes)] for key, ratios in cases.items()]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    legend = (
+        "Half of the heads on. Our time over the rival's, below 1 is faster; medians of "
+        "interleaved runs. ✓ or ✗: whether it is what headwise set out to reach."
+    )
+    return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+
+
 def _is_shown(row: Row) -> bool:
     """Of attention the shortest and the longest, of decoding the largest batch, of the rest all."""
     if row["benchmark"] == "attention":

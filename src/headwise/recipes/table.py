@@ -26,6 +26,7 @@ _COST = (
     "torch's counter saw run. ±: deviation over seeds."
 )
 _MOST_WITH_QUARTILES = 3  # domains
+_PUBLISHED = " (published)"
 _SPEED = "tokens/s: training, median step."
 
 
@@ -62,7 +63,7 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "heads on",
         *(f"PPL {domain} ↓" for domain in domains(rows[0])),
         *(["tokens/s ↑"] if _alone(rows) else []),
-        *(f"{column} (published)" for column in (published.columns if published else ())),
+        *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
     quartiles = _with_quartiles(rows)
     cells = []
@@ -108,7 +109,7 @@ def legend(rows: Sequence[Row]) -> str:
         sentences.append(_SPEED)
     if published := PUBLISHED.get(rows[0]["recipe"]):
         sentences.append(
-            f"(published): {published.what}, by {published.source}; not measured here."
+            f"{_PUBLISHED.strip()}: {published.what}, by {published.source}; not measured here."
         )
     return " ".join(sentences)
 
@@ -125,28 +126,34 @@ def measured_on(rows: Sequence[Row]) -> str:
     seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
     versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
     return (
-        f"{row['device']}, {row['threads']} threads, {row['precision']}; {row['steps']} steps, "
+        f"{row['device']}, {row['threads']} thread(s), {row['precision']}; {row['steps']} steps, "
         f"{int(row['tokens']):,} tokens a model, seeds {seeds}; {versions}"
     )
 
 
 def for_terminal(rows: Sequence[Row], title: str) -> Table:
-    """The comparison as a rich table."""
+    """The comparison as a rich table, narrow enough for 80 columns: published figures have a †."""
     columns, cells = comparison(rows)
+    crowded = any(_PUBLISHED in column for column in columns)
+    shown = [i for i, x in enumerate(columns) if not (crowded and x in ("active (M)", "counted"))]
     table = Table(
         title=title,
-        caption=legend(rows),
+        caption=legend(rows).replace(_PUBLISHED.strip(), "†"),
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
     broken = [[cell.replace(" ±", "\n±").replace(" (", "\n(") for cell in line] for line in cells]
-    table.add_column(columns[0])
-    for index, column in enumerate(columns[1:], start=1):
+    for index in shown:
+        column = columns[index].replace(_PUBLISHED, "†")
         parts = [part for line in broken for part in line[index].split("\n")]
-        table.add_column(column, justify="right", width=max(map(len, parts + column.split())))
+        width = max(map(len, parts + column.split()))
+        if index:
+            table.add_column(column, justify="right", width=width)
+        else:
+            table.add_column(column, min_width=min(width, 16))
     for line in broken:
-        table.add_row(*line)
+        table.add_row(*(line[index] for index in shown))
     return table
 
 
