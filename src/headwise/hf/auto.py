@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from headwise.hf.attention import check_implementation
-from headwise.hf.configs import Conversion
+from headwise.hf.conversion import Conversion
 from headwise.hf.recorder import collect_routings
 from headwise.hf.surgery import install
 from headwise.nn import HeadRouter

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention
 from headwise.hf.auto import Routed
-from headwise.hf.configs import MoHConfig
+from headwise.hf.head_configs import MoHConfig
 from headwise.hf.recorder import record_routing
 from headwise.hf.surgery import attention_modules, build_routers
 from headwise.nn import HeadBudget, QueryNormRouter

@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
-from headwise.hf.configs import Conversion, MoEConfig, MoHConfig
+from headwise.hf.conversion import Conversion
+from headwise.hf.expert_configs import MoEConfig
+from headwise.hf.head_configs import MoHConfig
 from headwise.hf.loading import load_original
 from headwise.hf.surgery import attention_modules, install
 

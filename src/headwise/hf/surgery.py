@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
-from headwise.hf.configs import Conversion, MoHConfig
+from headwise.hf.conversion import Conversion
+from headwise.hf.head_configs import MoHConfig
 from headwise.hf.upcycling import start_as_slices
 from headwise.nn import HeadRouter, MHMoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds

@@ -1,0 +1,86 @@
+"""All that `convert` does to a model, and how config.json keeps it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
+from headwise.hf.head_configs import MoHConfig
+from headwise.ops.choice import check_choice
+
+Ternary = Literal["no", "trained", "packed"]
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """All that `convert` did to a model; config.json keeps it under the key "headwise".
+
+    Attributes:
+        attention: Replaces the attention of every layer; None leaves it.
+        mlp: Replaces the MLP of every `every`-th layer; None leaves it.
+        every: 1 for each layer; 2 for layers 1, 3, 5, … counted from 0, and so on.
+        ternary: Whether the linear maps and experts of every layer are ternary: "no"; "trained",
+            with weights that every forward makes ternary; "packed", in 2 bits for inference.
+    """
+
+    attention: MoHConfig | None = None
+    mlp: MoEConfig | None = None
+    every: int = 1
+    ternary: Ternary = "no"
+
+    def __post_init__(self) -> None:
+        check_choice("ternary", self.ternary, Ternary)
+        if self.attention is None and self.mlp is None and self.ternary == "no":
+            raise ValueError(
+                "attention and mlp are both None; give at least one to convert, or ternary=True"
+            )
+        for field, kind in (("attention", MoHConfig), ("mlp", MoEConfig)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{field} is {value!r}; it must be a headwise.{kind.__name__}")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; the mlp's type is kept under "kind"."""
+        return {
+            # A reader of format 1 would not see that a model is ternary, and load it as it is not.
+            "format": 1 if self.ternary == "no" else 2,
+            "attention": self.attention and dataclasses.asdict(self.attention),
+            "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
+            "every": self.every,
+            "ternary": self.ternary,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Conversion":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If the format is newer than this version of headwise reads, or fields are
+                missing or unknown.
+        """
+        try:
+            if fields["format"] > FORMAT_VERSION:
+                raise ValueError(
+                    f"the model has headwise format {fields['format']}, this version reads up to "
+                    f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
+                )
+            attention, mlp = fields["attention"], fields["mlp"]
+            return cls(
+                attention=attention and MoHConfig(**attention),
+                mlp=mlp and _mlp_from_dict(**mlp),
+                every=fields["every"],
+                ternary=fields.get("ternary", "no"),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config.json's 'headwise' is not understood: {error!r}") from error
+
+
+def _kind(mlp: MoEConfig) -> str:
+    return "mh_moe" if isinstance(mlp, MHMoEConfig) else "moe"
+
+
+def _mlp_from_dict(kind: str, **fields: Any) -> MoEConfig:
+    return {"moe": MoEConfig, "mh_moe": MHMoEConfig}[kind](**fields)

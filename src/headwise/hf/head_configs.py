@@ -1,0 +1,123 @@
+"""What `convert` takes for attention: a frozen description of Mixture-of-Head attention."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from headwise.nn import Budget, HeadBudget, HeadRouter
+from headwise.nn.moh import HeadRouterName, check_head_router, head_router
+from headwise.ops.routing import HeadMode
+from headwise.ops.scores import HeadScores
+
+OfDepth = Callable[[int, int], Budget]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoHConfig:
+    """Mixture-of-Head attention in place of a model's attention.
+
+    A budget is a count of heads or a share of all heads. `shared` and `active` take one for every
+    layer; a sequence with one for each layer; or a function of (layer, number of layers), which
+    `convert` resolves. A layer of `shared` may also be the list of the heads themselves, ascending:
+    `headwise.calibrate` makes such lists.
+
+    Attributes:
+        shared: Heads that are always on; the first ones, unless they are named.
+        active: Heads that a token switches on, shared ones included.
+        router: "two_stage" (learned), "one_stage" (its ablation: shared heads at 1, no stages) or
+            "query_norm" (without parameters, for pretrained models).
+        mode: Formulas of a learned router: "released" or "paper".
+        scores: A learned router's scores of routed heads: "softmax", "sparsemax" or "sigmoid".
+        balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
+        route_groups: The query heads that share a key head are on or off together, so that decoding
+            reads the cache of those groups only that are on. shared and active still count query
+            heads and must be whole groups (a share rounds to them).
+        router_std: Deviation with which a learned router starts. With 0 every head that is on has
+            a gate of 1 (mode "released"), so that a pretrained model starts with its heads as they
+            were, the first ones chosen; the balance loss then spreads the choice.
+    """
+
+    shared: Budget | Sequence[Budget | Sequence[int]] | OfDepth = 0.4
+    active: Budget | Sequence[Budget] | OfDepth = 0.75
+    router: HeadRouterName = "two_stage"
+    mode: HeadMode = "released"
+    balance_coefficient: float = 0.01
+    route_groups: bool = False
+    router_std: float = 0.02
+    scores: HeadScores = "softmax"
+
+    def __post_init__(self) -> None:
+        for field in ("shared", "active"):
+            value: Any = getattr(self, field)
+            if isinstance(value, list | tuple):
+                value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+                object.__setattr__(self, field, value)
+            for budget in value if isinstance(value, tuple) else (value,):
+                named = field == "shared" and isinstance(value, tuple) and isinstance(budget, tuple)
+                if not (named or callable(budget)):
+                    _check_budget(field, budget)
+        shared, active = cast(tuple[Any, Any], (self.shared, self.active))
+        if type(shared) is type(active) in (int, float) and shared > active:
+            raise ValueError(f"shared is {shared}, more than active = {active}")
+        check_head_router(self.router, mode=self.mode, scores=self.scores)
+        check_coefficient("balance_coefficient", self.balance_coefficient)
+        check_coefficient("router_std", self.router_std)
+
+    def resolve(self, num_layers: int) -> "MoHConfig":
+        """The same with functions of depth evaluated.
+
+        Raises:
+            ValueError: If a sequence has not one budget for each layer.
+        """
+        changes: dict[str, Any] = {}
+        for field in ("shared", "active"):
+            value: Any = getattr(self, field)
+            if callable(value):
+                changes[field] = tuple(value(layer, num_layers) for layer in range(num_layers))
+            elif isinstance(value, tuple) and len(value) != num_layers:
+                raise ValueError(
+                    f"{field} has budgets of {len(value)} layers; the model has {num_layers}"
+                )
+        return dataclasses.replace(self, **changes)
+
+    def build_router(
+        self, layer: int, *, dim: int, num_heads: int, num_kv_heads: int | None = None
+    ) -> HeadRouter:
+        """The router of a layer, for an attention of that width; num_kv_heads default to num_heads.
+
+        Raises:
+            ValueError: If the layer's budget does not fit its heads, naming the layer.
+        """
+        shared, active = self._of_layer(self.shared, layer), self._of_layer(self.active, layer)
+        try:
+            budget = HeadBudget.resolve(
+                num_heads,
+                shared=shared,
+                active=active,
+                num_groups=num_kv_heads if self.route_groups else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from None
+        return head_router(
+            self.router, dim, budget, mode=self.mode, scores=self.scores, std=self.router_std
+        )
+
+    @staticmethod
+    def _of_layer(budget: Any, layer: int) -> Any:
+        return budget[layer] if isinstance(budget, tuple) else budget
+
+
+def check_coefficient(field: str, value: float) -> None:
+    """Raises ValueError if the factor of a loss is negative, or none."""
+    if not value >= 0:
+        raise ValueError(f"{field} is {value}; it must be at least 0")
+
+
+def _check_budget(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{field} is {value!r}; it must be a count or a share")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{field} is {value}; a count of heads must be at least 0")
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
