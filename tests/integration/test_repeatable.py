@@ -80,3 +80,12 @@ def test_two_processes_train_one_set_of_models(commands, tmp_path, whole):
     assert len(list(states)) == 2
     # Each process balances its own half of the batch: near, not equal.
     assert losses(run) == pytest.approx(losses(whole), abs=0.01)
+
+
+def test_several_processes_refuse_several_workers(commands, tmp_path):
+    arguments = commands.train(tmp_path / "run", *FIELDS, "--workers", "2")
+    process = commands.start(arguments, launcher=TWO_PROCESSES)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "workers is 2, and there are 2 processes" in printed
+    assert not (tmp_path / "run").exists()

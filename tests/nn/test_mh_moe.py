@@ -186,11 +186,11 @@ def test_head_and_merge_layer_start_as_in_the_released_code():
 
 
 def test_reset_experts_sets_the_deviation_of_all_of_them():
-    layer = MHMoE(30, num_heads=3, num_experts=7, top_k=2, expert_dim=31, shared_expert_dim=13)
+    layer = MHMoE(40, num_heads=4, num_experts=7, top_k=2, expert_dim=31, shared_expert_dim=13)
     layer.reset_experts(std=0.5)
-    for experts in (layer.experts, layer.shared_expert):
-        for weight in experts.parameters():
-            assert weight.std().item() == pytest.approx(0.5, rel=0.15)
+    others = [layer.experts.down_proj, *layer.shared_expert.parameters()]
+    for weight, std in [(layer.experts.up_proj, 1.0), *((w, 0.5) for w in others)]:
+        assert weight.std().item() == pytest.approx(std, rel=0.15)
 
 
 @pytest.mark.parametrize(

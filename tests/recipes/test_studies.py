@@ -12,6 +12,7 @@ from headwise.recipes.experiment import SCALES, StudyRun, tiny
 from headwise.recipes.published import PUBLISHED
 from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import domain_names
+from headwise.recipes.train import train
 from headwise.recipes.variants import build_model
 
 V = 211
@@ -116,3 +117,21 @@ def test_domains_have_the_names_that_loading_gives_them(layout, tmp_path):
 def test_impossible_studies_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         StudyRun(**fields)
+
+
+def test_models_that_cannot_be_built_are_found_before_anything_is_trained(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(2000)))
+    run = dataclasses.replace(
+        tiny("combined"), data=str(tmp_path / "text.txt"), output=tmp_path / "run", every=1
+    )
+    with pytest.raises(ValueError, match=r"every is 1, which leaves no dense MLP in mo.* least 2"):
+        train(run)
+    assert not run.output.exists()
+    with pytest.raises(ValueError, match="every is 9, but the model has 4 layers"):
+        train(dataclasses.replace(run, every=9))
+
+
+def test_few_heads_leave_each_model_one_to_route():
+    run = dataclasses.replace(tiny("moh-budget"), num_heads=4)
+    for variant in run.variants():
+        build_model(run, variant, vocab_size=V, seed=0)

@@ -3,9 +3,12 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from headwise.data.streams import BlockStream
 from headwise.recipes import LanguageModelRun
@@ -39,9 +42,29 @@ def mixture(tmp_path: Path) -> str:
 def test_a_mixture_is_streamed_and_its_held_out_documents_are_scored(mixture, tmp_path):
     run = LanguageModelRun(output=tmp_path / "run", data=mixture, **TINY)
     train(run)
+    row = result(run)
+    assert float(row["perplexity_squares"]) > 1 < float(row["perplexity_cubes"])
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_killed_between_the_last_step_and_the_result(mixture, tmp_path, streamed):
+    """Nothing is trained any more: a stream has no end at which Trainer would stop by itself."""
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(2000)))
+    data = mixture if streamed else str(tmp_path / "text.txt")
+    run = LanguageModelRun(output=tmp_path / "run", data=data, save_every=2, **TINY)
+    train(run)
+    finished = run.output / "models" / "moh_mh_moe-seed0"
+    weights, row = load_file(finished / "model.safetensors"), result(run)
+    shutil.rmtree(finished)
+    train(dataclasses.replace(run, resume=True))
+    assert_close(load_file(finished / "model.safetensors"), weights, rtol=0, atol=0)
+    assert result(run) == row | {"tokens_per_second": ""}
+
+
+def result(run: LanguageModelRun) -> dict[str, str]:
     with (run.output / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["perplexity_squares"]) > 1 < float(row["perplexity_cubes"])
+    return row
 
 
 def test_a_variant_streams_only_the_sources_that_it_trains_on(mixture):
@@ -87,3 +110,13 @@ def test_a_broken_mixture_is_refused(written, message, tmp_path):
 def test_a_mixture_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"nowhere\.mixture\.json cannot be read"):
         domain_names("nowhere.mixture.json")
+
+
+def test_a_mixture_that_changed_is_not_resumed(mixture, tmp_path):
+    run = LanguageModelRun(output=tmp_path / "run", data=mixture, **TINY)
+    train(run)
+    sources = json.loads(Path(mixture).read_text())
+    sources[0]["weight"] = 5
+    Path(mixture).write_text(json.dumps(sources))
+    with pytest.raises(ValueError, match="the text has changed since the run"):
+        train(dataclasses.replace(run, resume=True))

@@ -33,6 +33,11 @@ class HeadLoads:
     def __post_init__(self) -> None:
         _check_same_shape("by_domain", self.by_domain)
 
+    def share_on(self) -> float:
+        """Heads on over all heads, mean over domains and layers, in 0..1."""
+        layers = [layer for loads in self.by_domain.values() for layer in loads]
+        return sum(sum(layer) / len(layer) for layer in layers) / len(layers)
+
     def routed(self, domain: str, layer: int) -> list[float]:
         """The loads of the routed heads of one layer."""
         return self.by_domain[domain][layer][self.shared_heads :]

@@ -46,6 +46,9 @@ class SafeTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
         """transformers' own; the bar is taken down also when training fails.
 
+        A checkpoint of the last step is loaded and nothing is trained: transformers' own takes one
+        more step where the data have no length.
+
         Raises:
             ValueError: If the checkpoint to resume from is broken.
             FloatingPointError: When a loss or a gradient is not finite.
@@ -53,7 +56,13 @@ class SafeTrainer(Trainer):
         """
         if resume_from_checkpoint is not None:
             with _reading(resume_from_checkpoint):
-                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+                state = TrainerState.load_from_json(
+                    str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+                )
+            if state.global_step >= self.args.max_steps and not self.is_fsdp_enabled:
+                self.state = state
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint)
         finally:
@@ -171,8 +180,12 @@ class _Speed:
         return counted[len(counted) // 2] if counted else float("nan")
 
     def tokens_per_second(self) -> float:
-        """Of the median step, all processes together."""
+        """Of the median step, all processes together; nan where no step was taken."""
         return self.tokens_per_step / self.median()
+
+    def rounded(self) -> int | None:
+        """Tokens per second; None where no step was taken."""
+        return round(self.tokens_per_second()) if self.seconds else None
 
 
 class _Progress(TrainerCallback):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.mh_moe import ExpertMatrices, Experts, SharedExpert
 from headwise.ops.activations import Activation
 from headwise.ops.expert_mlp import Impl
@@ -58,7 +59,7 @@ class TernarySharedExpert(SharedExpert):
         return _share(quantize_experts(self.up_proj, self.down_proj), x, activation)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(KeepsBuffers):
     """A BitLinear for inference: weight uint8 [O, D / 4], rounded up, and scale; bias as it was.
 
     Raises:
@@ -94,7 +95,7 @@ class PackedLinear(nn.Module):
         )
 
 
-class PackedMatrices(nn.Module):
+class PackedMatrices(KeepsBuffers):
     """The matrices of ternary experts for inference.
 
     up_proj uint8 [E, U, D / 4] with up_scale [E, 2] (gate first) or [E, 1], down_proj uint8

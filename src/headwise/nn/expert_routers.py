@@ -1,7 +1,7 @@
 """Routers of tokens to experts, in float32 or wider, and the biases that balance their loads."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.routers import Router, wide_linear
 from headwise.ops import Routing, count_choices, route_tokens
 from headwise.ops.choice import check_choice
@@ -16,7 +17,7 @@ from headwise.ops.processes import sum_over_processes
 from headwise.ops.scores import TokenScores
 
 
-class ExpertRouter(Router):
+class ExpertRouter(KeepsBuffers, Router):
     """Base of the routers of tokens to experts: what becomes of the logits (`ops.route_tokens`).
 
     Args:
@@ -67,16 +68,6 @@ class ExpertRouter(Router):
             bias=self.bias,
         )
         return routing.with_mask(mask)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # In bfloat16 the steps of a bias would round away, and counts above 256 would be wrong.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
-        return self
 
     def extra_repr(self) -> str:
         balance = f", bias_rate={self.bias_rate}" if self.bias_rate else ""

@@ -117,11 +117,18 @@ class MHMoE(nn.Module):
                     nn.init.zeros_(proj.bias)
 
     def reset_experts(self, *, std: float) -> None:
-        """Normal with that deviation for all matrices of the experts, the shared one included."""
-        for experts in (self.experts, self.shared_expert):
-            if experts is not None:
-                nn.init.normal_(experts.up_proj, std=std)
-                nn.init.normal_(experts.down_proj, std=std)
+        """Normal for all matrices of the experts, the shared one included.
+
+        Args:
+            std: The deviation that suits inputs as wide as a token. The first matrices of experts
+                that read sub-tokens, num_heads times as narrow, get √num_heads times as much, so
+                that what they compute starts as large.
+        """
+        nn.init.normal_(self.experts.up_proj, std=std * math.sqrt(self.num_heads))
+        nn.init.normal_(self.experts.down_proj, std=std)
+        if self.shared_expert is not None:
+            nn.init.normal_(self.shared_expert.up_proj, std=std)
+            nn.init.normal_(self.shared_expert.down_proj, std=std)
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None

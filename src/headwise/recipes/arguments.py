@@ -99,6 +99,12 @@ def begin(run: Any) -> tuple[PartialState, RunDirectory]:
     # Without the hint, processes on CPUs do not find each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     _check_batch(run, state)
+    workers = getattr(run, "workers", 1)
+    if workers > 1 and state.num_processes > 1:
+        raise ValueError(
+            f"workers is {workers}, and there are {state.num_processes} processes that train each "
+            "model together; give --workers 1"
+        )
     _check_trackers(run.report_to)
     directory = RunDirectory(run.output)
     if state.is_main_process:

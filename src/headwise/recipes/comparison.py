@@ -49,6 +49,8 @@ class ComparisonRun:
         num_layers: Layers.
         num_heads: Attention heads of a layer.
         mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
+        initializer_range: Deviation with which weights start; None is sqrt(2 / (5 · dim))
+            (arXiv 1910.05895), 0.02 at the width of 1000.
         num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
         top_k: Experts that a token of the sparse MoE goes to.
         every: Experts replace the MLP of every `every`-th layer.
@@ -77,6 +79,7 @@ class ComparisonRun:
     num_layers: int = 4
     num_heads: int = 8
     mlp_dim: int = 344
+    initializer_range: float | None = None
     num_experts: int = 8
     top_k: int = 1
     every: int = 2
@@ -114,9 +117,16 @@ class ComparisonRun:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if self.initializer_range is not None and not self.initializer_range > 0:
+            raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both set; choose one")
         self.chosen()
+
+    @property
+    def initial_deviation(self) -> float:
+        """Of the weights of dense layers."""
+        return self.initializer_range or (2 / (5 * self.dim)) ** 0.5
 
     @property
     def title(self) -> str:
@@ -171,8 +181,6 @@ class TextRun(ComparisonRun):
             ends in .mixture.json.
         vocab_size: Entries of the tokenizer that is trained on the text.
         sequence_length: Tokens that a model sees at once.
-        initializer_range: Deviation with which weights start; None is sqrt(2 / (5 · dim))
-            (arXiv 1910.05895), 0.02 at the width of 1000.
         domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
         eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
         sample_prompt: What the best model continues in the report.
@@ -180,7 +188,6 @@ class TextRun(ComparisonRun):
 
     vocab_size: int = 4096
     sequence_length: int = 256
-    initializer_range: float | None = None
     domain_exponent: float = 0.5
     eval_blocks_per_file: int = 4
     sample_prompt: str = "def "
@@ -189,8 +196,6 @@ class TextRun(ComparisonRun):
         check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
-        if self.initializer_range is not None and not self.initializer_range > 0:
-            raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
         if not 0 <= self.domain_exponent <= 1:
             raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
         super().__post_init__()

@@ -3,7 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from headwise.ops.choice import check_choice
 from headwise.recipes.comparison import TextRun, Variant
@@ -21,8 +23,8 @@ class StudyRun(TextRun):
         scale: The one whose sizes and steps the fields had, before any was given.
     """
 
-    study: str
-    scale: Scale = "tiny"
+    study: Annotated[str, tyro.conf.Suppress]
+    scale: Annotated[Scale, tyro.conf.Suppress] = "tiny"
 
     def __post_init__(self) -> None:
         check_choice("scale", self.scale, Scale)
@@ -90,7 +92,9 @@ def paper(study: str) -> StudyRun:
     """The papers' sizes, text and schedules, for many GPUs.
 
     **Source**: MH-MoE, arXiv 2411.16205, section 3, and MoH-LLM-S, arXiv 2410.11842, section 4.3.
-    **Deviates**: MH-MoE's paper gives neither learning rate nor vocabulary; they are MoH's.
+    **Deviates**: MH-MoE's paper gives neither learning rate nor vocabulary; they are MoH's. Its 40
+    and 96 experts are 41 and 93 here, the numbers of equal parameters. Studies of MoH that the
+    paper made on images are made on text.
     """
     common = dataclasses.replace(
         small(study),

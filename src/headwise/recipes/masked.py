@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headwise.recipes.comparison import ComparisonRun, Variant, check_at_least
 from headwise.recipes.task import Task
-from headwise.recipes.variants import mh_moe, sparse_moe
+from headwise.recipes.variants import first_paper_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +76,9 @@ class MaskedRun(ComparisonRun):
 
     def variants(self) -> list[Variant]:
         """Dense first; experts are of ViT's kind, two matrices with GELU."""
-        shape: dict[str, Any] = {"glu": False, "activation": "gelu"}
-        sparse = sparse_moe(self, **shape)
-        cosine = sparse_moe(self, router="cosine", **shape)
-        split = mh_moe(self, heads=self.mh_heads, top_k=self.mh_top_k, **shape)
-        return [
-            Variant(name="dense", label="dense"),
-            Variant(name="moe", label="sparse MoE", mlp=sparse),
-            Variant(name="x_moe", label="X-MoE", mlp=cosine),
-            Variant(name="mh_moe", label="MH-MoE", mlp=split),
-        ]
+        return first_paper_models(
+            self, heads=self.mh_heads, top_k=self.mh_top_k, glu=False, activation="gelu"
+        )
 
     def read(self) -> Task:
         # Not above: help on a recipe's fields shall not wait for what reads images.

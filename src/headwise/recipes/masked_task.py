@@ -40,7 +40,9 @@ def read_pairs(run: MaskedRun) -> "MaskedTask":
         ValueError: If the data cannot be used, or patch_size or codebook_size does not fit them.
     """
     training, validation = load_images(run.data, image_size=run.image_size)
-    validation = validation.take(range(min(run.eval_pairs, len(validation))))
+    # Spread over the held-out images, which may come class by class.
+    picks = np.linspace(0, len(validation) - 1, min(run.eval_pairs, len(validation)))
+    validation = validation.take(picks.round().astype(int).tolist())
     size = training.pixels.shape[-1]
     if size % run.patch_size:
         raise ValueError(f"patch_size is {run.patch_size}; it must divide the image size, {size}")
@@ -101,6 +103,8 @@ class MaskedTask(Task):
         })  # fmt: skip
 
     def check(self) -> None:
+        for variant in self.run.chosen():
+            self._assemble(variant, self._width(variant), "meta")
         held_out, patches = self._held_out(), self.validation.visual.shape[1]
         labels = (held_out[i]["labels"][patches:] for i in range(len(held_out)))
         if all((row == IGNORED).all() for row in labels):
@@ -112,15 +116,16 @@ class MaskedTask(Task):
 
     def model(self, variant: Variant, seed: int) -> MaskedModel:
         """With the dense model's FLOPs per token, and the codebook in its buffer."""
+        torch.manual_seed(seed)
+        model = self._assemble(variant, self._width(variant), "cpu")
+        model.codebook.copy_(self.codebook)
+        return model
 
+    def _width(self, variant: Variant) -> int:
         def flops(variant: Variant, width: int) -> float:
             return self.flops(self._assemble(variant, width, "meta"))
 
-        width = equal_width(self.run, variant, flops)
-        torch.manual_seed(seed)
-        model = self._assemble(variant, width, "cpu")
-        model.codebook.copy_(self.codebook)
-        return model
+        return equal_width(self.run, variant, flops)
 
     def _assemble(self, variant: Variant, mlp_dim: int, device: str) -> MaskedModel:
         run, (_, channels, size, _) = self.run, self.training.pixels.shape
@@ -135,6 +140,7 @@ class MaskedTask(Task):
             num_channels=channels,
             vocab_size=len(self.tokenizer),
             max_text_length=self.training.tokens.shape[1],
+            initializer_range=run.initial_deviation,
         )
         with torch.device(device):
             return convert_variant(run, variant, MaskedModel(config))

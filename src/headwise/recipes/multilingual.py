@@ -5,7 +5,7 @@ from pathlib import Path
 
 from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.task import Task
-from headwise.recipes.variants import mh_moe, sparse_moe
+from headwise.recipes.variants import first_paper_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,7 @@ class MultilingualRun(TextRun):
 
     def variants(self) -> list[Variant]:
         """Dense first: the others are given its cost."""
-        return [
-            Variant(name="dense", label="dense"),
-            Variant(name="moe", label="sparse MoE", mlp=sparse_moe(self)),
-            Variant(name="x_moe", label="X-MoE", mlp=sparse_moe(self, router="cosine")),
-            Variant(
-                name="mh_moe",
-                label="MH-MoE",
-                mlp=mh_moe(self, heads=self.mh_heads, top_k=self.mh_top_k),
-            ),
-        ]
+        return first_paper_models(self, heads=self.mh_heads, top_k=self.mh_top_k)
 
     def read(self) -> Task:
         if self.data is None:

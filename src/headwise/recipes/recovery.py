@@ -36,7 +36,7 @@ class Point(NamedTuple):
     perplexity: float
     recovery: float
     original_perplexity: float
-    tokens_per_second: float
+    tokens_per_second: int | None
 
 
 def points(run: TuningRun, stage: str, model: Any, trainer: RecoveringTrainer) -> list[Point]:
@@ -50,7 +50,7 @@ def points(run: TuningRun, stage: str, model: Any, trainer: RecoveringTrainer) -
             stage, shared, active, step, before + step * per_step,
             round(x["eval_perplexity"], 4), round(x["eval_recovery"], 2),
             round(math.exp(trainer.original_loss), 4),
-            round(trainer.speed.tokens_per_second()),
+            trainer.speed.rounded(),
         )
         for step, x in sorted(evaluations.items())
     ]  # fmt: skip

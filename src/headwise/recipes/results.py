@@ -34,16 +34,17 @@ def measure(task: Task, trainer: SafeTrainer, variant: Variant, seed: int) -> Tr
     """Everything that the table and the report say of a model that has just been trained."""
     run, model = task.run, trainer.model
     model.eval()
-    cost, scores = _cost(task, model), task.score(model)
+    scores = task.score(model)
     row = {
         "recipe": run.recipe,
         "model": variant.name,
         "label": variant.label,
         "position": variant.position,
         "seed": seed,
-        **cost,
+        **_cost(task, model),
+        "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
         **{name: round(value, 3) for name, value in scores.columns.items()},
-        "tokens_per_second": round(trainer.speed.tokens_per_second()),
+        "tokens_per_second": trainer.speed.rounded(),
         "workers": run.workers,
         "steps": run.steps,
         "tokens": run.steps * run.batch_size * task.length,
@@ -67,14 +68,12 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
     total, active = count_parameters(model)
     with torch.no_grad():
         counted = measure_flops(lambda: model(**task.example(model))) / task.length
-    routers = (getattr(module, "budget", None) for module in model.modules())
-    shares = [budget.active_share for budget in routers if budget is not None]
     return {
         "parameters": total,
         "active_parameters": active,
         "flops_per_token": round(task.flops(model)),
         "flops_per_token_counted": round(counted),
-        "active_heads": shares[0] if shares else 1.0,
+        "mlp_dim": model.config.intermediate_size,
     }
 
 

@@ -124,13 +124,14 @@ def moh_shared_share(run: TextRun) -> list[Variant]:
 def moh_budget(run: TextRun) -> list[Variant]:
     heads = run.num_heads
     actives = dict.fromkeys(round(heads * eighths / 8) for eighths in range(8, 1, -1))
+    shared = {active: min(max(1, round(0.4 * active)), active - 1) for active in actives}
     return [
         DENSE,
         *(
             Variant(
                 name=f"moh_{100 * active // heads}",
                 label=f"MoH, {active} of {heads} heads",
-                attention=moh(run, shared=max(1, round(0.4 * active)), active=active),
+                attention=moh(run, shared=shared[active], active=active),
                 position=100 * active / heads,
             )
             for active in actives
@@ -201,9 +202,14 @@ STUDIES = {
     "mhmoe-main": Study("Do sub-tokens pay at equal FLOPs and parameters?", mhmoe_main),
     "mhmoe-shared-expert": Study("And beside an expert for all tokens?", mhmoe_shared_expert),
     "mhmoe-bitnet": Study("And with ternary weights?", mhmoe_bitnet),
-    "mhmoe-layers": Study("What do head and merge layer contribute?", mhmoe_layers),
+    "mhmoe-layers": Study(
+        "What do head and merge layer contribute?", mhmoe_layers, equal_cost=False
+    ),
     "mhmoe-heads": Study(
-        "How many heads should MH-MoE have? (left open)", mhmoe_heads, axis="heads of MH-MoE"
+        "How many heads should MH-MoE have? (left open)",
+        mhmoe_heads,
+        equal_cost=False,
+        axis="heads of MH-MoE",
     ),
     "moh-components": Study(
         "What do shared heads and two-stage routing contribute?", moh_components, equal_cost=False

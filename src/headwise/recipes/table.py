@@ -19,8 +19,6 @@ _PERPLEXITY = {
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models."
 }
-_OF_FILES = "PPL: perplexity of all tokens of the held-out files"
-_QUARTILES = ", in brackets the quartiles of the files"
 _COST = (
     "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
     "torch's counter saw run. ±: deviation over seeds."
@@ -103,15 +101,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
-    of_files = f"{_OF_FILES}{_QUARTILES if _with_quartiles(rows) else ''}."
-    sentences = [_PERPLEXITY.get(rows[0]["recipe"], of_files), _COST]
+    recipe = rows[0]["recipe"]
+    sentences = [_PERPLEXITY[recipe] if recipe in _PERPLEXITY else _of_files(rows), _COST]
     if _alone(rows):
         sentences.append(_SPEED)
-    if published := PUBLISHED.get(rows[0]["recipe"]):
+    if published := PUBLISHED.get(recipe):
         sentences.append(
             f"{_PUBLISHED.strip()}: {published.what}, by {published.source}; not measured here."
         )
     return " ".join(sentences)
+
+
+def _of_files(rows: Sequence[Row]) -> str:
+    blocks = rows[0]["eval_blocks_per_file"]
+    quartiles = ", in brackets the quartiles of the files" if _with_quartiles(rows) else ""
+    return f"PPL: perplexity of the held-out files, of up to {blocks} blocks of each{quartiles}."
 
 
 def in_markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -158,7 +162,9 @@ def for_terminal(rows: Sequence[Row], title: str) -> Table:
 
 
 def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
-    values = [float(row[key]) * scale for row in runs]
+    values = [float(row[key]) * scale for row in runs if row[key] not in ("", None)]
+    if not values:
+        return "–"
     text = form.format(statistics.fmean(values))
     if len(values) == 1 or min(values) == max(values):
         return text

@@ -34,7 +34,7 @@ from headwise.recipes.evaluation import (
 )
 from headwise.recipes.generation import continue_text
 from headwise.recipes.task import Examples, Sample, Scores, Task
-from headwise.recipes.variants import build_model, model_flops
+from headwise.recipes.variants import build_model, model_flops, model_width
 
 _CURVE_FILES = 16  # of each domain
 _PASSAGE_TOKENS = 160
@@ -105,14 +105,19 @@ class TextTask(Task):
         return self.run.sequence_length
 
     def fingerprint(self) -> dict[str, str]:
-        return fingerprint({
+        tokens = fingerprint({
             domain: [stream, *self.validation[domain].values()]
             for domain, stream in self.training.items()
         })  # fmt: skip
+        return tokens | ({} if self.mixture is None else {"mixture": repr(self.mixture[0])})
 
     def check(self) -> None:
-        for variant in self.run.chosen():
-            self.datasets(variant, self.run.seeds[0])
+        variants = self.run.chosen()
+        for variant in variants:
+            model_width(self.run, variant, vocab_size=len(self.tokenizer))
+        for variant in {variant.train_on: variant for variant in variants}.values():
+            self._training(variant, self.run.seeds[0])
+        self._validation()
 
     def model(self, variant: Variant, seed: int) -> PreTrainedModel:
         return build_model(self.run, variant, vocab_size=len(self.tokenizer), seed=seed)
@@ -163,7 +168,7 @@ class TextTask(Task):
 
     def score(self, model: PreTrainedModel) -> Scores:
         statistics = RoutingStatistics(model)
-        columns = {}
+        columns: dict[str, float] = {"eval_blocks_per_file": self.run.eval_blocks_per_file}
         for domain, files in self.validation.items():
             losses = file_losses(
                 model,

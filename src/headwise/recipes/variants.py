@@ -51,6 +51,28 @@ def mh_moe(run: ComparisonRun, *, heads: int, top_k: int, **changes: Any) -> MHM
     return MHMoEConfig(**fields | changes)
 
 
+def first_paper_models(
+    run: ComparisonRun, *, heads: int, top_k: int, **shape: Any
+) -> list[Variant]:
+    """What MH-MoE's first paper compares, arXiv 2404.15045: dense, a sparse MoE, X-MoE and MH-MoE.
+
+    **Deviates**: the paper's MH-MoE costs about four times X-MoE's FLOPs; here all cost the same,
+    and MH-MoE is that of the second paper, with a linear router.
+
+    Args:
+        run: The comparison.
+        heads: Sub-tokens of a token of MH-MoE.
+        top_k: Experts that a sub-token goes to.
+        shape: Of all experts: glu, activation.
+    """
+    return [
+        Variant(name="dense", label="dense"),
+        Variant(name="moe", label="sparse MoE", mlp=sparse_moe(run, **shape)),
+        Variant(name="x_moe", label="X-MoE", mlp=sparse_moe(run, router="cosine", **shape)),
+        Variant(name="mh_moe", label="MH-MoE", mlp=mh_moe(run, heads=heads, top_k=top_k, **shape)),
+    ]
+
+
 def equal_width(
     run: ComparisonRun, variant: Variant, flops: Callable[[Variant, int], float]
 ) -> int:
@@ -72,6 +94,11 @@ def equal_width(
         return width
     target = flops(reference, width)
     now, wider = flops(variant, width), flops(variant, width + 8)
+    if wider == now and abs(now / target - 1) > _AS_GOOD_AS_EQUAL:
+        raise ValueError(
+            f"every is {run.every}, which leaves no dense MLP in {variant.name} to make up for "
+            f"what its routers cost and its heads save; it must be at least 2"
+        )
     width += 8 * round((target - now) / (wider - now)) if wider > now else 0
     if width < 8:
         raise ValueError(
@@ -81,6 +108,10 @@ def equal_width(
     return width
 
 
+# Of a comparison at equal cost.
+_AS_GOOD_AS_EQUAL = 0.005
+
+
 def build_model(run: TextRun, variant: Variant, *, vocab_size: int, seed: int) -> PreTrainedModel:
     """The language model of a variant, with the FLOPs per token of the run's `cost_of`.
 
@@ -88,12 +119,24 @@ def build_model(run: TextRun, variant: Variant, *, vocab_size: int, seed: int) -
         ValueError: If no width of the dense MLPs gives that cost.
     """
 
+    width = model_width(run, variant, vocab_size=vocab_size)
+    torch.manual_seed(seed)
+    return _assemble(run, variant, width, vocab_size, device="cpu")
+
+
+def model_width(run: TextRun, variant: Variant, *, vocab_size: int) -> int:
+    """The width of a variant's dense MLPs. Nothing is built but on the meta device.
+
+    Raises:
+        ValueError: If no width gives that cost, or the model cannot be built.
+    """
+
     def flops(variant: Variant, width: int) -> float:
         return model_flops(run, _assemble(run, variant, width, vocab_size))
 
     width = equal_width(run, variant, flops)
-    torch.manual_seed(seed)
-    return _assemble(run, variant, width, vocab_size, device="cpu")
+    _assemble(run, variant, width, vocab_size)
+    return width
 
 
 def model_flops(run: TextRun, model: PreTrainedModel) -> float:
@@ -111,7 +154,7 @@ def _assemble(
         num_hidden_layers=run.num_layers,
         num_attention_heads=run.num_heads,
         max_position_embeddings=run.sequence_length,
-        initializer_range=run.initializer_range or (2 / (5 * run.dim)) ** 0.5,
+        initializer_range=run.initial_deviation,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,

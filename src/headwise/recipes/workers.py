@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -65,13 +66,27 @@ def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("models", total=total, left="")
         for done, future in enumerate(as_completed(futures), start=1):
-            row = future.result().row
+            name = names[futures.index(future)]
+            row = _result(future, name).row
             minutes = (time.perf_counter() - began) / 60 / done * (total - done)
             left = f"{minutes:.0f} min left" if done < total else ""
             scores = "  ".join(f"PPL {x} {row[f'perplexity_{x}']:.1f}" for x in domains(row))
             bar.update(task, advance=1, left=left)
-            line = f"{done}/{total}  {names[futures.index(future)]}  {scores}  {left}"
+            line = f"{done}/{total}  {name}  {scores}  {left}"
             console.print(line, highlight=False, soft_wrap=True)
+
+
+def _result(future: Future[Trained], name: str) -> Trained:
+    """What a model came to, or what its training ended with, naming the model."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            f"{name} or a model beside it was killed, out of memory perhaps; the same command with "
+            "--resume goes on, fewer --workers need less"
+        ) from error
+    except (FloatingPointError, OSError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _gpus() -> list[str]:
