@@ -1,6 +1,7 @@
 """The model card: metadata that the hub reads, where the original came from, figures."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -49,6 +50,19 @@ def test_a_directory_names_its_original_where_that_is_on_the_hub(tmp_path, sourc
     assert ModelCard(card(tmp_path)).data.base_model == base_model
     (tmp_path / "config.json").write_text("{}")
     assert ModelCard(card(tmp_path)).data.base_model is None
+
+
+@pytest.mark.parametrize("source", ["someone/some-model", "models/local"])
+def test_a_model_made_from_a_converted_one_names_the_original_too(tmp_path, source):
+    if source == "models/local":
+        source = str(tmp_path / source)
+        Path(source).mkdir(parents=True)
+        (Path(source) / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(card(source))
+    (tmp_path / "config.json").write_text("{}")
+    text = card(tmp_path)
+    assert f"# {Path(source).name} with routed heads\n\n{Path(source).name}, converted" in text
+    assert ModelCard(text).data == ModelCard(card(source)).data
 
 
 def test_another_kind_of_model():

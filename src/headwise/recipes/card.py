@@ -17,6 +17,7 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
 }
+_HEADING = " with routed heads"
 
 
 def model_card(model: Any, path: str, name: str, *, weights: str, figures: str = "") -> str:
@@ -24,15 +25,17 @@ def model_card(model: Any, path: str, name: str, *, weights: str, figures: str =
 
     Args:
         model: With routed heads.
-        path: Of the original, a directory or a name on the hub.
+        path: Of the original, a directory or a name on the hub; or of what it was converted to,
+            whose card names it.
         name: Of the converted model's directory.
         weights: A sentence on where they come from.
         figures: What was measured, in Markdown; may be empty.
     """
     auto = auto_class_of(model).__name__
+    original, base_model = _original(path)
     data = ModelCardData(
         library_name="transformers",
-        base_model=_hub_name(path),
+        base_model=base_model,
         pipeline_tag=_PIPELINES.get(auto),
         tags=["headwise", "mixture-of-head-attention"],
     )
@@ -41,9 +44,9 @@ def model_card(model: Any, path: str, name: str, *, weights: str, figures: str =
     return f"""---
 {data.to_yaml()}
 ---
-# {Path(path).name} with routed heads
+# {original}{_HEADING}
 
-{Path(path).name}, converted by headwise: Mixture-of-Head attention (arXiv 2410.11842), router
+{original}, converted by headwise: Mixture-of-Head attention (arXiv 2410.11842), router
 `{router}`. {weights}
 
 {listed}
@@ -67,6 +70,16 @@ def budget_lines(model: Any) -> list[str]:
     if len(set(lines)) == 1:
         return [f"all {len(lines)} layers: {lines[0]}"]
     return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]
+
+
+def _original(path: str) -> tuple[str, str | None]:
+    """The original's name, and its name on the hub: as a card of ours in the path has them."""
+    file = Path(path) / "README.md"
+    card = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if heading := re.search(f"^# (.+){_HEADING}$", card, re.MULTILINE):
+        base_model = re.search(r"^base_model: (\S+)$", card, re.MULTILINE)
+        return heading[1], base_model and base_model[1]
+    return Path(path).resolve().name, _hub_name(path)
 
 
 def _hub_name(path: str) -> str | None:
