@@ -69,11 +69,13 @@ def test_help_of_a_recipe_explains_every_field(capsys, recipe):
     assert "MH-MoE: sub-tokens of a token." in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("command", ["eval", "generate", "report"])
+@pytest.mark.parametrize("command", ["convert", "tune", "samples", "eval", "generate", "report"])
 def test_help_of_a_command(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    assert f"usage: headwise {command}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"usage: headwise {command}" in printed
+    assert ("--schedule {small,paper}" in printed) == (command == "tune")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,17 @@ def test_help_of_a_command(capsys, command):
         (["train", "lm", "--stepz", "3"], "--steps"),
         (["train", "lm", "--steps", "few"], "--steps: invalid literal for int()"),
         (["train", "lm", "--models", "mohh"], "mohh"),
-        (["train", "lm", "--shared-heads", "9"], "shared_heads is 9; it must lie in 0..8"),
+        (["train", "lm", "--shared-heads", "9"], "headwise train lm: shared_heads is 9; it must"),
+        (
+            ["convert", "a", "-o", "b", "--shared", "1.5"],
+            "headwise convert: shared is 1.5; a",
+        ),
+        (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
+        (["tune", "a", "-o", "b", "--distill", "-1"], "headwise tune: distill is -1.0; it must"),
+        (
+            ["tune", "no/none", "-o", "b"],
+            "no/none holds no model that can be loaded: there is no",
+        ),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
         (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
         (["generate", "/no/such", "--prompt", "x"], "/no/such holds no model"),

@@ -2,13 +2,12 @@
 
 import argparse
 import difflib
-import inspect
 import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from safetensors import SafetensorError
@@ -58,12 +57,12 @@ def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: headwise train RECIPE [OPTIONS]\n")
         for name, recipe in RECIPES.items():
-            print(f"  {name:12}{recipe.__doc__}")
+            print(f"  {name:14}{recipe.__doc__}")
         print("\nheadwise train RECIPE --help lists the fields of a recipe.")
         return
     name, *fields = argv
     default = _nearest("recipe", name, RECIPES)()
-    run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise train {name}")
+    run = _parsed(type(default), fields, f"headwise train {name}", default)
     from headwise.recipes.train import train
 
     _quiet_transformers()
@@ -88,9 +87,17 @@ def _experiment(argv: list[str]) -> None:
     _nearest("study", name, STUDIES)
     scale, fields = _first_field("scale", "tiny", fields)
     default = _nearest("scale", scale, SCALES)(name)
-    run = tyro.cli(type(default), default=default, args=fields, prog=f"headwise experiment {name}")
+    run = _parsed(type(default), fields, f"headwise experiment {name}", default)
     _quiet_transformers()
     train(run)
+
+
+def _parsed(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
+    """A run out of arguments, those that are not given out of the default."""
+    # tyro's errors name the class that they are about, and whoever types knows the command.
+    named: Any = type(command, (kind,), {"__doc__": kind.__doc__})
+    defaults = {} if default is None else {"default": named(**vars(default))}
+    return kind(**vars(tyro.cli(named, args=argv, prog=command, **defaults)))
 
 
 def _first_field(name: str, default: str, argv: list[str]) -> tuple[str, list[str]]:
@@ -104,7 +111,7 @@ def _first_field(name: str, default: str, argv: list[str]) -> tuple[str, list[st
 def _convert(argv: list[str]) -> None:
     from headwise.recipes.conversion import ConversionRun, convert_directory
 
-    run = tyro.cli(ConversionRun, args=argv, prog="headwise convert")
+    run = _parsed(ConversionRun, argv, "headwise convert")
     _quiet_transformers()
     convert_directory(run)
 
@@ -114,16 +121,8 @@ def _tune(argv: list[str]) -> None:
     from headwise.recipes.tuning import SCHEDULES, TuningRun
 
     chosen, fields = _first_field("schedule", "small", argv)
-    schedule = _nearest("schedule", chosen, SCHEDULES)
-    what = inspect.cleandoc(TuningRun.__doc__ or "").partition("Attributes:")[0].strip()
-    listed = [f"{name}: {make.__doc__}".partition("\n")[0] for name, make in SCHEDULES.items()]
-    run = tyro.cli(
-        TuningRun,
-        default=schedule(tyro.MISSING, tyro.MISSING),
-        args=fields,
-        prog="headwise tune",
-        description="\n\n".join([what, "Schedules, by --schedule NAME:", *listed]),
-    )
+    default = _nearest("schedule", chosen, SCHEDULES)(tyro.MISSING, tyro.MISSING)
+    run = _parsed(TuningRun, fields, "headwise tune", default)
     _quiet_transformers()
     tune(run)
 
@@ -131,7 +130,7 @@ def _tune(argv: list[str]) -> None:
 def _samples(argv: list[str]) -> None:
     from headwise.recipes.samples import SamplesRun, write_samples
 
-    run = tyro.cli(SamplesRun, args=argv, prog="headwise samples")
+    run = _parsed(SamplesRun, argv, "headwise samples")
     _quiet_transformers()
     write_samples(run)
 
@@ -150,11 +149,11 @@ def generate(
     """Continue a text with a saved model.
 
     Args:
-        directory: Of the model, for example runs/lm/models/moh-seed0.
+        directory: Directory of the model, for example runs/lm/models/moh-seed0.
         prompt: The text to continue.
-        max_new_tokens: How much to write.
-        temperature: Of the sampling; 0 takes the likeliest token each time.
-        seed: Of the sampling.
+        max_new_tokens: How many tokens to write.
+        temperature: Temperature of the sampling; 0 takes the likeliest token each time.
+        seed: Seed of the sampling.
     """
     from headwise.recipes.generation import continue_text, load_model
 
@@ -179,7 +178,7 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     """Draw the page of a finished run again, from its record.json.
 
     Args:
-        directory: Of the run, for example runs/lm.
+        directory: Directory of the run, for example runs/lm.
     """
     from headwise.analysis.records import from_json
     from headwise.analysis.report import write_report
@@ -197,7 +196,7 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
 def _eval(argv: list[str]) -> None:
     from headwise.recipes.harness import HarnessRun, score_models
 
-    run = tyro.cli(HarnessRun, args=argv, prog="headwise eval")
+    run = _parsed(HarnessRun, argv, "headwise eval")
     _quiet_transformers()
     # The harness warns of what is meant here: a model that is loaded, documents of one's own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -207,7 +206,7 @@ def _eval(argv: list[str]) -> None:
 def _parity(argv: list[str]) -> None:
     from headwise.recipes.parity_table import ParityRun, print_parity
 
-    print_parity(tyro.cli(ParityRun, args=argv, prog="headwise parity"))
+    print_parity(_parsed(ParityRun, argv, "headwise parity"))
 
 
 def _bench(argv: list[str]) -> None:
@@ -217,7 +216,7 @@ def _bench(argv: list[str]) -> None:
     # The kind of benchmark may come first, without the name of its field.
     if argv and not argv[0].startswith("-"):
         argv = ["--which", _nearest("benchmark", argv[0], names), *argv[1:]]
-    bench(tyro.cli(BenchRun, args=argv, prog="headwise bench"))
+    bench(_parsed(BenchRun, argv, "headwise bench"))
 
 
 def _compile(argv: list[str]) -> None:

@@ -127,6 +127,14 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
         load_text(str(tmp_path))
 
 
+@pytest.mark.parametrize(("text", "documents"), [("one line", "only one document"), ("", "no doc")])
+def test_too_little_text_is_named_as_it_was_typed(tmp_path, text, documents):
+    (tmp_path / "short.txt").write_text(text)
+    for data in (tmp_path, tmp_path / "short.txt"):
+        with pytest.raises(ValueError, match=rf"data is .*short\.txt, which holds {documents}"):
+            load_text(str(data))
+
+
 @pytest.mark.parametrize("data", ["/no/such", "./no", "~/no/such", "no/such/file", "no.txt"])
 def test_missing_path_is_refused_at_once(data):
     began = time.perf_counter()

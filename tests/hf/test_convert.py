@@ -157,12 +157,10 @@ def test_a_path_is_loaded_first(tiny, tmp_path, ids):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"attention": MoHConfig(active=7)}, r"active_heads is 7.*0\.\.6"),
-        (
-            {"attention": MoHConfig(shared=0, active=4, route_groups=True)},
-            "active_heads is 4.* of 3",
-        ),
-        ({"attention": MoHConfig(shared=3, active=0.5)}, "shared_heads equals active_heads = 3"),
+        ({"attention": MoHConfig(active=7)}, r"layer 0: active is 7.*1\.\.6"),
+        ({"attention": MoHConfig(active=0, shared=0)}, r"layer 0: active is 0.*1\.\.6"),
+        ({"attention": MoHConfig(shared=0, active=4, route_groups=True)}, "active is 4.* of 3"),
+        ({"attention": MoHConfig(shared=3, active=0.5)}, "shared equals active = 3"),
         (
             {"attention": MoHConfig(), "mlp": MHMoEConfig(num_heads=5, **vars(MOE))},
             "num_heads is 5",

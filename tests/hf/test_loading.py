@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
 from headwise import MoHConfig, convert
+from headwise.hf.loading import check_place
 from headwise.recipes.conversion import ConversionRun, convert_directory
 
 QUERY_NORM = MoHConfig(router="query_norm", shared=2, active=4)
@@ -87,6 +88,19 @@ def test_the_config_names_the_class(tmp_path):
     assert isinstance(convert(tmp_path, attention=QUERY_NORM), BertModel)
     edit_config(tmp_path, lambda config: config.update(architectures=["BertForMaskedLM"]))
     refuse(tmp_path, r"missing_keys.*cls\.predictions")
+
+
+def test_a_model_that_is_kept_from_the_hub_is_found_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no such directory.*hub cannot be asked.*offline"):
+        check_place("someone/model")
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    check_place("someone/model")
 
 
 def test_a_directory_without_a_model(original, tmp_path):

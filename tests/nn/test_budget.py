@@ -36,6 +36,8 @@ def test_what_was_rounded_is_said():
         "heads=6: 2 shared + 3 of 4 routed = 5 active "
         "(shared_heads 0.4 of 6 = 2.4 rounded to 2; active_heads 0.75 of 6 = 4.5 rounded to 5)"
     )
+    budget = HeadBudget.resolve(6, shared=1, active=0.75, names=("fixed", "on"))
+    assert budget.rounded == ("on 0.75 of 6 = 4.5 rounded to 5",)
     for shared, active in ((3, 7), (0.3, 0.7)):
         exact = HeadBudget.resolve(10, shared=shared, active=active)
         assert str(exact) == "heads=10: 3 shared + 4 of 7 routed = 7 active"
@@ -45,7 +47,7 @@ def test_what_was_rounded_is_said():
     ("num_heads", "shared", "active", "message"),
     [
         (0, 0, 1, "num_heads is 0"),
-        (7, 0, 8, r"active_heads is 8.*0\.\.7"),
+        (7, 0, 8, r"active_heads is 8.*1\.\.7"),
         (7, 8, 7, r"shared_heads is 8.*0\.\.7"),
         (7, -1, 3, "shared_heads is -1"),
         (7, 1, -3, "active_heads is -3"),
@@ -56,7 +58,7 @@ def test_what_was_rounded_is_said():
         (7, 1, False, "active_heads is False"),
         (7, "2", 3, "shared_heads is '2'"),
         (7, 1, None, "active_heads is None"),
-        (7, 0, 0, "active_heads is 0"),
+        (7, 0, 0, r"active_heads is 0.*1\.\.7"),
         (7, 0, 0.01, r"active_heads is 0\.01"),
         (7, 5, 3, "shared_heads is 5, more than active_heads = 3"),
         (7, 3, 3, "shared_heads equals active_heads = 3.* 4 of the 7"),

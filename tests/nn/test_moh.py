@@ -259,7 +259,7 @@ def test_repr_says_what_was_rounded():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"active_heads": 6}, r"active_heads is 6.*0\.\.5"),
+        ({"active_heads": 6}, r"active_heads is 6.*1\.\.5"),
         ({"shared_heads": 4}, "shared_heads is 4, more than active_heads = 3"),
         ({"num_heads": 4}, "dim is 15.*num_heads = 4"),
         ({"num_kv_heads": 2}, "num_kv_heads is 2.*num_heads = 5"),

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -70,6 +71,28 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
         assert again.conversion == model.conversion
 
 
+@pytest.mark.parametrize(("longest", "calibrated", "compared"), [(512, 10, 4), (11, 48, 16)])
+def test_calibration_takes_at_most_64_pieces_and_none_longer_than_the_model_was_made_for(
+    original, tmp_path, capsys, longest, calibrated, compared
+):
+    config = LlamaConfig(**SIZES | {"max_position_embeddings": longest})
+    LlamaForCausalLM(config).save_pretrained(original)
+    tokens = len(AutoTokenizer.from_pretrained(original)(TEXT)["input_ids"])
+    run = ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
+    convert_directory(run)
+    pieces = -(-tokens // min(longest, 256))
+    assert (
+        f"calibrated on pieces 1 to {calibrated} of the text's {pieces}, compared on the next "
+        f"{compared}\n"
+    ) in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_stays_without(original, tmp_path, capsys):
+    (original / "tokenizer.json").unlink()
+    convert_directory(ConversionRun(str(original), tmp_path / "new"))
+    assert "has no tokenizer, so" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_model_that_is_no_language_model(tmp_path):
     BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
     convert_directory(ConversionRun(path=str(tmp_path / "bert"), output=tmp_path / "new"))
@@ -95,21 +118,38 @@ def test_what_it_refuses(original, tmp_path, capsys):
     before, new = contents(original), tmp_path / "new"
     text = tmp_path / "text.txt"
     assert "there is no directory" in refusal(capsys, tmp_path / "none", "-o", new)
+    assert "there is no such directory, and" in refusal(capsys, "no/none", "-o", new)
     (tmp_path / "empty").mkdir()
     assert "holds no model" in refusal(capsys, tmp_path / "empty", "-o", new)
     assert "which exists" in refusal(capsys, original, "-o", original)
     assert "shared is 5, more than active = 4" in refusal(
         capsys, original, "-o", new, "--shared", 5, "--active", 4
     )
-    assert "layer 0: active_heads is 7" in refusal(capsys, original, "-o", new, "--active", 7)
-    assert "there is no file" in refusal(capsys, original, "-o", new, "--calibrate", "none.txt")
+    assert "layer 0: active is 7; it must lie in 1..6" in refusal(
+        capsys, original, "-o", new, "--active", 7
+    )
+    calibrate = ("-o", new, "--calibrate", text)
+    assert "shared is -1; a count of heads must" in refusal(
+        capsys, original, "-o", new, "--shared", "-1"
+    )
+    assert "there is no file" in refusal(capsys, original, *calibrate[:-1], "none.txt")
     text.write_text("too short")
-    assert "more than 256" in refusal(capsys, original, "-o", new, "--calibrate", text)
+    assert "text.txt, of 9 tokens in all; it must have more than 256" in refusal(
+        capsys, original, *calibrate
+    )
+    text.write_text("\n")
+    assert "text.txt, which holds no text" in refusal(capsys, original, *calibrate)
+    text.write_bytes(b"\xff")
+    assert "text.txt is not UTF-8 text" in refusal(capsys, original, *calibrate)
+    Dataset.from_dict({"input_ids": [[1, 2, 3]]}).to_parquet(str(tmp_path / "one.parquet"))
+    assert "one.parquet, of 3 tokens in all; it must have 2 rows" in refusal(
+        capsys, original, *calibrate[:-1], tmp_path / "one.parquet"
+    )
     text.write_text(TEXT)
     LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 200})).save_pretrained(tmp_path / "small")
     (original / "tokenizer.json").rename(tmp_path / "small" / "tokenizer.json")
-    assert "has no tokenizer" in refusal(capsys, original, "-o", new, "--calibrate", text)
-    message = refusal(capsys, tmp_path / "small", "-o", new, "--calibrate", text)
+    assert "has no tokenizer" in refusal(capsys, original, *calibrate)
+    message = refusal(capsys, tmp_path / "small", *calibrate)
     assert "its tokenizer does not match it" in message
     (tmp_path / "small" / "tokenizer.json").rename(original / "tokenizer.json")
     (tmp_path / "small" / "model.safetensors").unlink()

@@ -94,6 +94,7 @@ def test_two_stages(converted, tmp_path, capsys):
     card = (routed / "README.md").read_text()
     assert f"{rows(output)[-1]['recovery']} % recovered" in card
     assert "Tuned on 160 tokens" in card
+    assert 'from_pretrained("run/models/routed-seed0")' in card
 
 
 def test_the_routed_stage_begins_where_the_dense_one_ended(converted, tmp_path):
@@ -204,6 +205,7 @@ def test_wrong_input_is_refused_before_anything_is_written(converted, original, 
         ({"routed": 0}, "dense.steps and routed.steps are both 0"),
         ({"resume": True, "overwrite": True}, "resume and overwrite are both set"),
         ({"precision": "fp64"}, "precision is 'fp64'"),
+        ({"schedule": "large"}, "schedule is 'large'"),
     ],
 )
 def test_wrong_fields(converted, tmp_path, changes, message):

@@ -1,6 +1,7 @@
 """Text to train on: embedded in every Python, from files, or from Hugging Face datasets."""
 
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,10 +43,10 @@ def load_text(data: str | None = None) -> list[Domain]:
         return embedded_text()
     path = Path(data)
     if path.is_file():
-        return [_split(path.stem, _pieces(path))]
+        return [_split(path.stem, _pieces(path), data)]
     if path.is_dir():
         return _domains_of_directory(path)
-    return [_split(data, _hugging_face(data))]
+    return [_split(data, _hugging_face(data), data)]
 
 
 def subdirectories(path: Path) -> list[Path]:
@@ -66,7 +67,7 @@ def embedded_text() -> list[Domain]:
     files = (p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts))
     # A handful of the files are test data in other encodings.
     code = {str(p.relative_to(root)): p.read_bytes().decode("utf-8", "replace") for p in files}
-    return [_split("code", code), _split("prose", dict(topics))]
+    return [_split("code", code, str(root)), _split("prose", dict(topics), "pydoc_data")]
 
 
 def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
@@ -163,13 +164,14 @@ def draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.
     return np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)
 
 
-def _split(name: str, documents: dict[str, str]) -> Domain:
+def _split(name: str, documents: dict[str, str], source: str) -> Domain:
     """Hold out one document in ten, chosen by its name: the same ones everywhere, always."""
     documents = {key: text for key, text in documents.items() if text.strip()}
     if len(documents) < 2:
         raise ValueError(
-            f"data {name!r} has {len(documents)} documents with text; it takes at least 2 files, "
-            "or one of several lines: a tenth of them is held out to validate with"
+            f"data is {source}, which holds {'only one' if documents else 'no'} document with "
+            "text; it takes at least 2 files, or one file of at least 2 lines: a tenth of them is "
+            "held out to validate with"
         )
     validation = held_out(documents)
     return Domain(
@@ -198,8 +200,8 @@ def _domains_of_directory(path: Path) -> list[Domain]:
 def _domain(root: Path) -> Domain:
     files = _files(root)
     if len(files) == 1:
-        return _split(root.name, _pieces(files[0]))
-    return _split(root.name, {str(p.relative_to(root)): _read(p) for p in files})
+        return _split(root.name, _pieces(files[0]), str(files[0]))
+    return _split(root.name, {str(p.relative_to(root)): read(p) for p in files}, str(root))
 
 
 def _files(root: Path) -> list[Path]:
@@ -207,7 +209,12 @@ def _files(root: Path) -> list[Path]:
     return [p for p in files if not any(part[0] == "." for part in p.relative_to(root).parts)]
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: Naming the file, if it is not UTF-8 or cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -218,7 +225,7 @@ def _read(path: Path) -> str:
 
 def _pieces(path: Path, count: int = 50) -> dict[str, str]:
     """A single file as documents: about `count` runs of whole lines."""
-    lines = _read(path).splitlines(keepends=True)
+    lines = read(path).splitlines(keepends=True)
     size = max(1, -(-len(lines) // count))
     starts = range(0, len(lines), size)
     return {f"lines {s + 1}-{s + size}": "".join(lines[s : s + size]) for s in starts}
@@ -243,6 +250,8 @@ def hugging_face_rows(data: str) -> Any:
     if path.is_absolute() or data.startswith((".", "~")) or path.suffix or data.count("/") > 1:
         raise ValueError(f"data is {data!r}; there is no such file or directory")
     repository, _, configuration = data.partition(":")
+    # Without a network it takes half a minute to find out that there is none.
+    print(f"{data} is no file or directory here: asking the Hugging Face hub", file=sys.stderr)
     try:
         return datasets.load_dataset(repository, configuration or None, split="train")
     except Exception as error:

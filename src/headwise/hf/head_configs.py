@@ -96,6 +96,7 @@ class MoHConfig:
                 shared=shared,
                 active=active,
                 num_groups=num_kv_heads if self.route_groups else None,
+                names=("shared", "active"),
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None

@@ -3,9 +3,35 @@
 import os
 from pathlib import Path
 
+from huggingface_hub import repo_exists, try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedModel
 
 from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
+
+
+def check_place(path: str) -> None:
+    """Whether there is such a directory, or a model of that name on the hub or kept from there.
+
+    transformers finds out too, but without a network only after most of a minute of retries.
+
+    Raises:
+        ValueError: If there is none, or the hub does not answer.
+    """
+    if Path(path).is_dir():
+        return
+    try:
+        kept = isinstance(try_to_load_from_cache(path, "config.json"), str)
+        found = kept or repo_exists(path)
+    # A name can be wrong, and a network fail, in as many ways as there are kinds of errors.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"there is no such directory, and the Hugging Face hub cannot be asked ({reason})"
+        ) from error
+    if not found:
+        raise ValueError(
+            "there is no such directory, and no such model on the Hugging Face hub that you may see"
+        )
 
 
 def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
@@ -26,6 +52,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise ValueError(f"path is {name}, which holds no model: config.json is missing")
     try:
+        check_place(name)
         config = AutoConfig.from_pretrained(name)
         if config.model_type == MODEL_TYPE:
             raise ValueError("it is converted already; give the original")

@@ -39,6 +39,7 @@ class HeadBudget:
         shared: Budget | Heads,
         active: Budget,
         num_groups: int | None = None,
+        names: tuple[str, str] = ("shared_heads", "active_heads"),
     ) -> "HeadBudget":
         """Counts (int) stay, shares of num_heads (float, 0 to 1) round to the nearest count.
 
@@ -48,6 +49,7 @@ class HeadBudget:
             active: Heads that a token switches on, shared ones included, a count or a share.
             num_groups: Equal groups of successive heads that are on or off together: counts must
                 be whole groups, shares round to whole groups. Default: each head by itself.
+            names: What errors and notes call `shared` and `active`: the caller's fields.
 
         Raises:
             ValueError: If a count or share is out of range, shared exceeds active, nothing is
@@ -60,24 +62,27 @@ class HeadBudget:
         if num_groups < 1 or num_heads % num_groups:
             raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
         size = num_heads // num_groups
-        chosen = _checked_heads(shared, num_heads, size) if isinstance(shared, tuple) else ()
-        count = len(shared) if isinstance(shared, tuple) else shared
-        shared_heads, shared_note = _count("shared_heads", count, num_heads, size)
-        active_heads, active_note = _count("active_heads", active, num_heads, size)
+        of_shared, of_active = names
+        chosen: Heads = ()
+        if isinstance(shared, tuple):
+            chosen = _checked_heads(of_shared, shared, num_heads, size)
+            shared = len(shared)
+        shared_heads, shared_note = _count(of_shared, shared, num_heads, size, least=0)
+        active_heads, active_note = _count(of_active, active, num_heads, size, least=size)
         if active_heads < 1:
             raise ValueError(
-                f"active_heads is {active}; at least {size} of {num_heads} must be active"
+                f"{of_active} is {active}; at least {size} of {num_heads} must be active"
             )
         if shared_heads > active_heads:
             raise ValueError(
-                f"shared_heads is {shared_heads}, more than active_heads = {active_heads}; "
+                f"{of_shared} is {shared_heads}, more than {of_active} = {active_heads}; "
                 f"active counts shared heads too, so shared must be at most {active_heads}"
             )
         if shared_heads == active_heads < num_heads:
             raise ValueError(
-                f"shared_heads equals active_heads = {active_heads}, so no token could ever use "
-                f"{num_heads - active_heads} of the {num_heads} heads; lower shared_heads or "
-                "raise active_heads"
+                f"{of_shared} equals {of_active} = {active_heads}, so no token could ever use "
+                f"{num_heads - active_heads} of the {num_heads} heads; lower {of_shared} or "
+                f"raise {of_active}"
             )
         notes = tuple(note for note in (shared_note, active_note) if note)
         return cls(num_heads, shared_heads, active_heads, notes, size, chosen)
@@ -123,30 +128,30 @@ class HeadBudget:
         return f"{counts} ({'; '.join(self.rounded)})" if self.rounded else counts
 
 
-def _checked_heads(heads: Heads, num_heads: int, size: int) -> Heads:
+def _checked_heads(field: str, heads: Heads, num_heads: int, size: int) -> Heads:
     """The shared heads, or () where they are the first ones anyway."""
     ascending = tuple(sorted(set(heads)))
     if ascending != heads or not set(range(num_heads)).issuperset(heads):
         raise ValueError(
-            f"shared_heads is {list(heads)}; heads of 0..{num_heads - 1} must be named once each, "
+            f"{field} is {list(heads)}; heads of 0..{num_heads - 1} must be named once each, "
             "in ascending order"
         )
     groups = {head // size for head in heads}
     if len(heads) != size * len(groups):
         raise ValueError(
-            f"shared_heads is {list(heads)}; whole groups of {size} successive heads are routed, "
+            f"{field} is {list(heads)}; whole groups of {size} successive heads are routed, "
             "so each head's group must be named whole"
         )
     return () if heads == tuple(range(len(heads))) else heads
 
 
-def _count(field: str, value: Budget, num_heads: int, size: int) -> tuple[int, str]:
+def _count(field: str, value: Budget, num_heads: int, size: int, *, least: int) -> tuple[int, str]:
     """The count of heads, of whole groups of that size, and what was rounded."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{field} is {value!r}; it must be a count (int) or a share (float)")
     if isinstance(value, int):
-        if not 0 <= value <= num_heads:
-            raise ValueError(f"{field} is {value}; it must lie in 0..{num_heads} (num_heads)")
+        if not least <= value <= num_heads:
+            raise ValueError(f"{field} is {value}; it must lie in {least}..{num_heads} (num_heads)")
         if value % size:
             raise ValueError(
                 f"{field} is {value}; whole groups of {size} heads are routed, so it must be a "

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwise.data.text import read
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
@@ -19,12 +20,12 @@ from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
-from headwise.recipes.evaluation import FileLoss
-from headwise.recipes.loading import load_tokenizer
+from headwise.recipes.evaluation import FileLoss, Tokens
+from headwise.recipes.loading import load_tokenizer, longest_sequence
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
 
-_BLOCK = 256  # tokens
-_MOST_BLOCKS = 64
+_PIECE = 256  # tokens
+_MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ConversionRun:
     """Give a pretrained model Mixture-of-Head attention; its weights stay as they are.
 
     Attributes:
-        path: Of the model, as transformers saves it, or its name on the Hugging Face hub.
+        path: Directory of the model, as transformers saves it, or its name on the Hugging Face hub.
         output: Directory for the converted model; must not hold anything yet.
         shared: Heads that are always on, a count or a share of all.
         active: Heads that a token switches on, shared ones included, a count or a share of all.
@@ -40,9 +41,9 @@ class ConversionRun:
             afterwards).
         route_groups: Query heads that share a key head are on or off together.
         calibrate: Text file, or tokens that `headwise samples` wrote (.parquet), by which to choose
-            the shared heads of each layer; without it they are the first ones. Of its first 64
-            pieces of up to 256 tokens three quarters are used, and the last quarter is kept to
-            compare the two.
+            the shared heads of each layer; without it they are the first ones. It is read in
+            pieces of up to 256 tokens, of which at most the first 64 are taken: three quarters to
+            choose by, the last quarter to compare the two.
         by: What calibration goes by: gradient of the loss with respect to the head's gate, loss (a
             forward for each head), or query_norm.
     """
@@ -85,11 +86,17 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     model, tokenizer = load_original(run.path), load_tokenizer(run.path)
     attention, perplexities = run.attention(), {}
     if run.calibrate is not None:
-        batches = _blocks(run.calibrate, tokenizer, model, run.path)
+        pieces = _pieces(run.calibrate, tokenizer, model, run.path)
+        batches = _batches(pieces[:_MOST_PIECES], model)
         kept = -(-len(batches) // 4)
         attention = calibrate(model, batches[:-kept], attention, by=run.by)
         perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
-        console.print(_table(perplexities, kept, len(batches)))
+        console.print(
+            f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
+            f"compared on the next {kept}",
+            highlight=False,
+        )
+        console.print(_table(perplexities))
     convert(model, attention=attention)
 
     card = model_card(
@@ -115,24 +122,33 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     return model
 
 
-def _blocks(
+def _pieces(
     file: Path, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, path: str
-) -> Batches:
-    """The text as blocks of tokens, each with itself as labels."""
+) -> list[Tokens]:
+    """The text in pieces, none longer than the model was made for."""
+    length = int(min(_PIECE, longest_sequence(model)))
     if file.suffix == TOKEN_FILE:
         rows = token_rows(file)
     elif tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, and calibrate needs one; save one beside it")
+    elif not (text := read(file)).strip():
+        raise ValueError(f"calibrate is {file}, which holds no text")
     else:
-        ids = tokenizer(file.read_text(), verbose=False)["input_ids"]
-        rows = np.split(np.array(ids, dtype=np.int32), range(_BLOCK, len(ids), _BLOCK))
-    blocks = [row[:_BLOCK] for row in rows if len(row) > 1][:_MOST_BLOCKS]
-    if len(blocks) < 2:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        rows = np.split(np.array(ids, dtype=np.int32), range(length, len(ids), length))
+    pieces = [row[:length] for row in rows if len(row) > 1]
+    if len(pieces) < 2:
         tokens = sum(map(len, rows))
-        raise ValueError(f"{file} has {tokens} tokens; calibrate needs more than {_BLOCK}")
-    check_tokens(np.concatenate(blocks), model.get_input_embeddings().num_embeddings, path)
-    ids = [torch.from_numpy(block.astype(np.int64))[None].to(model.device) for block in blocks]
-    return [{"input_ids": block, "labels": block} for block in ids]
+        least = "2 rows of 2 tokens" if file.suffix == TOKEN_FILE else f"more than {length} tokens"
+        raise ValueError(f"calibrate is {file}, of {tokens} tokens in all; it must have {least}")
+    check_tokens(np.concatenate(pieces), model.get_input_embeddings().num_embeddings, path)
+    return pieces
+
+
+def _batches(pieces: list[Tokens], model: PreTrainedModel) -> Batches:
+    """Each piece with itself as labels."""
+    ids = [torch.from_numpy(piece.astype(np.int64))[None].to(model.device) for piece in pieces]
+    return [{"input_ids": piece, "labels": piece} for piece in ids]
 
 
 def _comparison(
@@ -146,9 +162,8 @@ def _comparison(
     return perplexities
 
 
-def _table(perplexities: dict[str, float], kept: int, pieces: int) -> Table:
-    title = f"on {kept} of {pieces} pieces of text, kept from calibration"
-    table = Table("heads", "perplexity", title=title)
+def _table(perplexities: dict[str, float]) -> Table:
+    table = Table("heads", "perplexity")
     for name, perplexity in perplexities.items():
         table.add_row(name, f"{perplexity:.4g}")
     return table

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from headwise.hf.loading import check_place
 from headwise.ops.choice import check_choice
 from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved, write_json
@@ -104,6 +105,7 @@ def _is_empty(path: Path) -> bool:
 def _check_model(path: str) -> None:
     for kind, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
         try:
+            check_place(path)
             loaded = auto.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]

@@ -1,9 +1,11 @@
 """Loading what a path holds: a causal language model, converted or not, and its tokenizer."""
 
-from pathlib import Path
+import math
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from headwise.hf.loading import check_place
 
 
 def load_causal_lm(path: str, **options: Any) -> Any:
@@ -13,11 +15,11 @@ def load_causal_lm(path: str, **options: Any) -> Any:
         ValueError: If there is none that can be loaded.
     """
     try:
+        check_place(path)
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        nowhere = "" if Path(path).is_dir() else "there is no such directory, and "
-        raise ValueError(f"{path} holds no model that can be loaded: {nowhere}{reason}") from error
+        raise ValueError(f"{path} holds no model that can be loaded: {reason}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -28,10 +30,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def longest_sequence(model: Any) -> float:
+    """Tokens of the longest sequence that the model was made for; inf where it does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # XLNet says -1.
+    return most if most is not None and most > 0 else math.inf
+
+
 def check_length(field: str, length: int, model: Any, path: str) -> None:
     """Raises ValueError if the model was not made for sequences of that length."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
+    if length > (most := longest_sequence(model)):
         raise ValueError(
             f"{field} is {length}; the model in {path} takes at most {most} tokens "
             "(max_position_embeddings)"

@@ -23,12 +23,12 @@ class SamplesRun:
     samples; a text goes on after its end.
 
     Attributes:
-        path: Of the model.
+        path: Directory of the model, or its name on the Hugging Face hub.
         output: File to write, .parquet.
-        count: Texts.
-        length: Tokens of each, the first one included.
+        count: How many texts to write.
+        length: Tokens of each text, the first one included.
         batch_size: Texts written at a time.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
 
     path: Annotated[str, tyro.conf.Positional]

@@ -79,13 +79,12 @@ def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | N
     if run.original is None:
         # Not the model itself, which learns.
         return original_of(model) if isinstance(model, Routed) else _load(run.path)
-    other = load_tokenizer(run.original)
+    original, other = _load(run.original), load_tokenizer(run.original)
     if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
         raise ValueError(
             f"original is {run.original}, whose tokenizer is not that of {run.path}; a model can "
             "only be compared with one that reads the same tokens"
         )
-    original = _load(run.original)
     if original.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"original is {run.original}, with {original.config.vocab_size} entries in its "

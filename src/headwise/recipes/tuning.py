@@ -9,6 +9,8 @@ import tyro
 from headwise.ops.choice import check_choice
 from headwise.recipes.arguments import Stage
 
+Schedule = Literal["small", "paper"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningRun:
@@ -17,19 +19,23 @@ class TuningRun:
     A model that is not converted goes through the first stage only: something to compare with.
 
     Attributes:
-        path: Of the model that `headwise convert` or `save_pretrained` left.
+        path: Directory of the model, as `headwise convert` or `save_pretrained` left it.
         output: Directory of the run.
-        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
-            .parquet file with a column "input_ids", as `headwise samples` writes it.
-        original: Of the model to be as good as, and to learn from; it must have the same tokenizer.
-            None for the model itself as it is in `path`, with every head on.
+        schedule: Says what the other fields default to: small (300 steps on the routed heads,
+            minutes on a laptop for a small model) or paper (LLaMA3-8B as in the MoH paper, in two
+            stages).
+        data: Text: a file, a directory, or a Hugging Face dataset's name; or a .parquet file with a
+            column "input_ids", as `headwise samples` writes it. Without it, the text that every
+            Python carries.
+        original: Directory of the model to be as good as, and to learn from; it must have the same
+            tokenizer. Without it, the model in `path` itself, as it is, with every head on.
         dense: The first stage, every head on: adapts the model to the text.
         routed: The second stage, heads routed, the router's gradient straight through the choice.
         distill: Factor of the divergence from the original in the second stage's loss; 0 for none.
         batch_size: Sequences of a step, over all processes.
-        device_batch_size: Sequences that a process takes at a time; None for all of its share.
+        device_batch_size: Sequences that a process takes at a time; without it all of its share.
         sequence_length: Tokens of a sequence.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         precision: "fp32", or "bf16" for autocast.
         activation_checkpointing: Compute activations again in the backward pass, to save memory.
         domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
@@ -37,7 +43,7 @@ class TuningRun:
         log_every: Steps between two lines of progress.
         eval_every: Steps between two points of the recovery curve.
         save_every: Steps between two checkpoints.
-        seed: Of the order of the text.
+        seed: Seed of the order of the text.
         report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
         resume: Go on with the run in `output`.
         overwrite: Delete the run in `output` and start anew.
@@ -45,6 +51,7 @@ class TuningRun:
 
     path: Annotated[str, tyro.conf.Positional]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    schedule: Schedule = "small"
     data: str | None = None
     original: str | None = None
     dense: Stage
@@ -67,6 +74,7 @@ class TuningRun:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, Schedule)
         check_choice("precision", self.precision, Literal["fp32", "bf16"])
         for name in ("batch_size", "eval_blocks", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
@@ -108,6 +116,7 @@ def paper(path: str, output: Path) -> TuningRun:
     return TuningRun(
         path=path,
         output=output,
+        schedule="paper",
         dense=Stage(steps=17_881, learning_rate=6e-5, final_learning_rate=6e-6, warmup_steps=50),
         routed=Stage(steps=5_960, learning_rate=2e-5, final_learning_rate=1e-6, warmup_steps=50),
         distill=0.0,
