@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -224,10 +225,10 @@ def test_minimal_pairs_of_local_data(models):
     assert [row["task"] for row in score_models(run)] == names
 
 
-def refusal(capsys, *arguments):
+def refusal(capsys, *arguments, status=2):
     with pytest.raises(SystemExit) as end:
         main(["eval", *map(str, arguments)])
-    assert end.value.code == 2
+    assert end.value.code == status
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
@@ -271,15 +272,23 @@ def test_wrong_models_are_refused(models, task, tmp_path, capsys):
     assert "which has no model" in refusal(capsys, tmp_path / "empty", "--tasks", task)
     AutoModelForCausalLM.from_pretrained(models / "dense").save_pretrained(tmp_path / "alone")
     message = refusal(capsys, models / "dense", tmp_path / "alone", "--tasks", task)
-    assert "alone, which has no tokenizer" in message
+    assert "alone, which has no tokenizer; save one" in message
     tokenizer = AutoTokenizer.from_pretrained(models / "dense")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "alone")
     assert "neither bos_token nor" in refusal(capsys, tmp_path / "alone", "--tasks", task)
 
 
+def test_without_a_network_data_is_named(models, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(capsys, models / "dense", "--tasks", "piqa", status=1)
+    assert "documents of piqa cannot be fetched" in message
+    assert "give data to read them from files" in message
+
+
 def test_without_the_harness_the_extra_is_named(models, monkeypatch, capsys):
     task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     message = refusal(capsys, models / "dense", "--tasks", "piqa")
-    assert "pip install 'headwise[eval]'" in message
+    assert "pip install -c constraints.txt '.[eval]'" in message

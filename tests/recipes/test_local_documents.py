@@ -56,9 +56,9 @@ def test_true_or_false(tmp_path):
 
 def test_minimal_pairs_out_of_the_first_directory_that_has_them(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "some.jsonl").write_text('{"sentence_good": "a"}\n{"sentence_good": "b"}\n')
-    got = read("blimp_some", tmp_path / "empty", tmp_path)
-    assert got == [{"sentence_good": "a"}, {"sentence_good": "b"}]
+    pairs = [{"sentence_good": good, "sentence_bad": "c", "UID": "x"} for good in "ab"]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert read("blimp_some", tmp_path / "empty", tmp_path) == pairs
 
 
 def test_what_is_refused(tmp_path):
@@ -68,11 +68,6 @@ def test_what_is_refused(tmp_path):
         read("piqa", tmp_path)
     (tmp_path / "piqa.json").write_text("not json")
     with pytest.raises(ValueError, match=r"piqa\.json, entry 1: "):
-        read("piqa", tmp_path)
-    (tmp_path / "piqa.json").write_text('[{"goal": "q", "sol1": "a", "sol2": "b", "label": 0}]')
-    with pytest.raises(
-        ValueError, match=r"entry 1 has no field 'instruction'; in instruction form"
-    ):
         read("piqa", tmp_path)
     choices = "Q: q\n\nSolution1: one\n\nSolution2: two\n\nAnswer format: a/b"
     write(tmp_path / "piqa.json", (choices, "solution1"), ("Q: no choices", "solution1"))
@@ -84,6 +79,25 @@ def test_what_is_refused(tmp_path):
     write(tmp_path / "boolq.json", ("Say, question: so?\n\nAnswer format: true/false", "maybe"))
     with pytest.raises(ValueError, match=r"boolq\.json, entry 1: "):
         read("boolq_no_passage", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "reason"),
+    [
+        ("piqa", '[{"goal": "q", "sol1": "a", "sol2": "b"}]', "it has no field 'instruction'"),
+        ("boolq_no_passage", "[{}]", "it has no field 'instruction'"),
+        ("blimp_some", '{"sentence_good": "a"}', "it has no field 'sentence_bad'"),
+        ("piqa", '{"data": []}', "it is 'data' and has no fields"),
+    ],
+)
+def test_what_an_entry_should_look_like_is_said_and_is_read(tmp_path, task, content, reason):
+    source = source_of(task)
+    (tmp_path / source.file).write_text(content)
+    with pytest.raises(ValueError, match=f"entry 1: {reason}.*; an entry looks like ") as refused:
+        read(task, tmp_path)
+    form = str(refused.value).partition("looks like ")[2]
+    (tmp_path / source.file).write_text(form if source.file.endswith("l") else f"[{form}]")
+    assert len(read(task, tmp_path)) == 1
 
 
 @pytest.mark.parametrize("task", [*SOURCES, "blimp_anaphor_number_agreement"])

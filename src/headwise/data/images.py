@@ -102,7 +102,7 @@ def _digits(image_size: int | None) -> ImageSet:
     except ImportError:
         raise ValueError(
             "data is None, which means scikit-learn's digits, and scikit-learn is not installed; "
-            "`pip install 'headwise[vision]'`, or give data"
+            "give data, or in the checkout of headwise `pip install -c constraints.txt '.[vision]'`"
         ) from None
     digits = load_digits()
     images = (Image.fromarray(x) for x in (digits.images * (255 / 16)).round().astype(np.uint8))

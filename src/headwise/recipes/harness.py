@@ -15,6 +15,7 @@ from headwise.ops.choice import check_choice
 from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved, write_json
 from headwise.recipes.harness_tasks import load_tasks, wanted_tasks
+from headwise.recipes.loading import load_tokenizer
 from headwise.recipes.results import environment
 from headwise.recipes.table import Row, write_csv
 
@@ -32,15 +33,16 @@ class HarnessRun:
         tasks: Names that the harness knows, task files (YAML) or directories of them, or what the
             MoH paper measured: paper-llm (0 shots), paper-llama (0 to 32 shots).
         data: Directories with documents for the tasks, instead of those that the harness fetches:
-            TASK.json in instruction form for piqa, arc_easy, openbookqa, winogrande and
-            boolq_no_passage (boolq.json), NAME.jsonl for blimp_NAME.
+            TASK.json for piqa, arc_easy, openbookqa, winogrande and boolq_no_passage (boolq.json),
+            a list of {"instruction": …, "answer": …} of which docs/convert.md shows one, and
+            NAME.jsonl for blimp_NAME.
         num_fewshot: Examples before each question; without it the preset's or the task's own. Tasks
             that the harness fixes at 0 stay there.
         limit: How many documents of each task to take, the first ones; without it all.
         batch_size: Texts at a time; the scores do not depend on it.
         precision: Of weights and activations: fp32 or bf16.
         output: Directory for eval.json and eval.csv; must not hold anything yet.
-        seed: Of the choice of shots; the harness's own by default.
+        seed: Seed of the choice of shots; the harness's own by default.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR …")]
@@ -103,14 +105,16 @@ def _is_empty(path: Path) -> bool:
 
 
 def _check_model(path: str) -> None:
-    for kind, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
-        try:
-            check_place(path)
-            loaded = auto.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"models names {path}, which has no {kind}: {reason}") from error
-    if loaded.bos_token_id is None and loaded.eos_token_id is None:
+    try:
+        check_place(path)
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"models names {path}, which has no model: {reason}") from error
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"models names {path}, which has no tokenizer; save one beside it")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
             f"models names {path}, whose tokenizer has neither bos_token nor eos_token; the "
             "harness puts one of them before a text"

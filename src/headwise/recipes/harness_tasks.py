@@ -79,7 +79,10 @@ def task_manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError("no lm-evaluation-harness; pip install 'headwise[eval]'") from error
+        raise ValueError(
+            "lm-evaluation-harness is not installed; in the checkout of headwise, "
+            "`pip install -c constraints.txt '.[eval]'`"
+        ) from error
     return TaskManager()
 
 
@@ -95,8 +98,10 @@ def _check_name(name: str) -> None:
 def _from_harness(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         loaded = task_manager().load([name])
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(
+            f"documents of {name} cannot be fetched ({error}); give data to read them from files"
+        ) from error
     # A task file can be wrong in as many ways as there are kinds of errors.
     except Exception as error:
         raise ValueError(f"tasks names {name}, which cannot be used: {error}") from error

@@ -21,12 +21,27 @@ _TRUE_OR_FALSE = re.compile(
 
 
 class Source(NamedTuple):
-    """A local form of a task: whose prompt and scoring it has, its file, how to read an entry."""
+    """A local form of a task: whose prompt and scoring it has, its file, how to read an entry.
+
+    Forms are those of LLM-Adapters (arXiv 2304.01933) and of BLiMP (arXiv 1912.00582).
+    """
 
     task: str
     file: str
+    form: str
     read: Callable[[Document], Document]
     changes: Document
+
+
+_FORM = (
+    '{"instruction": "Choose: QUESTION\\n\\nSolution1: …\\n\\nSolution2: …\\n\\n'
+    'Answer format: solution1/solution2", "answer": "solution1"}'
+)
+_TRUE_OR_FALSE_FORM = (
+    '{"instruction": "Answer the question: QUESTION?\\n\\nAnswer format: true/false", '
+    '"answer": "true"}'
+)
+_PAIR_FORM = '{"sentence_good": "…", "sentence_bad": "…"}'
 
 
 def _piqa(entry: Document) -> Document:
@@ -65,10 +80,7 @@ def _choices(entry: Document) -> tuple[str, list[str], int]:
     """Question, choices and the place of the right one, of an instruction that lists them."""
     match = _INSTRUCTION.fullmatch(entry["instruction"])
     if match is None:
-        raise ValueError(
-            "its instruction is no question with numbered choices, as in 'Choose one: QUESTION"
-            "\\n\\nAnswer1: … Answer2: …\\n\\nAnswer format: answer1/answer2'"
-        )
+        raise ValueError("its instruction is no question with numbered choices")
     choices = _NEXT_CHOICE.split(match["choices"])
     answer = int(entry["answer"][-1]) - 1
     if not 0 <= answer < len(choices):
@@ -76,14 +88,18 @@ def _choices(entry: Document) -> tuple[str, list[str], int]:
     return match["question"], choices, answer
 
 
+def _minimal_pair(entry: Document) -> Document:
+    return entry | {field: entry[field] for field in ("sentence_good", "sentence_bad")}
+
+
 # The files keep no passages, so this is another task than boolq, and has another name.
 _NO_PASSAGE = {"doc_to_text": "Question: {{question}}?\nAnswer:"}
 SOURCES = {
-    "arc_easy": Source("arc_easy", "arc_easy.json", _arc, {}),
-    "boolq_no_passage": Source("boolq", "boolq.json", _boolq, _NO_PASSAGE),
-    "openbookqa": Source("openbookqa", "openbookqa.json", _openbookqa, {}),
-    "piqa": Source("piqa", "piqa.json", _piqa, {}),
-    "winogrande": Source("winogrande", "winogrande.json", _winogrande, {}),
+    "arc_easy": Source("arc_easy", "arc_easy.json", _FORM, _arc, {}),
+    "boolq_no_passage": Source("boolq", "boolq.json", _TRUE_OR_FALSE_FORM, _boolq, _NO_PASSAGE),
+    "openbookqa": Source("openbookqa", "openbookqa.json", _FORM, _openbookqa, {}),
+    "piqa": Source("piqa", "piqa.json", _FORM, _piqa, {}),
+    "winogrande": Source("winogrande", "winogrande.json", _FORM, _winogrande, {}),
 }
 
 
@@ -94,7 +110,7 @@ def source_of(task: str) -> Source:
         ValueError: If it has none.
     """
     if task.startswith(BLIMP):
-        return Source(task, f"{task.removeprefix(BLIMP)}.jsonl", lambda entry: entry, {})
+        return Source(task, f"{task.removeprefix(BLIMP)}.jsonl", _PAIR_FORM, _minimal_pair, {})
     if task not in SOURCES:
         known = ", ".join((*SOURCES, f"{BLIMP}…"))
         raise ValueError(f"tasks names {task!r}, which data has no form of; there are {known}")
@@ -115,16 +131,17 @@ def read_documents(source: Source, directories: Sequence[Path]) -> list[Document
     try:
         for entry in _entries(paths[0]):
             documents.append(source.read(entry))
-    except KeyError as error:
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{paths[0]}, entry {len(documents) + 1} has no field {error}; in instruction form it "
-            "has 'instruction' and 'answer'"
+            f"{paths[0]}, entry {len(documents) + 1}: {reason}; an entry looks like {source.form}"
         ) from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{paths[0]}, entry {len(documents) + 1}: {error}") from error
     return documents
 
 
 def _entries(path: Path) -> Iterator[Document]:
     with path.open() as file:
-        yield from map(json.loads, file) if path.suffix == ".jsonl" else json.load(file)
+        for entry in map(json.loads, file) if path.suffix == ".jsonl" else json.load(file):
+            if not isinstance(entry, dict):
+                raise ValueError(f"it is {entry!r} and has no fields")
+            yield entry
