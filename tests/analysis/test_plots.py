@@ -123,6 +123,24 @@ def test_curves_without_a_value_are_drawn(record, losses):
     assert plots.to_svg(plots.final_losses(bare), "b")
 
 
+def test_the_legend_of_the_speeds_covers_nothing():
+    rows = [
+        {"rival": "SDPA", "case": case, "shape": f"T={length}", "dtype": dtype, "ratio": share}
+        | {"share": share}
+        for case in ("core, causal", "core, full")
+        for dtype in ("float32", "bfloat16")
+        for length in (512, 1024, 2048, 4096)
+        for share in (0.25, 0.5)
+    ]
+    figure = plots.time_against_share(rows)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    around = [axes.get_tightbbox() for axes in figure.axes]
+    around += [text.get_window_extent() for text in figure.texts]
+    assert len(around) == 4 + 2
+    assert not any(legend.overlaps(box) for box in around)
+
+
 def test_many_heads_and_experts_get_room():
     heads = HeadLoads(0, {"code": [[0.5] * 24]})
     experts = ExpertLoads([0], {"code": [[1 / 44] * 44]}, 1, {"code": [44]}, {"code": [None]})

@@ -24,7 +24,7 @@ ROWS = [
 
 def test_a_line_a_task_and_their_mean():
     columns, cells = comparison(ROWS)
-    assert columns == ["task", "metric", "n", "dense", "run"]
+    assert columns == ["task", "metric", "n", "dense", "run/routed-seed0"]
     assert cells == [
         ["one", "acc", "7", "0.500 ±0.030", "0.400 ±0.060"],
         ["two", "acc", "7", "0.700 ±0.040", "0.600 ±0.080"],

@@ -55,9 +55,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _headings(models: Sequence[str]) -> Sequence[str]:
-    """The last parts of the paths where they differ; of a run's models, the run's directory."""
+    """The last parts of the paths where they differ; of a run's models, the run before them."""
     names = [
-        path.parts[-3] if MODELS in path.parts[-2:-1] else path.name for path in map(Path, models)
+        f"{path.parts[-3]}/{path.name}" if MODELS in path.parts[-2:-1] else path.name
+        for path in map(Path, models)
     ]
     return names if len(set(names)) == len(names) else models
 

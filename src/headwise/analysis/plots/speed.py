@@ -31,7 +31,7 @@ def time_against_share(rows: Sequence[Mapping[str, Any]]) -> Figure:
     highest = max([1.0, *(float(row["ratio"]) for row in rows if row["ratio"])])
     panels[0][0].set_ylim(0, 1.1 * highest)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     figure.supxlabel("share of heads that are on", color=MUTED, fontsize=10)
     figure.supylabel("time / dense attention's", color=MUTED, fontsize=10)
     return figure
