@@ -170,11 +170,12 @@ def test_dataset_without_text_is_refused(hub):
         load_text("numbers")
 
 
-def test_dataset_that_cannot_be_loaded_is_refused(monkeypatch):
+def test_dataset_that_cannot_be_loaded_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'owner/none'.*no Hugging Face dataset"):
         load_text("owner/none")
+    assert "asking the Hugging Face hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

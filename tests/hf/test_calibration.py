@@ -116,8 +116,12 @@ def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
 
 
 def test_what_it_refuses(tiny, batches):
-    with pytest.raises(ValueError, match="batches holds a Tensor; each must be a dict"):
-        calibrate(tiny(), [torch.zeros(1, 3, dtype=torch.long)], CONFIG)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="batches holds Tensor; each must be a dict"):
+        calibrate(tiny(), [ids], CONFIG)
+    with pytest.raises(ValueError, match="batches holds no labels in a dict; each must"):
+        calibrate(tiny(), [{"input_ids": ids}], CONFIG)
+    calibrate(tiny(), [{"input_ids": ids}], CONFIG, by="query_norm")
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(tiny(), [], CONFIG)
     with pytest.raises(ValueError, match="by is 'norm'"):

@@ -91,6 +91,9 @@ def test_a_model_without_a_tokenizer_stays_without(original, tmp_path, capsys):
     (original / "tokenizer.json").unlink()
     convert_directory(ConversionRun(str(original), tmp_path / "new"))
     assert "has no tokenizer, so" in " ".join(capsys.readouterr().out.split())
+    assert "new has no tokenizer, and text needs one; save one beside it" in refusal(
+        capsys, tmp_path / "new", "--prompt", "a", command="generate"
+    )
 
 
 def test_a_model_that_is_no_language_model(tmp_path):
@@ -107,9 +110,9 @@ def test_a_learned_router_starts_with_gates_of_one(original, tmp_path):
     assert torch.allclose(gates[gates != 0], torch.tensor(1.0))
 
 
-def refusal(capsys, *arguments):
+def refusal(capsys, *arguments, command="convert"):
     with pytest.raises(SystemExit) as end:
-        main(["convert", *map(str, arguments)])
+        main([command, *map(str, arguments)])
     assert end.value.code == 2
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 

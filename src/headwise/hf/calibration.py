@@ -58,9 +58,10 @@ def calibrate(
         raise ValueError("batches is empty; it must hold at least one")
     for batch in batches:
         if not isinstance(batch, Mapping) or (by != "query_norm" and "labels" not in batch):
+            found = "no labels in a dict" if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"batches holds a {type(batch).__name__}; each must be a dict of what the model's "
-                'forward takes, such as {"input_ids": ids, "labels": ids}'
+                f"batches holds {found}; each must be a dict of what the model's forward takes, "
+                'such as {"input_ids": ids, "labels": ids}'
             )
     config = config.resolve(len(attention_modules(model)))
     budgets = [router.budget for router in build_routers(model, config).values()]
