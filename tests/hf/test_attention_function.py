@@ -72,7 +72,7 @@ def test_a_model_loaded_with_another_is_refused(tiny, ids, name):
     model.config._attn_implementation = name
     for change in (
         lambda: convert(model, attention=ROUTERS["two_stage"]),
-        lambda: calibrate(model, [{"input_ids": ids}], ROUTERS["query_norm"]),
+        lambda: calibrate(model, [{"input_ids": ids, "labels": ids}], ROUTERS["query_norm"]),
     ):
         with pytest.raises(ValueError, match=f"LlamaForCausalLM cannot be .*{name}.*load it witho"):
             change()
