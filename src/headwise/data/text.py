@@ -158,6 +158,12 @@ class MixedBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
+def check_exponent(field: str, value: float) -> None:
+    """Raises ValueError unless `MixedBlocks` can take it as its exponent."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{field} is {value}; it must lie in 0..1")
+
+
 def draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """`count` indices of `blocks` things, none again before all were drawn."""
     rounds = [generator.permutation(blocks) for _ in range(-(-count // blocks))]

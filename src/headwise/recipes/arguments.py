@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from headwise.ops.choice import check_choice
 from headwise.recipes.directory import RunDirectory
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+            check_at_least(0, name, getattr(self, name))
         if not 0 <= self.final_learning_rate <= self.learning_rate < float("inf"):
             raise ValueError(
                 f"final_learning_rate is {self.final_learning_rate}; it must lie between 0 and "
@@ -39,6 +41,27 @@ class Stage:
             )
         if self.learning_rate == 0:
             raise ValueError("learning_rate is 0; it must be above 0")
+
+
+def check_training(run: Any) -> None:
+    """Refuse fields that every run has and that no training could be carried out with.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    check_choice("precision", run.precision, Precision)
+    for name in ("batch_size", "log_every", "eval_every", "save_every"):
+        check_at_least(1, name, getattr(run, name))
+    if not run.weight_decay >= 0:
+        raise ValueError(f"weight_decay is {run.weight_decay}; it must be at least 0")
+    if run.resume and run.overwrite:
+        raise ValueError("resume and overwrite are both set; choose one")
+
+
+def check_at_least(least: int, name: str, value: int) -> None:
+    """Raises ValueError if the field of that name is less."""
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def training_arguments(

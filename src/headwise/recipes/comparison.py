@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from headwise.data.text import check_exponent
 from headwise.hf import MoEConfig, MoHConfig
-from headwise.ops.choice import check_choice
+from headwise.recipes.arguments import Precision, check_at_least, check_training
 
 if TYPE_CHECKING:
     from headwise.recipes.task import Task
@@ -90,7 +91,7 @@ class ComparisonRun:
     learning_rate: float = 3e-3
     warmup_steps: int = 40
     weight_decay: float = 0.1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     log_every: int = 10
     eval_every: int = 100
     save_every: int = 100
@@ -105,22 +106,16 @@ class ComparisonRun:
             values = getattr(self, field_name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field_name} is {values}; each entry may occur once")
-        check_choice("precision", self.precision, Literal["fp32", "bf16"])
-        for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "batch_size"):
-            check_at_least(1, name, getattr(self, name))
-        for name in ("every", "log_every", "eval_every", "save_every", "workers"):
+        check_training(self)
+        for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "every", "workers"):
             check_at_least(1, name, getattr(self, name))
         check_at_least(0, "warmup_steps", self.warmup_steps)
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
         if self.initializer_range is not None and not self.initializer_range > 0:
             raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite are both set; choose one")
         self.chosen()
 
     @property
@@ -196,8 +191,7 @@ class TextRun(ComparisonRun):
         check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
-        if not 0 <= self.domain_exponent <= 1:
-            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
+        check_exponent("domain_exponent", self.domain_exponent)
         super().__post_init__()
         if (self.dim // self.num_heads) % 2:
             raise ValueError(
@@ -209,9 +203,3 @@ class TextRun(ComparisonRun):
         from headwise.recipes.text import read_text
 
         return read_text(self)
-
-
-def check_at_least(least: int, name: str, value: int) -> None:
-    """Raises ValueError if the field of that name is less."""
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

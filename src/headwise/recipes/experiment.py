@@ -48,7 +48,7 @@ class StudyRun(TextRun):
         return list(self._study.variants(self))
 
     def cost_of(self) -> Variant | None:
-        return self.variants()[0] if self._study.equal_cost else None
+        return super().cost_of() if self._study.equal_cost else None
 
 
 def tiny(study: str) -> StudyRun:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from headwise.recipes.comparison import ComparisonRun, Variant, check_at_least
+from headwise.recipes.arguments import check_at_least
+from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.task import Task
 from headwise.recipes.variants import first_paper_models
 

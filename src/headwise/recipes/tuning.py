@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from headwise.data.text import check_exponent
 from headwise.ops.choice import check_choice
-from headwise.recipes.arguments import Stage
+from headwise.recipes.arguments import Precision, Stage, check_at_least, check_training
 
 Schedule = Literal["small", "paper"]
 
@@ -61,7 +62,7 @@ class TuningRun:
     device_batch_size: int | None = None
     sequence_length: int
     weight_decay: float = 0.1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     activation_checkpointing: bool = False
     domain_exponent: float = 0.5
     eval_blocks: int = 64
@@ -75,22 +76,14 @@ class TuningRun:
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, Schedule)
-        check_choice("precision", self.precision, Literal["fp32", "bf16"])
-        for name in ("batch_size", "eval_blocks", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2")
+        check_training(self)
+        check_at_least(1, "eval_blocks", self.eval_blocks)
+        check_at_least(2, "sequence_length", self.sequence_length)
         if not self.distill >= 0:
             raise ValueError(f"distill is {self.distill}; it must be at least 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
-        if not 0 <= self.domain_exponent <= 1:
-            raise ValueError(f"domain_exponent is {self.domain_exponent}; it must lie in 0..1")
+        check_exponent("domain_exponent", self.domain_exponent)
         if self.dense.steps + self.routed.steps == 0:
             raise ValueError("dense.steps and routed.steps are both 0; there is nothing to train")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite are both set; choose one")
 
 
 def small(path: str, output: Path) -> TuningRun:
