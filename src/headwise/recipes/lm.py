@@ -21,7 +21,6 @@ class LanguageModelRun(TextRun):
         mh_top_k: MH-MoE: experts that a sub-token goes to.
     """
 
-    initializer_range: float | None = 0.02
     shared_heads: Budget = 0.4
     active_heads: Budget = 0.75
     mh_heads: int = 2
