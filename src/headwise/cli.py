@@ -1,16 +1,17 @@
 """The command `headwise`: parse, call, print."""
 
 import argparse
-import difflib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from safetensors import SafetensorError
+
+from headwise.ops.choice import look_up
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"headwise {__version__}")
         return
     try:
-        _nearest("command", command, _COMMANDS)(rest)
+        look_up("command", command, _COMMANDS)(rest)
     except ValueError as error:
         _fail(2, error)
     except (FloatingPointError, OSError, SafetensorError) as error:
@@ -61,7 +62,7 @@ def _train(argv: list[str]) -> None:
         print("\nheadwise train RECIPE --help lists the fields of a recipe.")
         return
     name, *fields = argv
-    default = _nearest("recipe", name, RECIPES)()
+    default = look_up("recipe", name, RECIPES)()
     run = _parsed(type(default), fields, f"headwise train {name}", default)
     from headwise.recipes.train import train
 
@@ -84,9 +85,9 @@ def _experiment(argv: list[str]) -> None:
         print("\nheadwise experiment NAME --help lists the fields of a study.")
         return
     name, *fields = argv
-    _nearest("study", name, STUDIES)
+    look_up("study", name, STUDIES)
     scale, fields = _first_field("scale", "tiny", fields)
-    default = _nearest("scale", scale, SCALES)(name)
+    default = look_up("scale", scale, SCALES)(name)
     run = _parsed(type(default), fields, f"headwise experiment {name}", default)
     _quiet_transformers()
     train(run)
@@ -121,7 +122,7 @@ def _tune(argv: list[str]) -> None:
     from headwise.recipes.tuning import SCHEDULES, TuningRun
 
     chosen, fields = _first_field("schedule", "small", argv)
-    default = _nearest("schedule", chosen, SCHEDULES)(tyro.MISSING, tyro.MISSING)
+    default = look_up("schedule", chosen, SCHEDULES)(tyro.MISSING, tyro.MISSING)
     run = _parsed(TuningRun, fields, "headwise tune", default)
     _quiet_transformers()
     tune(run)
@@ -215,7 +216,7 @@ def _bench(argv: list[str]) -> None:
     names = {name: name for name in ("all", *BENCHMARKS)}
     # The kind of benchmark may come first, without the name of its field.
     if argv and not argv[0].startswith("-"):
-        argv = ["--which", _nearest("benchmark", argv[0], names), *argv[1:]]
+        argv = ["--which", look_up("benchmark", argv[0], names), *argv[1:]]
     bench(_parsed(BenchRun, argv, "headwise bench"))
 
 
@@ -255,14 +256,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "compile": _compile,
 }
-
-
-def _nearest(kind: str, name: str, known: Mapping[str, T]) -> T:
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
 def _quiet_transformers() -> None:

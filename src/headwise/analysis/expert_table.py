@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from headwise.analysis.experts import ExpertUse, expert_use
 from headwise.analysis.records import RunRecord
+from headwise.analysis.spread import with_spread
 
 LEGEND = [
     "Used: experts of a layer that got any work at all.",
@@ -51,10 +52,4 @@ def _percent(share: float | None) -> float | None:
 
 def _over_runs(runs: Sequence[Sequence[float | None]], form: str) -> str:
     known = [[value for value in run if value is not None] for run in runs]
-    means = [statistics.fmean(run) for run in known if run]
-    if not means:
-        return "–"
-    text = form.format(statistics.fmean(means))
-    if min(means) == max(means):
-        return text
-    return f"{text} ± {form.format(statistics.stdev(means))}"
+    return with_spread([statistics.fmean(run) for run in known if run], form)

@@ -1,6 +1,10 @@
 """Names to choose from: one check and one message for all of them."""
 
-from typing import Any, get_args
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
@@ -12,3 +16,16 @@ def check_choice(field: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         known = ", ".join(map(repr, get_args(choices)))
         raise ValueError(f"{field} is {value!r}; it must be one of {known}")
+
+
+def look_up(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """What goes by that name.
+
+    Raises:
+        ValueError: If nothing does, with the nearest name that something goes by.
+    """
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ValueError(f"unknown {kind} {name!r}; {hint}")

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from headwise.analysis.spread import with_spread
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.surgery import attention_modules
@@ -144,6 +145,4 @@ def _mean_of(rows: Sequence[Row]) -> float:
 
 
 def _mean(rows: Sequence[Row], key: str, form: str) -> str:
-    values = [float(row[key]) for row in rows]
-    text = form.format(statistics.fmean(values))
-    return text if min(values) == max(values) else f"{text} ± {statistics.stdev(values):.2g}"
+    return with_spread([float(row[key]) for row in rows], form, "{:.2g}")

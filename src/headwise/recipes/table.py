@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from headwise.analysis.spread import with_spread
 from headwise.recipes.directory import write_whole
 from headwise.recipes.published import PUBLISHED
 
@@ -162,13 +163,7 @@ def for_terminal(rows: Sequence[Row], title: str) -> Table:
 
 
 def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
-    values = [float(row[key]) * scale for row in runs if row[key] not in ("", None)]
-    if not values:
-        return "–"
-    text = form.format(statistics.fmean(values))
-    if len(values) == 1 or min(values) == max(values):
-        return text
-    return f"{text} ± {form.format(statistics.stdev(values))}"
+    return with_spread([float(r[key]) * scale for r in runs if r[key] not in ("", None)], form)
 
 
 def _with_quartiles(rows: Sequence[Row]) -> bool:
