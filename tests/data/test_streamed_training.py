@@ -53,7 +53,7 @@ trainer = Listing(
     train_dataset=stream_blocks(sources, tokenizer, sequence_length=7, seed=0, end=0, buffer=5),
     data_collator=default_data_collator,
     title="stream",
-    tokens_per_step=56,
+    per_step=56,
 )
 trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
 with open(f"{output}/seen{trainer.args.process_index}.json", "w") as file:

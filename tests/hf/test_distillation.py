@@ -27,7 +27,7 @@ def trainer(tmp_path, distill=0.7, **changes) -> RecoveringTrainer:
     )  # fmt: skip
     return RecoveringTrainer(
         model=model(0), args=arguments, train_dataset=blocks, eval_dataset=blocks,
-        data_collator=default_data_collator, title="toy", tokens_per_step=15,
+        data_collator=default_data_collator, title="toy", per_step=15,
         original=model(1), distill=distill,
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ def trainer(
         data_collator=default_data_collator,
         optimizers=optimizers,
         title="tiny",
-        tokens_per_step=28,
+        per_step=28,
     )
 
 

@@ -47,7 +47,7 @@ def trained(output: Path, balance: float, batch: int, accumulation: int, steps: 
         data_collator=default_data_collator,
         optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None),
         title="tiny",
-        tokens_per_step=28,
+        per_step=28,
     )
     trainer.train()
     losses = torch.tensor([x["loss"] for x in trainer.state.log_history if "loss" in x])

@@ -14,7 +14,7 @@ SMALL = shlex.split(
     "--batch-size 4 --eval-every 20 --save-every 10 --steps 40 --eval-blocks-per-file 1 "
     "--warmup-steps 3 --models dense moh_mh_moe --seeds 0 1"
 )
-MEASURED = ("tokens_per_second", "threads", "workers")
+MEASURED = ("per_second", "threads", "workers")
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_a_row_for_every_model_and_seed(finished):
     for row in table:
         assert 1 < float(row["perplexity_patches"]) < 14
         assert 1 < float(row["perplexity_text"]) < 600
-        assert row["tokens"] == str(4 * 3 * (4 + 4))  # 4 patches, "this picture shows one"
+        assert row["seen"] == str(4 * 3 * (4 + 4))  # 4 patches, "this picture shows one"
     columns, cells = comparison(table)
     assert [line[0] for line in cells] == ["dense", "sparse MoE", "X-MoE", "MH-MoE"]
     text = columns.index("PPL text ↓")

@@ -1,6 +1,7 @@
 """The comparison table, by hand: means and deviations over seeds, quartiles, Markdown."""
 
-from headwise.recipes.table import comparison, domains, markdown, read_csv, write_csv
+from headwise.recipes.measures import demerit, measures
+from headwise.recipes.table import comparison, markdown, read_csv, write_csv
 
 LABELS = {"moh": "MoH", "dense": "dense"}
 
@@ -17,10 +18,10 @@ def row(
     return {
         "recipe": recipe, "model": model, "label": LABELS[model], "seed": seed,
         "parameters": 1_500_000, "active_parameters": 1_250_000, "active_heads": 0.75,
-        "flops_per_token": 3_000_000, "flops_per_token_counted": 3_100_000,
+        "flops": 3_000_000, "flops_counted": 3_100_000, "unit": "token",
         "eval_blocks_per_file": 4, "perplexity_code": perplexity,
         "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0,
-        "tokens_per_second": speed, "workers": workers, "steps": 400, "tokens": 819_200,
+        "per_second": speed, "workers": workers, "steps": 400, "seen": 819_200,
         "device": "a CPU", "threads": 2, "precision": "fp32",
         "torch": "2", "transformers": "5", "python": "3",
     }  # fmt: skip
@@ -37,8 +38,15 @@ def test_one_line_a_model_with_deviation_over_seeds():
     assert dense[-2:] == ["11.00 (8–30)", "999"]
 
 
-def test_domains_are_those_with_perplexities():
-    assert domains(ROWS[0]) == ["code"]
+def test_measures_are_what_a_row_has():
+    assert [m.column for m in measures(ROWS[0])] == ["PPL code ↓"]
+    assert [m.column for m in measures({"top1": 97.5, "fid": 3.0})] == ["top-1 (%) ↑", "FID ↓"]
+
+
+def test_the_best_row_has_least_of_what_is_bad_and_most_of_what_is_good():
+    rows = [{"top1": 50.0, "fid": 4.0}, {"top1": 50.0, "fid": 3.0}, {"top1": 90.0, "fid": 4.0}]
+    assert [rows.index(row) for row in sorted(rows, key=demerit)] == [2, 1, 0]
+    assert demerit({"recognised": 0.0}) > demerit({"recognised": 0.1})
 
 
 def test_table_is_the_same_after_a_file(tmp_path):

@@ -58,7 +58,7 @@ def test_killed_between_the_last_step_and_the_result(mixture, tmp_path, streamed
     shutil.rmtree(finished)
     train(dataclasses.replace(run, resume=True))
     assert_close(load_file(finished / "model.safetensors"), weights, rtol=0, atol=0)
-    assert result(run) == row | {"tokens_per_second": ""}
+    assert result(run) == row | {"per_second": ""}
 
 
 def result(run: LanguageModelRun) -> dict[str, str]:

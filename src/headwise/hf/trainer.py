@@ -33,9 +33,9 @@ class SafeTrainer(Trainer):
     leaves lies under `.partial` and is swept at the next save.
     """
 
-    def __init__(self, *args: Any, title: str, tokens_per_step: int, **kwargs: Any):
+    def __init__(self, *args: Any, title: str, per_step: int, unit: str = "token", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.speed = _Speed(tokens_per_step)
+        self.speed = _Speed(per_step, unit)
         self.progress = _Progress(title, self.speed)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -161,8 +161,8 @@ class _GradientCheck(TrainerCallback):
 class _Speed:
     """Seconds that steps take, without what lies between them (evaluation, saving)."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, per_step: int, unit: str) -> None:
+        self.per_step, self.unit = per_step, unit
         self._began = 0.0
         self.seconds: list[float] = []
 
@@ -179,17 +179,17 @@ class _Speed:
         counted = sorted(self.seconds[2:] or self.seconds)
         return counted[len(counted) // 2] if counted else float("nan")
 
-    def tokens_per_second(self) -> float:
-        """Of the median step, all processes together; nan where no step was taken."""
-        return self.tokens_per_step / self.median()
+    def per_second(self) -> float:
+        """Units of the median step, all processes together; nan where no step was taken."""
+        return self.per_step / self.median()
 
     def rounded(self) -> int | None:
-        """Tokens per second; None where no step was taken."""
-        return round(self.tokens_per_second()) if self.seconds else None
+        """The same in whole numbers; None where no step was taken."""
+        return round(self.per_second()) if self.seconds else None
 
 
 class _Progress(TrainerCallback):
-    """A bar with loss, tokens/s and time left; plain lines where the output is not a terminal."""
+    """A bar with loss, speed and time left; plain lines where the output is not a terminal."""
 
     def __init__(self, title: str, speed: _Speed):
         self.title, self.speed = title, speed
@@ -241,4 +241,5 @@ class _Progress(TrainerCallback):
             self.bar.stop()
 
     def _status(self) -> str:
-        return f"loss {self.loss:.3f}  {self.speed.tokens_per_second():,.0f} tokens/s"
+        speed = f"{self.speed.per_second():,.0f} {self.speed.unit}s/s"
+        return f"loss {self.loss:.3f}  {speed}"

@@ -46,15 +46,6 @@ class ComparisonRun:
         seeds: Each model is trained once with each.
         workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
             on its share of the processor's cores.
-        dim: Width of the models.
-        num_layers: Layers.
-        num_heads: Attention heads of a layer.
-        mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
-        initializer_range: Deviation with which weights start; None is sqrt(2 / (5 · dim))
-            (arXiv 1910.05895), 0.02 at the width of 1000.
-        num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
-        top_k: Experts that a token of the sparse MoE goes to.
-        every: Experts replace the MLP of every `every`-th layer.
         balance_coefficient: Factor of the balance losses.
         steps: Optimizer steps.
         batch_size: Examples of a step, over all processes.
@@ -76,14 +67,6 @@ class ComparisonRun:
     models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     workers: int = 1
-    dim: int = 128
-    num_layers: int = 4
-    num_heads: int = 8
-    mlp_dim: int = 344
-    initializer_range: float | None = None
-    num_experts: int = 8
-    top_k: int = 1
-    every: int = 2
     balance_coefficient: float = 0.01
     steps: int = 400
     batch_size: int = 8
@@ -107,21 +90,17 @@ class ComparisonRun:
             if len(set(values)) < len(values):
                 raise ValueError(f"{field_name} is {values}; each entry may occur once")
         check_training(self)
-        for name in ("dim", "num_layers", "num_heads", "mlp_dim", "steps", "every", "workers"):
+        for name in ("steps", "workers"):
             check_at_least(1, name, getattr(self, name))
         check_at_least(0, "warmup_steps", self.warmup_steps)
-        if self.dim % self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if self.initializer_range is not None and not self.initializer_range > 0:
-            raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
         self.chosen()
 
     @property
-    def initial_deviation(self) -> float:
-        """Of the weights of dense layers."""
-        return self.initializer_range or (2 / (5 * self.dim)) ** 0.5
+    def final_learning_rate(self) -> float:
+        """At the last step."""
+        return self.learning_rate / 10
 
     @property
     def title(self) -> str:
@@ -150,8 +129,8 @@ class ComparisonRun:
         raise NotImplementedError
 
     def cost_of(self) -> Variant | None:
-        """The variant whose FLOPs per token all others are given; None compares unequal costs."""
-        return self.variants()[0]
+        """The variant whose FLOPs all others are given; None compares unequal costs."""
+        return None
 
     def chosen(self) -> list[Variant]:
         """The variants that `models` names.
@@ -167,7 +146,51 @@ class ComparisonRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRun(ComparisonRun):
+class LayeredRun(ComparisonRun):
+    """Models of equal layers, converted and given the dense one's cost.
+
+    Attributes:
+        dim: Width of the models.
+        num_layers: Layers.
+        num_heads: Attention heads of a layer.
+        mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
+        initializer_range: Deviation with which weights start; None is sqrt(2 / (5 · dim))
+            (arXiv 1910.05895), 0.02 at the width of 1000.
+        num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
+        top_k: Experts that a token of the sparse MoE goes to.
+        every: Experts replace the MLP of every `every`-th layer.
+    """
+
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 8
+    mlp_dim: int = 344
+    initializer_range: float | None = None
+    num_experts: int = 8
+    top_k: int = 1
+    every: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "mlp_dim", "every"):
+            check_at_least(1, name, getattr(self, name))
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
+        if self.initializer_range is not None and not self.initializer_range > 0:
+            raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
+        super().__post_init__()
+
+    @property
+    def initial_deviation(self) -> float:
+        """Of the weights of dense layers."""
+        return self.initializer_range or (2 / (5 * self.dim)) ** 0.5
+
+    def cost_of(self) -> Variant | None:
+        """The first, dense one."""
+        return self.variants()[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRun(LayeredRun):
     """Language models, of Llama's layout, that are compared on text.
 
     Attributes:

@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from headwise.analysis.plots import comparison
+from headwise.analysis.plots import Panel, comparison
 from headwise.recipes import table
 from headwise.recipes.directory import write_whole
+from headwise.recipes.measures import measures
 from headwise.recipes.studies import STUDIES
 
 
 def draw_comparison(rows: Sequence[table.Row], path: Path) -> None:
-    """Perplexity of every model and seed, a panel a domain; written beside, then renamed."""
+    """What every model and seed came to, a panel a measure; written beside, then renamed."""
     study = STUDIES.get(rows[0]["recipe"])
-    panels = {
-        domain: [(row["label"], _position(row), float(row[f"perplexity_{domain}"])) for row in rows]
-        for domain in table.domains(rows[0])
-    }
+    panels = [
+        Panel(
+            measure.subject,
+            measure.quantity,
+            [(row["label"], _position(row), float(row[measure.key])) for row in rows],
+        )
+        for measure in measures(rows[0])
+    ]
     figure = comparison(panels, axis=study.axis if study else None)
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=160))
 

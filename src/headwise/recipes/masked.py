@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwise.recipes.arguments import check_at_least
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.comparison import LayeredRun, Variant
 from headwise.recipes.task import Task
 from headwise.recipes.variants import first_paper_models
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedRun(ComparisonRun):
+class MaskedRun(LayeredRun):
     """Four masked models at equal FLOPs per token: dense, moe, x_moe, mh_moe.
 
     Images and captions share one transformer, which says what is masked in both.

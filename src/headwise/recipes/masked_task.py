@@ -92,6 +92,10 @@ class MaskedTask(Task):
     validation: CaptionedPatches
 
     @property
+    def processor(self) -> PreTrainedTokenizerFast:
+        return self.tokenizer
+
+    @property
     def length(self) -> int:
         return self.training.visual.shape[1] + self.training.tokens.shape[1]
 

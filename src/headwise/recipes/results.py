@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from headwise.parity import count_parameters, measure_flops
 from headwise.recipes import table
 from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.directory import RunDirectory, write_whole
+from headwise.recipes.measures import demerit
 from headwise.recipes.task import Task
 
 _RESULT_FILE = "result.json"
@@ -44,10 +44,11 @@ def measure(task: Task, trainer: SafeTrainer, variant: Variant, seed: int) -> Tr
         **_cost(task, model),
         "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
         **{name: round(value, 3) for name, value in scores.columns.items()},
-        "tokens_per_second": trainer.speed.rounded(),
+        "unit": task.unit,
+        "per_second": trainer.speed.rounded(),
         "workers": run.workers,
         "steps": run.steps,
-        "tokens": run.steps * run.batch_size * task.length,
+        "seen": run.steps * run.batch_size * task.length,
         **environment(run.precision),
     }
     history = trainer.state.log_history
@@ -71,8 +72,8 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
     return {
         "parameters": total,
         "active_parameters": active,
-        "flops_per_token": round(task.flops(model)),
-        "flops_per_token_counted": round(counted),
+        "flops": round(task.flops(model)),
+        "flops_counted": round(counted),
         "mlp_dim": model.config.intermediate_size,
     }
 
@@ -129,7 +130,7 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
         table.write_csv(directory.root / "experts.csv", of_experts)
     draw_comparison(rows, directory.root / "figure.png")
     columns, cells = table.comparison(rows)
-    best = min(trained, key=lambda result: _mean_log_perplexity(result.row)).record
+    best = min(trained, key=lambda result: demerit(result.row)).record
     sample = task.sample(directory.model(best.name, best.seed))
     record = RunRecord(
         title=f"headwise: {run.title}",
@@ -137,6 +138,7 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
         table_columns=columns,
         table_rows=cells,
         notes=_notes(run, rows),
+        loss_unit=task.loss_unit,
         models=[result.record for result in trained],
         sample_model=f"{best.label}, seed {best.seed}" if sample else "",
         sample_prompt=sample.prompt if sample else "",
@@ -167,7 +169,7 @@ def _expert_rows(trained: list[Trained]) -> list[table.Row]:
 
 
 _EQUAL = (
-    "All models cost the same FLOPs per token, computed: the dense MLPs take up what routers cost "
+    "All models cost the same FLOPs, computed: the dense MLPs take up what routers cost "
     "and what heads that are off save."
 )
 _UNEQUAL = "Models differ in what they cost: all have MLPs of one width, whatever is off."
@@ -182,15 +184,10 @@ def _notes(run: ComparisonRun, rows: list[table.Row]) -> list[str]:
     return [table.legend(rows), cost, _COUNTED, _SMALL]
 
 
-def _mean_log_perplexity(row: table.Row) -> float:
-    values = [row[f"perplexity_{domain}"] for domain in table.domains(row)]
-    return float(np.log(values).mean())
-
-
 def _facts(run: ComparisonRun, row: table.Row) -> dict[str, str]:
-    tokens = f"{int(row['tokens']):,} tokens a model"
+    seen = f"{int(row['seen']):,} {row['unit']}s a model"
     return {
-        "Training": f"{run.steps} steps of {run.batch_size} examples, {tokens}",
+        "Training": f"{run.steps} steps of {run.batch_size} examples, {seen}",
         "Seeds": ", ".join(map(str, run.seeds)),
         "Device": f"{row['device']}, {row['threads']} threads, {run.precision}",
         "Versions": ", ".join(

@@ -11,22 +11,23 @@ from rich.table import Table
 
 from headwise.analysis.spread import with_spread
 from headwise.recipes.directory import write_whole
+from headwise.recipes.measures import measures
 from headwise.recipes.published import PUBLISHED
 
 Row = dict[str, Any]
 
 
-_PERPLEXITY = {
+_MEASURED = {
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models."
 }
 _COST = (
-    "MFLOPs: of a forward, per token, by formula, without heads that are off; counted: what "
+    "MFLOPs: of a forward, per {}, by formula, without heads that are off; counted: what "
     "torch's counter saw run. ±: deviation over seeds."
 )
-_MOST_WITH_QUARTILES = 3  # domains
+_MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
-_SPEED = "tokens/s: training, median step."
+_SPEED = "{}s/s: training, median step."
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -60,8 +61,8 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "MFLOPs",
         "counted",
         "heads on",
-        *(f"PPL {domain} ↓" for domain in domains(rows[0])),
-        *(["tokens/s ↑"] if _alone(rows) else []),
+        *(measure.column for measure in measures(rows[0])),
+        *([f"{rows[0]['unit']}s/s ↑"] if _alone(rows) else []),
         *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
     quartiles = _with_quartiles(rows)
@@ -72,11 +73,11 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             runs[0]["label"],
             _mean(runs, "parameters", "{:.2f}", 1e-6),
             _mean(runs, "active_parameters", "{:.2f}", 1e-6),
-            _mean(runs, "flops_per_token", "{:.2f}", 1e-6),
-            _mean(runs, "flops_per_token_counted", "{:.2f}", 1e-6),
+            _mean(runs, "flops", "{:.2f}", 1e-6),
+            _mean(runs, "flops_counted", "{:.2f}", 1e-6),
             _mean(runs, "active_heads", "{:.0f} %", 100),
-            *(_perplexity(runs, domain, quartiles) for domain in domains(rows[0])),
-            *([_mean(runs, "tokens_per_second", "{:,.0f}")] if _alone(rows) else []),
+            *(_value(runs, measure.key, quartiles) for measure in measures(rows[0])),
+            *([_mean(runs, "per_second", "{:,.0f}")] if _alone(rows) else []),
             *(published.of(name) if published else ()),
         ])  # fmt: skip
     return columns, cells
@@ -85,12 +86,6 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def _alone(rows: Sequence[Row]) -> bool:
     """Whether each model had the machine for itself; otherwise its speed says little."""
     return all(int(row["workers"]) == 1 for row in rows)
-
-
-def domains(row: Row) -> list[str]:
-    """The domains that a row has perplexities of."""
-    values = [key for key in row if key.startswith("perplexity_")]
-    return [key.removeprefix("perplexity_") for key in values if key[-3:] not in ("_q1", "_q3")]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -103,9 +98,9 @@ def markdown(rows: Sequence[Row]) -> str:
 def legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
-    sentences = [_PERPLEXITY[recipe] if recipe in _PERPLEXITY else _of_files(rows), _COST]
+    sentences = [_measured(rows), _COST.format(rows[0]["unit"])]
     if _alone(rows):
-        sentences.append(_SPEED)
+        sentences.append(_SPEED.format(rows[0]["unit"]))
     if published := PUBLISHED.get(recipe):
         sentences.append(
             f"{_PUBLISHED.strip()}: {published.what}, by {published.source}; not measured here."
@@ -113,8 +108,10 @@ def legend(rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-def _of_files(rows: Sequence[Row]) -> str:
-    blocks = rows[0]["eval_blocks_per_file"]
+def _measured(rows: Sequence[Row]) -> str:
+    recipe, blocks = rows[0]["recipe"], rows[0].get("eval_blocks_per_file")
+    if recipe in _MEASURED or blocks is None:
+        return _MEASURED[recipe]
     quartiles = ", in brackets the quartiles of the files" if _with_quartiles(rows) else ""
     return f"PPL: perplexity of the held-out files, of up to {blocks} blocks of each{quartiles}."
 
@@ -132,7 +129,7 @@ def measured_on(rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
     return (
         f"{row['device']}, {row['threads']} thread(s), {row['precision']}; {row['steps']} steps, "
-        f"{int(row['tokens']):,} tokens a model, seeds {seeds}; {versions}"
+        f"{int(row['seen']):,} {row['unit']}s a model, seeds {seeds}; {versions}"
     )
 
 
@@ -168,11 +165,10 @@ def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
 
 def _with_quartiles(rows: Sequence[Row]) -> bool:
     """Whether they are there, and the columns few enough to hold them."""
-    return len(domains(rows[0])) <= _MOST_WITH_QUARTILES and any("_q1" in key for key in rows[0])
+    return len(measures(rows[0])) <= _MOST_WITH_QUARTILES and any("_q1" in key for key in rows[0])
 
 
-def _perplexity(runs: Sequence[Row], domain: str, with_quartiles: bool) -> str:
-    key = f"perplexity_{domain}"
+def _value(runs: Sequence[Row], key: str, with_quartiles: bool) -> str:
     least = min(float(row[key]) for row in runs)
     value = _mean(runs, key, "{:.1f}" if least >= 20 else "{:.2f}")
     if not with_quartiles:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.recipes.comparison import ComparisonRun, Variant
@@ -19,7 +18,7 @@ class Scores(NamedTuple):
     """What a trained model is worth on what was held out, and who does the work.
 
     Attributes:
-        columns: Of its row; those that are named perplexity_DOMAIN are compared.
+        columns: Of its row; those that `recipes.measures` knows are compared.
         heads, experts, texts: As in `ModelRecord`.
     """
 
@@ -40,15 +39,27 @@ class Task(ABC):
     """The data of a run, made ready, and what is built, trained and measured on them.
 
     It holds nothing that a process of its own could not be given (pickled).
+
+    Attributes:
+        run: Whose data they are.
+        unit: What costs and speeds are given for, and what the data are counted in.
+        loss_unit: Of the loss curves.
+        processor: Makes a model's inputs of what people have: a tokenizer, an image processor. It
+            is saved beside the weights.
     """
 
     run: ComparisonRun
-    tokenizer: PreTrainedTokenizerBase
+    unit = "token"
+    loss_unit = "nats per token"
+
+    @property
+    @abstractmethod
+    def processor(self) -> Any: ...
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens of an example."""
+        """Units (tokens, or one image) of an example."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -64,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def flops(self, model: Any) -> float:
-        """Of a forward, per token, by formula."""
+        """Of a forward, per unit, by formula."""
 
     @abstractmethod
     def example(self, model: Any) -> dict[str, Tensor]:

@@ -101,6 +101,10 @@ class TextTask(Task):
     mixture: tuple[Sequence[Source], list[Domain]] | None = None
 
     @property
+    def processor(self) -> PreTrainedTokenizerFast:
+        return self.tokenizer
+
+    @property
     def length(self) -> int:
         return self.run.sequence_length
 

@@ -52,7 +52,7 @@ def train_one(task: Task, variant: Variant, seed: int, *, count: str = "") -> Tr
     stage = Stage(
         steps=run.steps,
         learning_rate=run.learning_rate,
-        final_learning_rate=run.learning_rate / 10,
+        final_learning_rate=run.final_learning_rate,
         warmup_steps=run.warmup_steps,
     )
     trainer = SafeTrainer(
@@ -69,7 +69,8 @@ def train_one(task: Task, variant: Variant, seed: int, *, count: str = "") -> Tr
         eval_dataset=validation,
         data_collator=default_data_collator,
         title=f"{count}{variant.label}, seed {seed}",
-        tokens_per_step=run.batch_size * task.length,
+        per_step=run.batch_size * task.length,
+        unit=task.unit,
     )
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
     trained = measure(task, trainer, variant, seed)
@@ -81,5 +82,5 @@ def train_one(task: Task, variant: Variant, seed: int, *, count: str = "") -> Tr
 
 def _save(directory: Path, task: Task, trainer: SafeTrainer, trained: Trained) -> None:
     trainer.model.save_pretrained(directory)
-    task.tokenizer.save_pretrained(directory)
+    task.processor.save_pretrained(directory)
     write_result(directory, trained)

@@ -153,7 +153,7 @@ def _trainer(
         eval_dataset=setting.held_out,
         data_collator=default_data_collator,
         title=name,
-        tokens_per_step=run.batch_size * run.sequence_length,
+        per_step=run.batch_size * run.sequence_length,
         original=setting.original,
         distill=run.distill if name == "routed" else 0.0,
     )  # fmt: skip

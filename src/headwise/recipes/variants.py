@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from headwise.hf import MHMoEConfig, MoEConfig, convert
 from headwise.parity import count_flops, match_sparse_moe
-from headwise.recipes.comparison import ComparisonRun, TextRun, Variant
+from headwise.recipes.comparison import LayeredRun, TextRun, Variant
 
 
-def sparse_moe(run: ComparisonRun, **changes: Any) -> MoEConfig:
+def sparse_moe(run: LayeredRun, **changes: Any) -> MoEConfig:
     """The run's sparse mixture: experts as wide as the dense model's MLP."""
     fields: dict[str, Any] = {
         "num_experts": run.num_experts,
@@ -24,12 +24,12 @@ def sparse_moe(run: ComparisonRun, **changes: Any) -> MoEConfig:
     return MoEConfig(**fields | changes)
 
 
-def fine_grained_moe(run: ComparisonRun, **changes: Any) -> MoEConfig:
+def fine_grained_moe(run: LayeredRun, **changes: Any) -> MoEConfig:
     """The sparse mixture with twice as many experts of half the width, twice as many of them on."""
     return replace(sparse_moe(run, **changes).fine_grained(2), normalize_top_k=True)
 
 
-def mh_moe(run: ComparisonRun, *, heads: int, top_k: int, **changes: Any) -> MHMoEConfig:
+def mh_moe(run: LayeredRun, *, heads: int, top_k: int, **changes: Any) -> MHMoEConfig:
     """MH-MoE at the FLOPs and parameters of the run's sparse mixture."""
     match = match_sparse_moe(
         run.dim,
@@ -51,9 +51,7 @@ def mh_moe(run: ComparisonRun, *, heads: int, top_k: int, **changes: Any) -> MHM
     return MHMoEConfig(**fields | changes)
 
 
-def first_paper_models(
-    run: ComparisonRun, *, heads: int, top_k: int, **shape: Any
-) -> list[Variant]:
+def first_paper_models(run: LayeredRun, *, heads: int, top_k: int, **shape: Any) -> list[Variant]:
     """What MH-MoE's first paper compares, arXiv 2404.15045: dense, a sparse MoE, X-MoE and MH-MoE.
 
     **Deviates**: the paper's MH-MoE costs about four times X-MoE's FLOPs; here all cost the same,
@@ -73,9 +71,7 @@ def first_paper_models(
     ]
 
 
-def equal_width(
-    run: ComparisonRun, variant: Variant, flops: Callable[[Variant, int], float]
-) -> int:
+def equal_width(run: LayeredRun, variant: Variant, flops: Callable[[Variant, int], float]) -> int:
     """The width of the dense MLPs with which a variant costs what the run's `cost_of` does.
 
     Routers cost a little, heads that are off save a little: the dense MLPs that are left take up
@@ -163,7 +159,7 @@ def _assemble(
         return convert_variant(run, variant, LlamaForCausalLM(config))
 
 
-def convert_variant(run: ComparisonRun, variant: Variant, model: Any) -> Any:
+def convert_variant(run: LayeredRun, variant: Variant, model: Any) -> Any:
     """The dense model, made what the variant says."""
     changes: dict[str, Any] = {
         "attention": variant.attention,

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import RunDirectory
+from headwise.recipes.measures import measures
 from headwise.recipes.results import Trained
-from headwise.recipes.table import domains
 from headwise.recipes.task import Task
 
 Job = tuple[Variant, int]
@@ -70,7 +70,7 @@ def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
             row = _result(future, name).row
             minutes = (time.perf_counter() - began) / 60 / done * (total - done)
             left = f"{minutes:.0f} min left" if done < total else ""
-            scores = "  ".join(f"PPL {x} {row[f'perplexity_{x}']:.1f}" for x in domains(row))
+            scores = "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
             bar.update(task, advance=1, left=left)
             line = f"{done}/{total}  {name}  {scores}  {left}"
             console.print(line, highlight=False, soft_wrap=True)

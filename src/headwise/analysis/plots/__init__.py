@@ -1,6 +1,6 @@
 """Numbers become matplotlib figures."""
 
-from headwise.analysis.plots.comparison import comparison
+from headwise.analysis.plots.comparison import Panel, comparison
 from headwise.analysis.plots.curves import (
     final_losses,
     loss_curves,
@@ -20,6 +20,7 @@ from headwise.analysis.plots.style import to_svg
 
 __all__ = [
     "CROWDED",
+    "Panel",
     "comparison",
     "effective_chart",
     "expert_load_chart",

@@ -1,6 +1,7 @@
-"""A comparison's last numbers: each model and seed in each domain."""
+"""A comparison's last numbers: each model and seed by each measure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,31 +12,40 @@ from headwise.analysis.plots.style import INK, MARKERS, VARIANTS, cycle, mean, s
 Point = tuple[str, float | None, float]
 
 
-@styled
-def comparison(panels: Mapping[str, Sequence[Point]], *, axis: str | None) -> Figure:
-    """Perplexities, a panel a domain: against `axis` where there is one, else a row a model.
+class Panel(NamedTuple):
+    """What models came to by one measure.
 
-    Args:
-        panels: For each domain a point (label, position on the axis, perplexity) a model and seed.
-        axis: What the positions are.
+    Attributes:
+        title: What was measured on.
+        quantity: What was measured.
+        points: (label, position on the axis, value) of each model and seed.
     """
-    rows = len({label for label, _, _ in next(iter(panels.values()))})
+
+    title: str
+    quantity: str
+    points: Sequence[Point]
+
+
+@styled
+def comparison(panels: Sequence[Panel], *, axis: str | None) -> Figure:
+    """Side by side: against `axis`, what the positions are, if given, else a row a model."""
+    rows = len({label for label, _, _ in panels[0].points})
     height = 3.2 if axis else 1.3 + 0.34 * rows
     figure = Figure(figsize=(4.4 * len(panels), height), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=axis is None)[0]
-    for axes, (domain, points) in zip(all_axes, panels.items(), strict=True):
-        axes.set_title(domain)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        axes.set_title(panel.title)
         if axis is None:
-            _rows(axes, points)
+            _rows(axes, panel)
         else:
-            _line(axes, points, axis)
+            _line(axes, panel, axis)
     return figure
 
 
-def _rows(axes: Axes, points: Sequence[Point]) -> None:
+def _rows(axes: Axes, panel: Panel) -> None:
     """A marker a seed, a bar at the mean; the first model on top."""
     by_label: dict[str, list[float]] = {}
-    for label, _, value in points:
+    for label, _, value in panel.points:
         by_label.setdefault(label, []).append(value)
     for row, values in enumerate(by_label.values()):
         colour, marker = cycle(VARIANTS, row), cycle(MARKERS, row)
@@ -47,14 +57,14 @@ def _rows(axes: Axes, points: Sequence[Point]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("Perplexity (a marker a seed, a bar at the mean)")
+    axes.set_xlabel(f"{panel.quantity} (a marker a seed, a bar at the mean)")
 
 
-def _line(axes: Axes, points: Sequence[Point], axis: str) -> None:
+def _line(axes: Axes, panel: Panel, axis: str) -> None:
     """Means joined, the band is the range over seeds. Models without a position are levels."""
     by_position: dict[float, list[float]] = {}
     levels: dict[str, list[float]] = {}
-    for label, position, value in points:
+    for label, position, value in panel.points:
         if position is None:
             levels.setdefault(label, []).append(value)
         else:
@@ -67,6 +77,6 @@ def _line(axes: Axes, points: Sequence[Point], axis: str) -> None:
     low, high = ([end(by_position[x]) for x in at] for end in (min, max))
     axes.fill_between(at, low, high, color=VARIANTS[1], alpha=0.18, linewidth=0)
     axes.set_xlabel(axis)
-    axes.set_ylabel("Perplexity (band: range over seeds)")
+    axes.set_ylabel(f"{panel.quantity} (band: range over seeds)")
     if levels:
         axes.legend()
