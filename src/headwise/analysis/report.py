@@ -11,7 +11,7 @@ from typing import Any
 from headwise.analysis import plots
 from headwise.analysis.elements import escaped, printable, section, sentences, table
 from headwise.analysis.expert_table import LEGEND, expert_table
-from headwise.analysis.records import ModelRecord, RunRecord
+from headwise.analysis.records import HeadLoads, ModelRecord, RunRecord
 from headwise.analysis.summary import best_cells, headline, representatives, tiles
 
 
@@ -106,16 +106,33 @@ def _viewer(record: RunRecord) -> str:
 def _head_loads(record: RunRecord) -> str:
     groups: list[str] = []
     for model in representatives(record):
-        if model.heads is None or not model.heads.by_domain:
+        heads = model.heads
+        if heads is None or not heads.by_domain:
             continue
-        loads = next(iter(model.heads.by_domain.values()))
-        charts = [plots.head_load_chart(model.heads, layer) for layer in range(len(loads))]
-        groups.append(_load_charts(f"heads{len(groups)}", model, charts, loads))
+        name = f"heads{len(groups)}"
+        if len(heads.by_domain) > plots.MANY_DOMAINS:
+            groups.append(_load_maps(name, model, heads))
+            continue
+        loads = next(iter(heads.by_domain.values()))
+        charts = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
+        groups.append(_load_charts(name, model, charts, loads))
     intro = (
-        "How often each routed head is on, over whole evaluation texts. The longer the line "
-        "between two marks, the more the domains differ. Shared heads are always on and left out."
+        "How often each routed head is on, over whole evaluation sets. The more the marks of a "
+        "head, or the colours of its column, differ, the more it depends on the domain. Shared "
+        "heads are always on and left out."
     )
     return section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+
+
+def _load_maps(name: str, model: ModelRecord, heads: HeadLoads) -> str:
+    """A map of the last layer, and of the mean over the layers where there is one."""
+    layers: list[int | None] = [-1, None] if plots.same_heads(heads) else [-1]
+    charts = [(f"{name}-{i}", plots.head_load_map(heads, at)) for i, at in enumerate(layers)]
+    return _model_heading(model) + _charts(charts, "pair")
+
+
+def _model_heading(model: ModelRecord) -> str:
+    return f"<h3>{escaped(model.label)} <small>seed {model.seed}</small></h3>"
 
 
 def _expert_use(record: RunRecord) -> str:
@@ -202,10 +219,9 @@ def _charts(charts: Iterable[tuple[str, Any]], layout: str) -> str:
 def _load_charts(
     name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
 ) -> str:
-    heading = f"<h3>{escaped(model.label)} <small>seed {model.seed}</small></h3>"
     charts = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
     crowded = max(map(len, loads), default=0) > plots.CROWDED
-    return heading + _charts(charts, "pair" if crowded else "grid")
+    return _model_heading(model) + _charts(charts, "pair" if crowded else "grid")
 
 
 def _resource(name: str) -> str:

@@ -15,20 +15,30 @@ from headwise.analysis.plots.loads import (
     head_load_chart,
     unused_chart,
 )
+from headwise.analysis.plots.maps import (
+    MANY_DOMAINS,
+    head_load_map,
+    patch_map,
+    same_heads,
+)
 from headwise.analysis.plots.speed import time_against_share
 from headwise.analysis.plots.style import to_svg
 
 __all__ = [
     "CROWDED",
+    "MANY_DOMAINS",
     "Panel",
     "comparison",
     "effective_chart",
     "expert_load_chart",
     "final_losses",
     "head_load_chart",
+    "head_load_map",
     "loss_curves",
     "mean_curve",
+    "patch_map",
     "recovery_curves",
+    "same_heads",
     "thinned",
     "time_against_share",
     "to_svg",
