@@ -20,7 +20,7 @@ def curve(end, steps=(10, 20, 30)):
 def record():
     """Three variants, one of them with two seeds; two layers, one shared head and three routed."""
     heads = HeadLoads(
-        1,
+        [1, 1],
         {
             "code": [[1.0, 0.5, 0.25, 0.25], [1.0, 0.0, 0.5, 0.5]],
             "prose": [[1.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.5, 0.5]],

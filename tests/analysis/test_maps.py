@@ -12,7 +12,7 @@ from headwise.ops import Routing
 
 # Two layers of one shared and two routed heads.
 LOADS = HeadLoads(
-    1,
+    [1, 1],
     {
         "cat": [[1.0, 0.5, 0.25], [1.0, 0.0, 0.75]],
         "dog": [[1.0, 0.0, 1.0], [1.0, 0.5, 0.5]],
@@ -22,7 +22,9 @@ LOADS = HeadLoads(
 
 
 def of_classes(count, layers=2):
-    return HeadLoads(1, {f"class {i}": [[1.0, i / count, 0.5]] * layers for i in range(count)})
+    return HeadLoads(
+        [1] * layers, {f"class {i}": [[1.0, i / count, 0.5]] * layers for i in range(count)}
+    )
 
 
 def test_a_row_is_a_class_and_a_column_a_routed_head():
@@ -55,13 +57,13 @@ def test_a_thousand_classes_fit():
 
 
 def test_layers_that_differ_in_heads_have_no_mean():
-    heads = HeadLoads(1, {"cat": [[1.0, 0.5], [1.0, 0.5, 0.5]]})
+    heads = HeadLoads([1, 1], {"cat": [[1.0, 0.5], [1.0, 0.5, 0.5]]})
     assert not plots.same_heads(heads)
     with pytest.raises(ValueError, match="layer is None, but the layers differ in heads"):
         plots.head_load_map(heads)
     assert plots.head_load_map(heads, 1).axes
     with pytest.raises(ValueError, match="no head is routed"):
-        plots.head_load_map(HeadLoads(2, {"cat": [[1.0, 1.0]]}), 0)
+        plots.head_load_map(HeadLoads([2], {"cat": [[1.0, 1.0]]}), 0)
 
 
 def test_loads_by_class_of_batches_of_mixed_classes():
@@ -80,7 +82,7 @@ def test_the_report_draws_many_classes_as_maps(record, same):
     heads = of_classes(plots.MANY_DOMAINS + 1)
     if not same:
         layers = [[1.0, 0.5], [1.0, 0.5, 0.5]]
-        heads = HeadLoads(1, dict.fromkeys(heads.by_domain, layers))
+        heads = HeadLoads([1, 1], dict.fromkeys(heads.by_domain, layers))
     model = replace(record.models[2], heads=heads, texts=[])
     page = render_report(replace(record, models=[model]))
     labels = re.findall(r'aria-label="([^"]*): Class against Routed head', page)

@@ -59,8 +59,8 @@ def test_tiles(record):
 
 
 def test_heads_need_two_domains_to_differ():
-    assert head_distance(HeadLoads(0, {"code": [[0.5, 0.5]]})) is None
-    assert head_distance(HeadLoads(1, {"code": [[1.0]], "prose": [[1.0]]})) is None
+    assert head_distance(HeadLoads([0], {"code": [[0.5, 0.5]]})) is None
+    assert head_distance(HeadLoads([1], {"code": [[1.0]], "prose": [[1.0]]})) is None
     assert head_distance(None) is None
 
 

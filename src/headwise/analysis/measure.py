@@ -170,7 +170,7 @@ class LoadMeter(Generic[C]):
         ...     with record_routing(model) as routings:
         ...         model(**batch)
         ...     meter.add("code", [r for name, r in routings.items() if "self_attn" in name])
-        >>> HeadLoads(shared_heads=3, by_domain=meter.by_domain())
+        >>> HeadLoads(shared_heads=[3] * num_layers, by_domain=meter.by_domain())
     """
 
     def __init__(self, count: Callable[[Routing], C]):

@@ -23,15 +23,21 @@ class HeadLoads:
     """How often each head is on.
 
     Attributes:
-        shared_heads: Heads that are always on; they come first.
+        shared_heads: Of each layer, how many heads are always on; they come first.
         by_domain: For each domain [layer][head], share of the tokens in 0..1.
     """
 
-    shared_heads: int
+    shared_heads: list[int]
     by_domain: dict[str, Layers]
 
     def __post_init__(self) -> None:
         _check_same_shape("by_domain", self.by_domain)
+        for layers in self.by_domain.values():
+            if len(layers) != len(self.shared_heads):
+                raise ValueError(
+                    f"shared_heads has {len(self.shared_heads)} entries; there are {len(layers)} "
+                    "layers"
+                )
 
     def share_on(self) -> float:
         """Heads on over all heads, mean over domains and layers, in 0..1."""
@@ -40,7 +46,7 @@ class HeadLoads:
 
     def routed(self, domain: str, layer: int) -> list[float]:
         """The loads of the routed heads of one layer."""
-        return self.by_domain[domain][layer][self.shared_heads :]
+        return self.by_domain[domain][layer][self.shared_heads[layer] :]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@
   const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "→");
   const model = () => models[state.model];
   const routed = (layer) =>
-    Array.from({ length: model().heads[layer] - model().shared }, (_, i) => model().shared + i);
+    Array.from({ length: model().heads[layer] - model().shared[layer] }, (_, i) => model().shared[layer] + i);
 
   function share(text, layer, head) {
     const tokens = text.on[layer];
@@ -76,8 +76,9 @@
       choice([String(layer)], layer === state.layer,
         { layer, head: routed(layer).includes(state.head) ? state.head : ALL },
         { "aria-label": `Layer ${layer}` }));
-    const always = model().shared
-      ? `Heads 0 to ${model().shared - 1} are shared: on for every token.`.replace("s 0 to 0 are", " 0 is")
+    const shared = model().shared[state.layer];
+    const always = shared
+      ? `Heads 0 to ${shared - 1} are shared: on for every token.`.replace("s 0 to 0 are", " 0 is")
       : "No head is shared.";
     return make("div", { className: "controls" },
       row("Model", select),
@@ -153,7 +154,7 @@
         make("th", { scope: "row" }, `Layer ${layer}`),
         ...heads.slice(0, model().heads[layer]).map((head) => {
           const on = tokens[index].includes(head);
-          const kind = head < model().shared ? "shared" : "";
+          const kind = head < model().shared[layer] ? "shared" : "";
           return make("td", { className: `${on ? "on" : ""} ${kind}`, "aria-label": on ? "on" : "off" });
         })));
     panel.replaceChildren(

@@ -71,8 +71,8 @@ class RoutingStatistics:
         """None for a model whose heads are not routed."""
         if not (loads := self.heads.by_domain()):
             return None
-        routers = (m for m in self.model.modules() if isinstance(m, HeadRouter))
-        return HeadLoads(next(routers).budget.shared_heads, loads)
+        routers = [m for m in self.model.modules() if isinstance(m, HeadRouter)]
+        return HeadLoads([router.budget.shared_heads for router in routers], loads)
 
     def expert_loads(self) -> ExpertLoads | None:
         """None for a model without experts."""

@@ -35,7 +35,8 @@ def head_load_chart(heads: HeadLoads, layer: int) -> Figure:
     """
     loads = {domain: heads.routed(domain, layer) for domain in heads.by_domain}
     count = max((len(load) for load in loads.values()), default=0)
-    positions = range(heads.shared_heads, heads.shared_heads + count)
+    first = heads.shared_heads[layer]
+    positions = range(first, first + count)
     figure, axes = _load_figure(count)
     balanced = mean([value for load in loads.values() for value in load])
     _compare(axes, list(positions), loads, balanced)

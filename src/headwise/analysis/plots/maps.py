@@ -49,7 +49,8 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
     axes.set_yticks(drawn, [names[row] for row in drawn])
     step = math.ceil(len(rows[0]) / 24)
     columns = range(0, len(rows[0]), step)
-    axes.set_xticks(columns, [str(heads.shared_heads + column) for column in columns])
+    first = heads.shared_heads[-1 if layer is None else layer]
+    axes.set_xticks(columns, [str(first + column) for column in columns])
     axes.grid(visible=False)
     axes.tick_params(length=0, labelcolor=INK)
     axes.set_title("All layers" if layer is None else f"Layer {layer % _num_layers(heads)}")
@@ -60,8 +61,9 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
 
 
 def same_heads(heads: HeadLoads) -> bool:
-    """Whether all layers have as many heads, so that there is a mean over the layers."""
-    return len({len(layer) for layers in heads.by_domain.values() for layer in layers}) == 1
+    """Whether all layers have and share as many heads, so that there is a mean over the layers."""
+    counts = {len(layer) for layers in heads.by_domain.values() for layer in layers}
+    return len(counts) == 1 == len(set(heads.shared_heads))
 
 
 @styled
