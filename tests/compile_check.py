@@ -25,7 +25,7 @@ from transformers import (
 import headwise
 from headwise import MHMoE, MoE, MoHAttention
 from headwise.bitnet import ternarize
-from headwise.ops import head_attention
+from headwise.ops import aggregated_attention, head_attention
 
 B, T, D = 2, 7, 15
 HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
@@ -119,6 +119,27 @@ def decoding() -> None:
         assert_close(compiled(q, k, v, gate), attend(q, k, v, gate))
 
 
+def aggregated(impl: str) -> None:
+    """A map with gates that are off: the same values and gradients."""
+    random = [torch.randn(2, tokens, 3, 4) for tokens in (15, 15, 15, 7, 7, 15)]
+    gate = torch.rand(2, 15, 3).round()
+    parameters = [torch.randn(size) for size in ((3, 9), (3, 15, 7), (3, 4, 9), (3, 9))]
+    leaves = [x.requires_grad_() for x in (*random, gate, *parameters)]
+
+    def attend(*leaves: Tensor) -> Tensor:
+        *inputs, unit_q, gate, local_bias, pool_bias, learned_tokens, learned_bias = leaves
+        return aggregated_attention(
+            *inputs, gate, size=(3, 5), window=3, local_bias=local_bias, pool_bias=pool_bias,
+            unit_q=unit_q, learned_tokens=learned_tokens, learned_bias=learned_bias, impl=impl,
+        )  # fmt: skip
+
+    results = []
+    for call in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        y = call(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert_close(*results)
+
+
 # These need the C++ kernels.
 NATIVE_CASES: dict[str, Callable[[], None]] = {
     "native heads": lambda: layer("native heads"),
@@ -126,6 +147,7 @@ NATIVE_CASES: dict[str, Callable[[], None]] = {
     "native decode": decoding,
 }
 CASES: dict[str, Callable[[], None]] = {
+    "aggregated": lambda: aggregated("dense"),
     "two_stage": lambda: layer("two_stage"),
     "two_stage, mask": lambda: layer("two_stage", masked=True),
     "two_stage, paper": lambda: layer("two_stage paper"),

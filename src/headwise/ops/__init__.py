@@ -4,6 +4,7 @@ B batch, T query tokens, S key tokens, N = B·T, D width, H heads, C channels of
 E candidates (experts, routed heads), K kept, F hidden width.
 """
 
+from headwise.ops.aggregated_attention import aggregated_attention
 from headwise.ops.balance import balance_loss, count_choices, load_and_probability, router_z_loss
 from headwise.ops.expert_mlp import expert_mlp
 from headwise.ops.head_attention import head_attention
@@ -12,6 +13,7 @@ from headwise.ops.scores import sparsemax
 
 __all__ = [
     "Routing",
+    "aggregated_attention",
     "balance_loss",
     "count_choices",
     "expert_mlp",

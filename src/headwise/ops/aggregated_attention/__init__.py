@@ -1,0 +1,130 @@
+"""Aggregated attention with heads gated per token: signature, checks, choice of implementation.
+
+reference   The equation with loops: the specification.
+dense       Every head in plain PyTorch, then the gate: skips nothing.
+"""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.ops.aggregated_attention import dense, reference
+from headwise.ops.choice import check_choice
+
+Impl = Literal["auto", "reference", "dense"]
+
+_IMPLEMENTATIONS = {
+    "reference": reference.aggregated_attention,
+    "dense": dense.aggregated_attention,
+}
+
+
+def aggregated_attention(
+    q: Float[Tensor, "B T H C"],
+    k: Float[Tensor, "B T H C"],
+    v: Float[Tensor, "B T H C"],
+    k_pool: Float[Tensor, "B P H C"],
+    v_pool: Float[Tensor, "B P H C"],
+    gate: Float[Tensor, "B T H"],
+    *,
+    size: tuple[int, int],
+    window: int,
+    local_bias: Float[Tensor, "H near"],
+    pool_bias: Float[Tensor, "H T P"],
+    unit_q: Float[Tensor, "B T H C"],
+    learned_tokens: Float[Tensor, "H C near"],
+    learned_bias: Float[Tensor, "H near"],
+    impl: Impl = "auto",
+) -> Float[Tensor, "B T H C"]:
+    """Each token of a map looks at the window around it closely and at all of it pooled.
+
+        s[w]   = q[b,t,h]·k[b,t+w,h] + local_bias[h,w]        w: positions of the window in the map
+        s[p]   = q[b,t,h]·k_pool[b,p,h] + pool_bias[h,t,p]
+        a      = softmax of all s[w] and s[p] together
+        l[w]   = unit_q[b,t,h]·learned_tokens[h,:,w] + learned_bias[h,w]
+        y[b,t,h] = gate[b,t,h] · (sum_w (a[w] + l[w]) v[b,t+w,h] + sum_p a[p] v_pool[b,p,h])
+
+    Positions outside the map have no part in either sum. A gate of exactly 0 means off: the pair
+    (t, h) gives 0 and passes no gradient, to its gate neither.
+
+    **Source**: TransNeXt, arXiv 2311.17132, section 3 (aggregated attention, learnable tokens),
+    with the gates of MoH, arXiv 2410.11842, Eq. 4.
+    **Deviates**: temperature, query embedding and the logarithm of the length, which the paper
+    writes into the scores, come with q. The gradient of a gate that is off is 0 by definition,
+    so that an implementation may skip the head.
+
+    Args:
+        q: Queries, scaled already.
+        k: Keys of the map, row by row.
+        v: Values of the map.
+        k_pool: Keys of the pooled map; P may be 0.
+        v_pool: Values of the pooled map.
+        gate: Weight of each head for each token, in any float dtype.
+        size: Height and width of the map; their product is T.
+        window: Side of the window, odd; positions are counted row by row, the token in the middle.
+        local_bias: Added to the scores of the window's positions, w² of them.
+        pool_bias: Added to the scores of the pooled keys.
+        unit_q: Queries without scale, for the learned weights.
+        learned_tokens: Learned keys of the positions: weights that no softmax sees.
+        learned_bias: Learned weights of the positions.
+        impl: "auto" chooses by device and shape (`choose`); a named one is that one or an error.
+
+    Returns:
+        The gated heads in q's dtype.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, window is even, or impl is unknown.
+
+    Example (worked by hand): a map of 1×2 with values 2 and 4, one pooled value 9, window 3, all
+    scores and learned weights 0, gate 1/2: both tokens give 1/2 · (2 + 4 + 9) / 3 = 2.5.
+    """
+    check_choice("impl", impl, Impl)
+    _check_map(q, size, window)
+    given = {
+        "k": (k, "B T H C"), "v": (v, "B T H C"), "k_pool": (k_pool, "B P H C"),
+        "v_pool": (v_pool, "B P H C"), "unit_q": (unit_q, "B T H C"), "gate": (gate, "B T H"),
+        "local_bias": (local_bias, "H w²"), "pool_bias": (pool_bias, "H T P"),
+        "learned_tokens": (learned_tokens, "H C w²"), "learned_bias": (learned_bias, "H w²"),
+    }  # fmt: skip
+    _check_shapes(given, dict(zip("BTHC", q.shape, strict=True)) | {"w²": window**2})
+    for name in ("k", "v", "k_pool", "v_pool", "unit_q"):
+        if given[name][0].dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {given[name][0].dtype}; it must be q's, {q.dtype}")
+    if q.numel() == 0:
+        return q.clone()
+    compute = _IMPLEMENTATIONS[choose(q) if impl == "auto" else impl]
+    return compute(
+        q, k, v, k_pool, v_pool, gate, size=size, window=window, local_bias=local_bias,
+        pool_bias=pool_bias, unit_q=unit_q, learned_tokens=learned_tokens,
+        learned_bias=learned_bias,
+    )  # fmt: skip
+
+
+def choose(q: Tensor) -> Impl:
+    """The implementation that "auto" stands for."""
+    return "dense"
+
+
+def _check_map(q: Tensor, size: tuple[int, int], window: int) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {list(q.shape)}; it must be [B, T, H, C]")
+    if len(size) != 2 or min(size) < 1 or size[0] * size[1] != q.shape[1]:
+        raise ValueError(
+            f"size is {tuple(size)}; it must be height and width of the map, whose product is "
+            f"T = {q.shape[1]}"
+        )
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window is {window}; it must be odd and at least 1")
+
+
+def _check_shapes(given: dict[str, tuple[Tensor, str]], sizes: dict[str, int]) -> None:
+    k_pool, _ = given["k_pool"]
+    sizes["P"] = k_pool.shape[1] if k_pool.ndim == 4 else 0
+    for name, (tensor, axes) in given.items():
+        symbols = axes.split()
+        want = [sizes[symbol] for symbol in symbols]
+        if list(tensor.shape) != want:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; it must be [{', '.join(symbols)}] = {want}"
+            )
