@@ -108,12 +108,13 @@ def load_strictly(
     return model, info
 
 
-def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model that has a `routing_loss`, which joins its loss in training."""
     names = list(inspect.signature(forward).parameters)[1:]
 
     # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
     @functools.wraps(forward)
-    def with_routing_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def routed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         labels = kwargs.get("labels")
         if labels is None or not self.training:
@@ -136,7 +137,7 @@ def _forward_with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any
         output.loss = output.loss + loss
         return output
 
-    return with_routing_loss
+    return routed_forward
 
 
 def _shifts_labels(model: PreTrainedModel) -> bool:
@@ -166,7 +167,7 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     config_class = type(name, (base_config,), {"model_type": MODEL_TYPE})
     members = {
         "config_class": config_class,
-        "forward": _forward_with_routing_loss(model_class.forward),
+        "forward": with_routing_loss(model_class.forward),
         "_keep_in_fp32_modules_strict": {
             *(model_class._keep_in_fp32_modules_strict or ()),
             *_FLOAT32_BUFFERS,

@@ -1,5 +1,13 @@
 """Model families of our own, of transformers' building blocks. Importing it registers them."""
 
 from headwise.models.masked import MaskedConfig, MaskedModel
+from headwise.models.transnext import TransNeXtBackbone, TransNeXtForImageClassification
+from headwise.models.transnext_config import TransNeXtConfig
 
-__all__ = ["MaskedConfig", "MaskedModel"]
+__all__ = [
+    "MaskedConfig",
+    "MaskedModel",
+    "TransNeXtBackbone",
+    "TransNeXtConfig",
+    "TransNeXtForImageClassification",
+]

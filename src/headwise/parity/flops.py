@@ -1,7 +1,7 @@
 """FLOPs of a model by formula, module by module."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,8 +17,21 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _ONCE = {"pooler", "classifier", "seq_relationship"}
 
 
-def count_flops(model: nn.Module, *, sequence_length: int, causal: bool = True) -> dict[str, float]:
-    """FLOPs of a forward per token, by module, by formula; their sum is the model's.
+class Reads(NamedTuple):
+    """What a module reads of an image: rows, and, if it attends, the keys that each row sees."""
+
+    rows: float
+    keys: float = 0
+
+
+def count_flops(
+    model: nn.Module,
+    *,
+    sequence_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    causal: bool = True,
+) -> dict[str, float]:
+    """FLOPs of a forward per token, or per image, by module, by formula; their sum is the model's.
 
         matrices:   2 · rows · columns, once a token; experts top_k times for each sub-token
         attention:  4 · heads · channels · keys that a token sees, on average over the sequence
@@ -32,21 +45,34 @@ def count_flops(model: nn.Module, *, sequence_length: int, causal: bool = True) 
     A patch convolution counts for every token, also for a class token. Embeddings, norms, softmax
     and activations cost nothing.
 
+    What the modules of a TransNeXt read of an image, its backbone says (`reads_of_image`). Windows
+    count whole at borders too; the MLPs of its positions run once a batch and count for every
+    image.
+
     Args:
         model: A layer of ours, or a decoder or encoder of transformers, converted or not.
-        sequence_length: T, tokens that attend to each other.
+        sequence_length: T, tokens that attend to each other; the figures are per token.
+        image_size: Side of an image, or height and width, in pixels; the figures are per image.
         causal: True counts the pairs of tokens that are seen: all of them in attention that says it
             is not causal (`is_causal`), as BERT's and ViT's; attention that says nothing counts as
             causal. False counts all T · T pairs everywhere.
 
     Returns:
-        FLOPs per token of each module that costs any.
+        FLOPs of each module that costs any, per token or per image.
 
     Raises:
-        ValueError: If sequence_length is below 1, or a part of the model is of a kind that has no
-            formula here: weights of an unknown module, cross attention, attention that does not say
-            what heads it has, a window that is not causal.
+        ValueError: If sequence_length is below 1, both it and image_size are given or neither, the
+            model does not say what it reads of an image, or a part of the model is of a kind that
+            has no formula here: weights of an unknown module, cross attention, attention that does
+            not say what heads it has, a window that is not causal.
     """
+    if (sequence_length is None) == (image_size is None):
+        raise ValueError(
+            f"sequence_length is {sequence_length} and image_size is {image_size}; give one of them"
+        )
+    if sequence_length is None:
+        assert image_size is not None
+        return _flops_of_image(model, image_size)
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
     _refuse_cross_attention(model)
@@ -65,6 +91,39 @@ def count_flops(model: nn.Module, *, sequence_length: int, causal: bool = True) 
         if cost:
             flops[name] = cost
     return flops
+
+
+def _flops_of_image(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, float]:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    reads = {
+        _child(name, part): read
+        for name, module in model.named_modules()
+        if hasattr(module, "reads_of_image")
+        for part, read in module.reads_of_image(size).items()
+    }
+    if not reads:
+        raise ValueError(
+            f"image_size is {image_size}, but {type(model).__name__} has no reads_of_image that "
+            "says what its modules read of an image; give a sequence_length"
+        )
+    flops: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if name in reads and reads[name].keys:
+            cost = _flops_of_pair(name, module) * reads[name].keys
+        elif isinstance(module, nn.Conv2d):
+            cost = 2 * module.weight.numel()
+        else:
+            cost = _matrix_flops(name, module)
+        if cost:
+            flops[name] = cost * _rows_of_image(name, reads)
+    return flops
+
+
+def _rows_of_image(name: str, reads: dict[str, Reads]) -> float:
+    """What is not named reads the rows that the module around it reads; the model itself, one."""
+    while name and name not in reads:
+        name = name.rpartition(".")[0]
+    return reads[name].rows if name in reads else 1
 
 
 def _matrix_flops(name: str, module: Any) -> int:
@@ -115,6 +174,12 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _attention_flops(name: str, module: Any, length: int, causal: bool) -> float:
+    keys = _keys_seen(name, module, length) if causal else length
+    return _flops_of_pair(name, module) * keys
+
+
+def _flops_of_pair(name: str, module: Any) -> int:
+    """FLOPs of an attention for a token and a key that it sees, over the heads that are on."""
     budget: HeadBudget | None = getattr(getattr(module, "router", None), "budget", None)
     heads = _num_heads(module) if budget is None else budget.active_heads
     width = _head_width(module)
@@ -127,7 +192,7 @@ def _attention_flops(name: str, module: Any, length: int, causal: bool) -> float
                 f"{name or 'model'} is a {type(module).__name__} that does not say {what}, as "
                 f"{' or '.join(fields)}; measure_flops counts what runs"
             )
-    return 4 * heads * width * (_keys_seen(name, module, length) if causal else length)
+    return 4 * heads * width
 
 
 def _head_width(module: nn.Module) -> Any:

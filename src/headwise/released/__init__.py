@@ -1,0 +1,180 @@
+"""Reading weights under the names of the released code. Nowhere else do those names occur."""
+
+import argparse
+import inspect
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headwise.hf import MoHConfig, convert
+from headwise.hf.auto import load_strictly
+from headwise.nn import MHMoE, MoHAttention
+from headwise.released import transnext
+
+Source = Mapping[str, Tensor] | str | os.PathLike[str]
+
+# Of the tensors that do not fit.
+_SHOWN = 3
+
+
+def load_released(
+    kind: str, source: Source, config: Mapping[str, Any] | str | None = None
+) -> nn.Module:
+    """A layer or a model with released weights, in eval mode.
+
+    Args:
+        kind: "moh_attention" (the attention of MoH-DiT), "mh_moe", "moh_llama" or "moh_transnext"
+            (MoH-ViT, and TransNeXt itself).
+        source: Tensors by name, or the path of a safetensors file or of a PyTorch checkpoint (.pth,
+            .pt), of which only tensors are read; of several sets of weights the averaged ones
+            ("ema") are taken. For "moh_llama" also the path of a directory as transformers saves
+            it, such as a copy of the released MoH-LLaMA3-8B.
+        config: For "moh_attention": dim, num_heads, shared_heads, active_heads, head_dim. For
+            "mh_moe": dim, num_heads, num_experts, top_k, expert_dim, normalize_top_k,
+            shared_expert_dim. For "moh_llama": what LlamaConfig takes; None for a directory. For
+            "moh_transnext": what the released code's TransNeXt takes, which is dense without
+            shared_head and routed_head, or the name of a preset.
+
+    Returns:
+        MoHAttention (mode "released"), MHMoE, a `models.TransNeXtForImageClassification`, or a
+        LlamaForCausalLM with the first half of its heads shared, where a token chooses half of the
+        others by the norms of its queries. In the dtype of the tensors.
+
+    Raises:
+        ValueError: If the kind is unknown, the config lacks or does not know a field, the file
+            holds no weights, or a tensor is missing, left over or misshapen.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
+    if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
+        if config is not None:
+            raise ValueError(f"config is {config!r}; it must be None, {source} has its own")
+        return _route_llama(_llama_of_directory(source))
+    build, rename = _KINDS[kind]
+    if isinstance(config, str) and kind in _PRESETS:
+        module = _PRESETS[kind](config)
+    elif isinstance(config, Mapping):
+        try:
+            module = build(**config)
+        except TypeError as error:
+            raise ValueError(f"config does not fit {kind}: {error}") from None
+    else:
+        preset = " or a preset's name" if kind in _PRESETS else ""
+        raise ValueError(
+            f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …){preset}"
+        )
+    try:
+        renamed = rename(_tensors(source))
+    except KeyError as error:
+        raise ValueError(f"{kind}: tensor {error} is missing") from None
+    if misfits := _misfits(module, renamed):
+        raise ValueError(f"{kind}: the tensors do not fit the config: {misfits}")
+    module.load_state_dict(renamed)
+    return module.to(next(iter(renamed.values())).dtype).eval()
+
+
+def _tensors(source: Source) -> dict[str, Tensor]:
+    """By name, from wherever they are."""
+    if isinstance(source, Mapping):
+        found: Any = source
+    elif Path(source).suffix in (".pth", ".pt"):
+        # Namespaces are what the released code keeps its command line in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                found = torch.load(source, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    f"{source} holds more than tensors, which is not read: {error}"
+                ) from None
+    else:
+        found = load_file(source)
+    for name in ("ema", "model"):
+        if isinstance(found.get(name), Mapping):
+            found = found[name]
+    return dict(found)
+
+
+def _misfits(module: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """What is misshapen, missing or left over, under our names; "" where nothing is."""
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    both = [name for name in wanted if name in given]
+    kinds = {
+        "size mismatch": [
+            f"{name} {given[name]}, not {wanted[name]}"
+            for name in both
+            if given[name] != wanted[name]
+        ],
+        "missing": [f"{name} {shape}" for name, shape in wanted.items() if name not in given],
+        "left over": [f"{name} {shape}" for name, shape in given.items() if name not in wanted],
+    }
+    return "; ".join(
+        f"{kind}: {', '.join(names[:_SHOWN])}"
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+def _llama(**config: Any) -> nn.Module:
+    known = inspect.signature(LlamaConfig).parameters
+    unknown = sorted(set(config) - set(known) - {"rope_theta"})
+    if unknown:
+        raise TypeError(f"LlamaConfig has no {', '.join(unknown)}")
+    return _route_llama(LlamaForCausalLM(LlamaConfig(**config)))
+
+
+def _llama_of_directory(path: Any) -> nn.Module:
+    try:
+        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, path)
+    except ValueError as error:
+        raise ValueError(f"moh_llama: {error}") from None
+    return model
+
+
+def _route_llama(model: Any) -> Any:
+    released = MoHConfig(shared=0.5, active=0.75, router="query_norm")
+    return convert(model, attention=released).eval()
+
+
+def _moh_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {
+        "wg.weight": "router.routed.weight",
+        "wg_0.weight": "router.stage.weight",
+        "wg_1.weight": "router.shared.weight",
+        "proj.weight": "o_proj.weight",
+        "proj.bias": "o_proj.bias",
+    }
+    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    for suffix in ("weight", "bias"):
+        if suffix == "weight" or "qkv.bias" in renamed:
+            parts = renamed.pop(f"qkv.{suffix}").chunk(3)
+            renamed |= {f"{p}_proj.{suffix}": t for p, t in zip("qkv", parts, strict=True)}
+    return renamed
+
+
+def _mh_moe(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = dict(tensors)
+    gate, up = renamed.pop("experts.gate_proj"), renamed.pop("experts.up_proj")
+    renamed["experts.up_proj"] = torch.cat([gate, up], dim=1)
+    if "shared.gate_proj.weight" in renamed:
+        gate, up, down = (renamed.pop(f"shared.{p}_proj.weight") for p in ("gate", "up", "down"))
+        renamed["shared_expert.up_proj"] = torch.cat([gate, up]).unsqueeze(0)
+        renamed["shared_expert.down_proj"] = down.unsqueeze(0)
+    return renamed
+
+
+_KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Tensor]]]] = {
+    "moh_attention": (MoHAttention, _moh_attention),
+    "mh_moe": (MHMoE, _mh_moe),
+    "moh_llama": (_llama, dict),
+    "moh_transnext": (transnext.build, transnext.rename),
+}
+_PRESETS: dict[str, Callable[[str], nn.Module]] = {"moh_transnext": transnext.build_preset}
