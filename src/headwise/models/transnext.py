@@ -68,6 +68,7 @@ class Stage(nn.Module):
         channels = config.hidden_sizes[stage - 1] if stage else config.num_channels
         stride = 2 if stage else config.patch_size
         self.patches = nn.Conv2d(channels, dim, 2 * stride - 1, stride, padding=stride - 1)
+        # As in the released code: torch's eps here and where keys are pooled, 1e-6 elsewhere.
         self.patch_norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in drop_paths)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -238,7 +239,7 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
         logits = self.classifier(maps[-1].mean((2, 3)))
         loss = None
         if labels is not None:
-            check_labels(labels, logits)
+            _check_labels(labels, logits)
             loss = cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None
@@ -250,7 +251,7 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
         return self.config.balance_coefficient * torch.stack(losses).mean() if losses else 0.0
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse what are neither classes nor probabilities of them.
 
     Raises:
