@@ -13,8 +13,8 @@ from headwise.nn.routers import ScoreMap
 # What transformers calls the channels of a head, and their number.
 _HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads")
-# Modules that read one token of a sequence.
-_ONCE = {"pooler", "classifier", "seq_relationship"}
+# Modules that read one token of a sequence, or what holds for all of them, as the time of a DiT.
+_ONCE = {"pooler", "classifier", "seq_relationship", "modulation", "time_embedding"}
 
 
 class Reads(NamedTuple):
@@ -41,7 +41,8 @@ def count_flops(
     implementation that masks them spends. `measure_flops` counts what really runs.
 
     Averaged over the tokens of a sequence are the keys that they see, and what runs once a
-    sequence: modules named pooler, classifier (but for classes of tokens) and seq_relationship.
+    sequence: modules named pooler, classifier (but for classes of tokens), seq_relationship,
+    modulation and time_embedding.
     A patch convolution counts for every token, also for a class token. Embeddings, norms, softmax
     and activations cost nothing.
 

@@ -1,0 +1,200 @@
+"""Sizes of diffusion transformers: their configuration, and those that are published."""
+
+from dataclasses import fields
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+
+from headwise.nn import Budget, HeadBudget
+from headwise.ops.choice import look_up
+
+PerLayer = list[Any] | tuple[Any, ...]
+
+
+class DiTConfig(PreTrainedConfig):
+    """Sizes of a `DiT`. The defaults are those of the dense DiT-S/2.
+
+    Attributes:
+        input_size: Side of the images or latents; patch_size divides it.
+        patch_size: Side of a patch.
+        in_channels: Of the images or latents.
+        hidden_size: Width D; a multiple of 4.
+        num_heads: Heads of every layer, or of each. Divides hidden_size unless head_dim is given.
+        head_dim: Channels of a head. Default: hidden_size / num_heads.
+        num_hidden_layers: Blocks.
+        mlp_ratio: Width of an MLP's hidden layer over D.
+        class_dropout: Share of labels that training replaces by the null class, 0 up to 1. With 0
+            there is no null class, hence no guidance.
+        num_labels: Classes; the null class has this index. As everywhere in transformers 2, or as
+            many as id2label has; 1000 in the published presets.
+        learn_sigma: The output has 2·in_channels channels: noise, and what its variance is.
+        shared_heads: Heads that are always on, in every layer or in each: counts or shares. None
+            for the dense model.
+        active_heads: Heads that a token switches on, shared ones included. None for the dense
+            model. A layer whose heads are all shared routes none, but weighs them.
+        balance_coefficient: Weight of the balance losses in `DiT.routing_loss`.
+
+    Raises:
+        ValueError: If sizes do not fit, naming the field.
+    """
+
+    model_type = "headwise_dit"
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 384
+    num_heads: int | PerLayer = 6
+    head_dim: int | None = None
+    num_hidden_layers: int = 12
+    mlp_ratio: float = 4.0
+    class_dropout: float = 0.1
+    learn_sigma: bool = True
+    shared_heads: Budget | PerLayer | None = None
+    active_heads: Budget | PerLayer | None = None
+    balance_coefficient: float = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # As they come back from JSON.
+        for name in ("num_heads", "shared_heads", "active_heads"):
+            if isinstance(value := getattr(self, name), tuple):
+                setattr(self, name, list(value))
+        self._check()
+        super().__post_init__(**kwargs)
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
+
+    def _check(self) -> None:
+        counts = ("input_size", "patch_size", "in_channels", "hidden_size", "num_hidden_layers")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"patch_size is {self.patch_size}; it must divide input_size = {self.input_size}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be a multiple of 4")
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"class_dropout is {self.class_dropout}; it must lie in 0..1, below 1")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0")
+        if self.balance_coefficient < 0:
+            raise ValueError(
+                f"balance_coefficient is {self.balance_coefficient}; it must be at least 0"
+            )
+        if (self.shared_heads is None) != (self.active_heads is None):
+            raise ValueError(
+                f"shared_heads is {self.shared_heads} and active_heads {self.active_heads}; give "
+                "both, or neither for the dense model"
+            )
+        for heads in self._per_layer("num_heads"):
+            if heads < 1 or (self.head_dim is None and self.hidden_size % heads):
+                raise ValueError(
+                    f"num_heads is {heads}; it must divide hidden_size = {self.hidden_size}, or "
+                    "head_dim be given"
+                )
+        _ = self.budgets
+
+    @property
+    def budgets(self) -> tuple[HeadBudget | None, ...]:
+        """Of each layer: its heads, shared and active ones; None for a dense layer."""
+        if self.active_heads is None:
+            return (None,) * self.num_hidden_layers
+        layers = ("num_heads", "shared_heads", "active_heads")
+        return tuple(
+            HeadBudget.resolve(heads, shared=shared, active=active)
+            for heads, shared, active in zip(*map(self._per_layer, layers), strict=True)
+        )
+
+    @property
+    def heads_per_layer(self) -> tuple[int, ...]:
+        """Heads of each layer."""
+        return self._per_layer("num_heads")
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image, T."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A published model by its name, such as "moh-dit-xl-90" or "dit-s".
+
+        Args:
+            name: One of `PRESETS`; "dit-test" and "moh-dit-test" are tiny ones, for digits.
+            **changes: Fields that differ from it.
+
+        Raises:
+            ValueError: If there is no such preset or field, with the nearest name.
+        """
+        known = {field.name: field for field in fields(cls)} | {"num_labels": None}
+        for field in changes:
+            look_up("field", field, known)
+        preset = {"num_labels": 1000} | look_up("preset", name, PRESETS)
+        if "id2label" in changes:
+            del preset["num_labels"]
+        return cls(**preset | changes)
+
+    def _per_layer(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            return (value,) * self.num_hidden_layers
+        if len(value) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name} has {len(value)} entries; it must have num_hidden_layers = "
+                f"{self.num_hidden_layers}"
+            )
+        return tuple(value)
+
+
+# Layers, width, heads of the dense models: DiT, arXiv 2212.09748, Table 1.
+_SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+# MoH, arXiv 2410.11842: so many layers with heads, shared ones, and routed ones that a token keeps.
+_BUDGETS = {
+    "s-90": ((8, 6, 3, 2), (4, 6, 6, 0)),
+    "s-75": ((2, 6, 2, 1), (4, 6, 3, 1), (4, 6, 3, 2), (2, 6, 6, 0)),
+    "b-90": ((5, 12, 6, 4), (5, 12, 7, 4), (2, 12, 12, 0)),
+    "b-75": ((2, 12, 4, 2), (8, 12, 6, 3), (2, 12, 12, 0)),
+    "l-90": ((8, 8, 8, 0), (8, 16, 16, 0), (8, 24, 16, 3)),
+    "l-75": ((8, 8, 8, 0), (8, 16, 8, 4), (8, 24, 12, 4)),
+    "xl-90": ((9, 8, 8, 0), (10, 16, 16, 0), (9, 24, 16, 3)),
+    "xl-75": ((9, 8, 8, 0), (10, 16, 10, 2), (9, 24, 14, 2)),
+}
+
+_TEST: dict[str, Any] = {
+    "input_size": 8, "in_channels": 1, "num_hidden_layers": 4, "hidden_size": 96, "num_heads": 8,
+    "num_labels": 10,
+}  # fmt: skip
+
+
+def _dense(size: str) -> dict[str, Any]:
+    layers, width, heads = _SIZES[size]
+    return {"num_hidden_layers": layers, "hidden_size": width, "num_heads": heads}
+
+
+def _routed(name: str) -> dict[str, Any]:
+    """The dense model with heads of the same width, as many in each layer as MoH gives it."""
+    dense = _dense(name.split("-")[0])
+    rows = [row for layers, *row in _BUDGETS[name] for _ in range(layers)]
+    return dense | {
+        "head_dim": dense["hidden_size"] // dense["num_heads"],
+        "num_heads": [heads for heads, _, _ in rows],
+        "shared_heads": [shared for _, shared, _ in rows],
+        "active_heads": [shared + kept for _, shared, kept in rows],
+    }
+
+
+# Fields of a DiTConfig that differ from its defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"dit-{size}": _dense(size) for size in _SIZES},
+    **{f"moh-dit-{name}": _routed(name) for name in _BUDGETS},
+    "dit-test": _TEST,
+    "moh-dit-test": _TEST | {"shared_heads": 4, "active_heads": 6},
+}
