@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headwise.hf import MoHConfig, convert
 from headwise.hf.auto import load_strictly
 from headwise.nn import MHMoE, MoHAttention
-from headwise.released import transnext
+from headwise.released import dit, transnext
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -30,8 +30,8 @@ def load_released(
     """A layer or a model with released weights, in eval mode.
 
     Args:
-        kind: "moh_attention" (the attention of MoH-DiT), "mh_moe", "moh_llama" or "moh_transnext"
-            (MoH-ViT, and TransNeXt itself).
+        kind: "moh_attention" (the attention of MoH-DiT), "mh_moe", "moh_llama", "moh_transnext"
+            (MoH-ViT, and TransNeXt itself) or "moh_dit" (MoH-DiT, and DiT itself).
         source: Tensors by name, or the path of a safetensors file or of a PyTorch checkpoint (.pth,
             .pt), of which only tensors are read; of several sets of weights the averaged ones
             ("ema") are taken. For "moh_llama" also the path of a directory as transformers saves
@@ -39,13 +39,13 @@ def load_released(
         config: For "moh_attention": dim, num_heads, shared_heads, active_heads, head_dim. For
             "mh_moe": dim, num_heads, num_experts, top_k, expert_dim, normalize_top_k,
             shared_expert_dim. For "moh_llama": what LlamaConfig takes; None for a directory. For
-            "moh_transnext": what the released code's TransNeXt takes, which is dense without
-            shared_head and routed_head, or the name of a preset.
+            "moh_transnext" and "moh_dit": what the released code's TransNeXt or DiT takes, which is
+            dense without shared_head and routed_head, or the name of a preset.
 
     Returns:
-        MoHAttention (mode "released"), MHMoE, a `models.TransNeXtForImageClassification`, or a
-        LlamaForCausalLM with the first half of its heads shared, where a token chooses half of the
-        others by the norms of its queries. In the dtype of the tensors.
+        MoHAttention (mode "released"), MHMoE, a `models.TransNeXtForImageClassification`, a
+        `models.DiT`, or a LlamaForCausalLM with the first half of its heads shared, where a token
+        chooses half of the others by the norms of its queries. In the dtype of the tensors.
 
     Raises:
         ValueError: If the kind is unknown, the config lacks or does not know a field, the file
@@ -144,22 +144,6 @@ def _route_llama(model: Any) -> Any:
     return convert(model, attention=released).eval()
 
 
-def _moh_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {
-        "wg.weight": "router.routed.weight",
-        "wg_0.weight": "router.stage.weight",
-        "wg_1.weight": "router.shared.weight",
-        "proj.weight": "o_proj.weight",
-        "proj.bias": "o_proj.bias",
-    }
-    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    for suffix in ("weight", "bias"):
-        if suffix == "weight" or "qkv.bias" in renamed:
-            parts = renamed.pop(f"qkv.{suffix}").chunk(3)
-            renamed |= {f"{p}_proj.{suffix}": t for p, t in zip("qkv", parts, strict=True)}
-    return renamed
-
-
 def _mh_moe(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = dict(tensors)
     gate, up = renamed.pop("experts.gate_proj"), renamed.pop("experts.up_proj")
@@ -172,9 +156,13 @@ def _mh_moe(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Tensor]]]] = {
-    "moh_attention": (MoHAttention, _moh_attention),
+    "moh_attention": (MoHAttention, dit.rename_attention),
     "mh_moe": (MHMoE, _mh_moe),
     "moh_llama": (_llama, dict),
     "moh_transnext": (transnext.build, transnext.rename),
+    "moh_dit": (dit.build, dit.rename),
 }
-_PRESETS: dict[str, Callable[[str], nn.Module]] = {"moh_transnext": transnext.build_preset}
+_PRESETS: dict[str, Callable[[str], nn.Module]] = {
+    "moh_transnext": transnext.build_preset,
+    "moh_dit": dit.build_preset,
+}
