@@ -6,13 +6,16 @@ from headwise.recipes.comparison import ComparisonRun
 from headwise.recipes.lm import LanguageModelRun, lm
 from headwise.recipes.masked import MaskedRun, masked
 from headwise.recipes.multilingual import MultilingualRun, multilingual
+from headwise.recipes.vit import VisionRun, vit
 
 RECIPES: dict[str, Callable[[], ComparisonRun]] = {
     "lm": lm,
     "multilingual": multilingual,
     "masked": masked,
+    "vit": vit,
 }
 
 __all__ = [
-    "RECIPES", "LanguageModelRun", "MaskedRun", "MultilingualRun", "lm", "masked", "multilingual",
+    "RECIPES", "LanguageModelRun", "MaskedRun", "MultilingualRun", "VisionRun", "lm", "masked",
+    "multilingual", "vit",
 ]  # fmt: skip

@@ -74,7 +74,7 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
         "active_parameters": active,
         "flops": round(task.flops(model)),
         "flops_counted": round(counted),
-        "mlp_dim": model.config.intermediate_size,
+        "mlp_dim": getattr(model.config, "intermediate_size", None),
     }
 
 

@@ -18,8 +18,9 @@ Row = dict[str, Any]
 
 
 _MEASURED = {
+    "vit": "top-1, top-5: accuracy on the held-out images.",
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
-    "patches of held-out images, coded as the nearest of a codebook; the same for all models."
+    "patches of held-out images, coded as the nearest of a codebook; the same for all models.",
 }
 _COST = (
     "MFLOPs: of a forward, per {}, by formula, without heads that are off; counted: what "

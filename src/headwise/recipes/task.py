@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
+from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.comparison import ComparisonRun, Variant
 
 Examples = Dataset[dict[str, Tensor]] | list[dict[str, Tensor]]
@@ -92,6 +93,10 @@ class Task(ABC):
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
         """What the page says of the data."""
+
+    def trainer(self, **arguments: Any) -> SafeTrainer:
+        """What trains a model."""
+        return SafeTrainer(**arguments)
 
     def sample(self, directory: Path) -> Sample | None:
         """What the saved model writes; None where there is nothing to write."""

@@ -55,7 +55,7 @@ def train_one(task: Task, variant: Variant, seed: int, *, count: str = "") -> Tr
         final_learning_rate=run.final_learning_rate,
         warmup_steps=run.warmup_steps,
     )
-    trainer = SafeTrainer(
+    trainer = task.trainer(
         model=model,
         args=training_arguments(
             run,

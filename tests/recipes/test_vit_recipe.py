@@ -1,0 +1,139 @@
+"""`headwise train vit` on small images: trained, measured, saved, resumed; what it refuses."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from headwise.recipes import vit
+from headwise.recipes.table import read_csv
+from headwise.recipes.train import train
+from headwise.recipes.vit_task import read_images
+
+pytest.importorskip("kornia", reason="kornia is not installed")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Bright and dark squares of 8 × 8 pixels, in colour: two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for name, low in (("bright", 150), ("dark", 0)):
+        (root / name).mkdir()
+        for i in range(40):
+            pixels = generator.integers(low, low + 100, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def run_of(output, pictures, **changes):
+    fields = {"steps": 6, "batch_size": 5, "eval_every": 3, "save_every": 2, "log_every": 1}
+    return dataclasses.replace(
+        vit(), output=output, data=str(pictures), warmup_steps=1, **fields | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures):
+    run = run_of(tmp_path_factory.mktemp("runs") / "vit", pictures, steps=40, eval_every=20)
+    train(run)
+    return run
+
+
+def test_both_learn_bright_from_dark(finished):
+    rows = {row["model"]: row for row in read_csv(finished.output / "results.csv")}
+    assert list(rows) == ["dense", "moh_75"]
+    for row in rows.values():
+        assert float(row["top1"]) == 100
+        assert (row["unit"], row["seen"]) == ("image", str(40 * 5))
+        assert float(row["flops"]) == pytest.approx(float(row["flops_counted"]), rel=0.1)
+    assert (rows["dense"]["active_heads"], rows["moh_75"]["active_heads"]) == ("1.0", "0.75")
+    assert "Image classifiers" in (finished.output / "report.html").read_text()
+
+
+def test_a_model_classifies_pictures_as_people_have_them(finished, pictures):
+    directory = finished.output / "models" / "moh_75-seed0"
+    model = AutoModelForImageClassification.from_pretrained(directory).eval()
+    processor = AutoImageProcessor.from_pretrained(directory)
+    for name in ("bright", "dark"):
+        with Image.open(pictures / name / "3.png") as image:
+            inputs = processor(image, return_tensors="pt")
+        with torch.no_grad():
+            label = model(**inputs).logits.argmax().item()
+        assert model.config.id2label[label] == name
+
+
+def test_loads_are_counted_for_each_class(finished, pictures):
+    task = read_images(finished)
+    directory = finished.output / "models" / "moh_75-seed0"
+    model = AutoModelForImageClassification.from_pretrained(directory).eval()
+    heads = task.score(model).heads
+    assert list(heads.by_domain) == ["bright", "dark"]
+    assert heads.shared_heads == [2, 2, 2, 2, 3, 3]
+    for layers in heads.by_domain.values():
+        assert [sum(layer) for layer in layers] == pytest.approx([3, 3, 3, 3, 6, 6])
+
+
+def test_resumed_is_never_stopped(tmp_path, pictures):
+    whole, halved = (
+        run_of(tmp_path / name, pictures, models=("moh_75",), rand_augment=9, mixup=0.5)
+        for name in ("whole", "halved")
+    )
+    train(whole)
+    train(halved)
+    # As after a kill at step 5: the last checkpoint is that of step 4.
+    for left in ("models", "results.csv", "record.json", "report.html", "figure.png"):
+        path = halved.output / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(halved.output / "checkpoints" / "moh_75-seed0" / "checkpoint-6")
+    train(dataclasses.replace(halved, resume=True))
+    states = [
+        AutoModelForImageClassification.from_pretrained(
+            run.output / "models" / "moh_75-seed0"
+        ).state_dict()
+        for run in (whole, halved)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_patches_follow_the_images(pictures, tmp_path):
+    task = read_images(run_of(tmp_path, pictures))
+    assert task.config(None).patch_size == 1
+    assert task.config(None).image_size == 8
+    large = read_images(run_of(tmp_path, pictures, image_size=32))
+    assert large.config(None).patch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "smal"}, "unknown size 'smal'; did you mean 'small'"),
+        ({"active_heads": 1.5}, "active_heads is 1.5; it must lie in 0..1"),
+        ({"image_size": 0}, "image_size is 0; it must be at least 1"),
+        ({"cutmix": 0.9, "mixup": 0.2}, "together they must be at most 1"),
+        ({"models": ("moh_50",)}, "models is 'moh_50'; it must be one of dense, moh_75"),
+    ],
+)
+def test_wrong_fields_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(vit(), **changes)
+
+
+def test_a_class_without_images_is_refused(tmp_path, pictures):
+    data = tmp_path / "data"
+    for name in ("bright", "dark", "empty"):
+        (data / name).mkdir(parents=True)
+        for file in (pictures / name).glob("*.png"):
+            (data / name / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="no image to train on of empty"):
+        read_images(run_of(tmp_path / "run", data))
+    (data / "empty").rmdir()
+    for file in (data / "dark").iterdir():
+        file.unlink()
+    (data / "dark").rmdir()
+    with pytest.raises(ValueError, match="has one class"):
+        read_images(run_of(tmp_path / "run", data))
