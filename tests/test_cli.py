@@ -66,7 +66,7 @@ def test_help_of_a_recipe_explains_every_field(capsys, recipe):
     printed = capsys.readouterr().out
     for field in dataclasses.fields(RECIPES[recipe]()):
         assert f"--{field.name.replace('_', '-')}" in printed
-    assert "MH-MoE: sub-tokens of a token." in " ".join(printed.split())
+    assert "Optimizer steps." in " ".join(printed.split())
 
 
 @pytest.mark.parametrize("command", ["convert", "tune", "samples", "eval", "generate", "report"])

@@ -34,7 +34,8 @@ class VisionRun(ComparisonRun):
             a directory for each class, a dataset's name.
         size: Sizes of the models: test, micro, tiny, small or base.
         image_size: Side to which images are cropped and resized; None leaves them.
-        patch_size: Stride of the first patches, in pixels; None is the size's.
+        patch_size: Stride of the first patches, in pixels; None is the size's, but an eighth of an
+            image at most.
         active_heads: Of MoH-ViT, the share of heads that are on.
         shared_heads: Of MoH-ViT, the share of these that is always on.
         drop_path: Share of images for which the last branch is left out; None is the size's.
