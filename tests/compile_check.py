@@ -145,6 +145,7 @@ NATIVE_CASES: dict[str, Callable[[], None]] = {
     "native heads": lambda: layer("native heads"),
     "native experts": lambda: layer("native experts"),
     "native decode": decoding,
+    "native aggregated": lambda: aggregated("native"),
 }
 CASES: dict[str, Callable[[], None]] = {
     "aggregated": lambda: aggregated("dense"),

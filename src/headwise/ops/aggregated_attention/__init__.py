@@ -2,6 +2,7 @@
 
 reference   The equation with loops: the specification.
 dense       Every head in plain PyTorch, then the gate: skips nothing.
+native      Only heads that are on, fused in C++, for CPUs, once `headwise compile` has built it.
 """
 
 from typing import Literal
@@ -9,14 +10,16 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.ops.aggregated_attention import dense, reference
+from headwise.ops.aggregated_attention import dense, native, reference
 from headwise.ops.choice import check_choice
+from headwise.ops.native import is_built
 
-Impl = Literal["auto", "reference", "dense"]
+Impl = Literal["auto", "reference", "dense", "native"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.aggregated_attention,
     "dense": dense.aggregated_attention,
+    "native": native.aggregated_attention,
 }
 
 
@@ -102,8 +105,8 @@ def aggregated_attention(
 
 
 def choose(q: Tensor) -> Impl:
-    """The implementation that "auto" stands for."""
-    return "dense"
+    """The implementation that "auto" stands for: native where it is built and takes q, else dense."""
+    return "native" if is_built() and native.takes(q) else "dense"
 
 
 def _check_map(q: Tensor, size: tuple[int, int], window: int) -> None:

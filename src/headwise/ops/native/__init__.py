@@ -113,12 +113,25 @@ def _check() -> None:
         _compare(got, want, tolerance)
         got = ops.decode_attention(q[:, -1:], k, v, torch.ones(1, 1, 2), True, 0.125, None)
         _compare(got, want[:, -1:], tolerance)
+        _compare(*_aggregated(q, k, v), tolerance)
         sizes = (200, 64), (1, 96, 64), (1, 64, 48)
         x, up, down = (torch.randn(*size, dtype=dtype) / 8 for size in sizes)
         weights, indices = torch.ones(200, 1), torch.zeros(200, 1, dtype=torch.long)
         gate, value = linear(x, up[0]).chunk(2, dim=-1)
         got = ops.expert_mlp(x, weights, indices, up, down, False)
         _compare(got, linear(silu(gate) * value, down[0]), tolerance)
+
+
+def _aggregated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A window over a whole map of 5×5, and seven pooled keys: attention over 32 keys."""
+    query, key, value = (x[:, :32].transpose(1, 2) for x in (q, k, v))
+    want = scaled_dot_product_attention(query[:, :, :25], key, value, scale=0.125)
+    got = torch.ops.headwise_native.aggregated_attention(
+        q[:, :25] * 0.125, k[:, :25], v[:, :25], k[:, 25:32], v[:, 25:32], torch.ones(1, 25, 2),
+        torch.zeros(2, 81), torch.zeros(2, 25, 7), q[:, :25], torch.zeros(2, 64, 81, dtype=q.dtype),
+        torch.zeros(2, 81), 5, 5, 9,
+    )  # fmt: skip
+    return got, want.transpose(1, 2)
 
 
 def _compare(got: Tensor, want: Tensor, tolerance: float) -> None:

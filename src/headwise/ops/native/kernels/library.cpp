@@ -2,6 +2,8 @@
 // is multiplied as such and summed in float32.
 #include <torch/library.h>
 
+#include "aggregated_backward.h"
+#include "aggregated_forward.h"
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "decode.h"
@@ -34,6 +36,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dgate};
 }
 
+// Calls compute(type, channels) with types that know 24 channels, as all of TransNeXt's stages have.
+template <typename Compute>
+void with_type_and_channels(const Tensor& q, const Compute& compute) {
+  const auto of_type = [&](auto type) {
+    if (q.size(3) == 24)
+      compute(type, std::integral_constant<int64_t, 24>());
+    else
+      compute(type, std::integral_constant<int64_t, 0>());
+  };
+  if (q.scalar_type() == at::kFloat)
+    of_type(float());
+  else
+    of_type(BFloat16());
+}
+
+Tensor aggregated_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool,
+    const Tensor& gate, const Tensor& local_bias, const Tensor& pool_bias, const Tensor& unit_q,
+    const Tensor& learned_tokens, const Tensor& learned_bias, int64_t height, int64_t width,
+    int64_t window) {
+  const Map z(q, k_pool, height, width, window);
+  const Tensor tokens = at::constant_pad_nd(learned_tokens, {0, z.near_columns - z.near});
+  const MapInputs x{
+      q, k, v, k_pool, v_pool, gate, local_bias, pool_bias, unit_q, tokens, learned_bias};
+  Tensor y = at::zeros(q.sizes(), q.options());
+  with_type_and_channels(q, [&](auto type, auto channels) {
+    aggregate<decltype(type), decltype(channels)::value>(z, x, y);
+  });
+  return y;
+}
+
+std::vector<Tensor> aggregated_attention_backward(
+    const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pool,
+    const Tensor& v_pool, const Tensor& gate, const Tensor& local_bias, const Tensor& pool_bias,
+    const Tensor& unit_q, const Tensor& learned_tokens, const Tensor& learned_bias, int64_t height,
+    int64_t width, int64_t window) {
+  const Map z(q, k_pool, height, width, window);
+  const Tensor tokens = at::constant_pad_nd(learned_tokens, {0, z.near_columns - z.near});
+  const MapInputs x{
+      q, k, v, k_pool, v_pool, gate, local_bias, pool_bias, unit_q, tokens, learned_bias};
+  // As many that each thread has several to do.
+  const int64_t parts = std::min(z.batch, (4 * at::get_num_threads() + z.heads - 1) / z.heads);
+  const auto like = [](const Tensor& of) { return at::zeros(of.sizes(), of.options()); };
+  const auto in_parts = [&](const Tensor& of) {
+    std::vector<int64_t> sizes(of.sizes().begin(), of.sizes().end());
+    sizes.insert(sizes.begin(), parts);
+    return at::zeros(sizes, of.options().dtype(at::kFloat));
+  };
+  MapGradients out{
+      like(q), like(k), like(v), like(k_pool), like(v_pool), like(gate), like(unit_q),
+      in_parts(local_bias), in_parts(pool_bias), in_parts(learned_tokens), in_parts(learned_bias)};
+  with_type_and_channels(q, [&](auto type, auto channels) {
+    aggregate_backward<decltype(type), decltype(channels)::value>(z, x, dy, parts, out);
+  });
+  const auto whole = [](const Tensor& sums) { return sums.size(0) > 1 ? sums.sum(0) : sums[0]; };
+  return {
+      out.q, out.k, out.v, out.k_pool, out.v_pool, out.gate, whole(out.local_bias),
+      whole(out.pool_bias), out.unit_q, whole(out.learned_tokens).to(q.scalar_type()),
+      whole(out.learned_bias)};
+}
+
 Tensor decode_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
     double scale, const std::optional<Tensor>& mask) {
@@ -54,6 +117,14 @@ Tensor expert_mlp(
 
 TORCH_LIBRARY(headwise_native, m) {
   m.def(
+      "aggregated_attention(Tensor q, Tensor k, Tensor v, Tensor k_pool, Tensor v_pool, "
+      "Tensor gate, Tensor local_bias, Tensor pool_bias, Tensor unit_q, Tensor learned_tokens, "
+      "Tensor learned_bias, int height, int width, int window) -> Tensor");
+  m.def(
+      "aggregated_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor k_pool, "
+      "Tensor v_pool, Tensor gate, Tensor local_bias, Tensor pool_bias, Tensor unit_q, "
+      "Tensor learned_tokens, Tensor learned_bias, int height, int width, int window) -> Tensor[]");
+  m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, float scale) -> "
       "(Tensor, Tensor)");
   m.def(
@@ -68,6 +139,8 @@ TORCH_LIBRARY(headwise_native, m) {
 }
 
 TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
+  m.impl("aggregated_attention", &headwise::aggregated_attention);
+  m.impl("aggregated_attention_backward", &headwise::aggregated_attention_backward);
   m.impl("attention", &headwise::attention);
   m.impl("attention_backward", &headwise::attention_backward);
   m.impl("decode_attention", &headwise::decode_attention);
