@@ -105,7 +105,7 @@ def aggregated_attention(
 
 
 def choose(q: Tensor) -> Impl:
-    """The implementation that "auto" stands for: native where it is built and takes q, else dense."""
+    """The implementation that "auto" stands for: native where it is built for q, else dense."""
     return "native" if is_built() and native.takes(q) else "dense"
 
 

@@ -15,32 +15,34 @@ template <typename T, int64_t CHANNELS>
 struct MapBackward {
   const Map& z;
   const MapInputs& x;
-  const Tensor& dy;
   MapGradients& out;
   MapList<T, CHANNELS> list;
-  const int64_t c;
+  const T* dy_of;
+  T *dq_of, *d_unit_q_of;
+  float *dgate_of, *d_pool_bias_of;
   Buffer<float> wide_dy, d, dl, dq, d_unit_q, dk, dv, dk_pool, dv_pool, d_tokens, transposed;
   // Sums over thousands of rows one by one, which float would round too often.
   Buffer<double> d_local_bias, d_learned_bias;
   Buffer<T> dys, packed_dy, packed_q, packed_unit_q, half, far_keys, far_values, learned_tokens;
 
   MapBackward(const Map& z, const MapInputs& x, const Tensor& dy, MapGradients& out)
-      : z(z), x(x), dy(dy), out(out), list(z, x), c(list.c), wide_dy(MAP_ROWS * c),
-        d(MAP_ROWS * z.columns), dl(MAP_ROWS * z.near_columns), dq(MAP_ROWS * c),
-        d_unit_q(MAP_ROWS * c), dk(z.bordered()), dv(z.bordered()), dk_pool(z.far_columns * c),
-        dv_pool(z.far_columns * c), d_tokens(z.near_columns * c),
-        transposed(MAP_ROWS * std::max(z.columns, z.near_columns)),
-        d_local_bias(z.near), d_learned_bias(z.near), dys(MAP_ROWS * c),
-        packed_dy(MAP_ROWS * c), packed_q(MAP_ROWS * c), packed_unit_q(MAP_ROWS * c),
-        half(HALF<T> ? MAP_ROWS * std::max(z.columns, z.near_columns) : 0),
-        far_keys(z.far_columns * c), far_values(z.far_columns * c),
-        learned_tokens(z.near_columns * c) {}
+      : z(z), x(x), out(out), list(z, x), dy_of(dy.const_data_ptr<T>()),
+        dq_of(out.q.mutable_data_ptr<T>()), d_unit_q_of(out.unit_q.mutable_data_ptr<T>()),
+        dgate_of(out.gate.mutable_data_ptr<float>()),
+        d_pool_bias_of(out.pool_bias.mutable_data_ptr<float>()), wide_dy(z.of_rows()),
+        d(MAP_ROWS * z.columns), dl(MAP_ROWS * z.near_columns), dq(z.of_rows()),
+        d_unit_q(z.of_rows()), dk(z.bordered()), dv(z.bordered()), dk_pool(z.of_far()),
+        dv_pool(z.of_far()), d_tokens(z.of_near()), transposed(MAP_ROWS * z.columns),
+        d_local_bias(z.near), d_learned_bias(z.near), dys(z.of_rows()), packed_dy(z.of_rows()),
+        packed_q(z.of_rows()), packed_unit_q(z.of_rows()),
+        half(HALF<T> ? MAP_ROWS * z.columns : 0), far_keys(z.of_far()), far_values(z.of_far()),
+        learned_tokens(z.of_near()) {}
 
   void compute(int64_t part, int64_t b, int64_t h) {
-    const auto rows = tokens_that_are_on(z, x.gate, b, h);
-    if (rows.empty()) return;
-    list.enter(b, h);
+    if (!list.enter(b, h)) return;
     enter(h);
+    const auto& rows = list.rows;
+    const int64_t c = list.channels();
     for (size_t first = 0; first < rows.size(); first += MAP_ROWS) {
       const int64_t count = std::min<int64_t>(MAP_ROWS, rows.size() - first);
       block(part, rows.data() + first, count);
@@ -64,6 +66,7 @@ struct MapBackward {
 
   // The second operands of the list's products, and sums of 0.
   void enter(int64_t h) {
+    const int64_t c = list.channels();
     const T *k_pool = list.of_list(x.k_pool), *v_pool = list.of_list(x.v_pool);
     const T* tokens = x.learned_tokens.const_data_ptr<T>() + h * c * z.near_columns;
     pack(far_keys.data(), k_pool, x.k_pool.stride(1), z.pooled, z.far_columns, c);
@@ -80,10 +83,10 @@ struct MapBackward {
   }
 
   void block(int64_t part, const int32_t* rows, int64_t count) {
-    const int64_t padded = round_up(count, MAP_MULTIPLE);
+    const int64_t c = list.channels(), padded = round_up(count, MAP_MULTIPLE);
     list.weigh(rows, count);
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = dy.const_data_ptr<T>() + z.place(list.b, rows[r], list.h) * c;
+      const T* row = dy_of + z.place(list.b, rows[r], list.h) * c;
       std::memcpy(dys.data() + r * c, row, c * sizeof(T));
       widen(wide_dy.data() + r * c, row, c);
     }
@@ -109,47 +112,49 @@ struct MapBackward {
         learned_tokens.data(), c, d_unit_q.data(), c, false);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t place = z.place(list.b, rows[r], list.h) * c;
-      store(out.q.mutable_data_ptr<T>() + place, dq.data() + r * c, c);
-      store(out.unit_q.mutable_data_ptr<T>() + place, d_unit_q.data() + r * c, c);
+      store(dq_of + place, dq.data() + r * c, c);
+      store(d_unit_q_of + place, d_unit_q.data() + r * c, c);
     }
   }
 
   // Turns a row's weights into those times its gate and d, the products of dy and the values, into
   // gradients of its scores; then all that a row does to its window.
   void row(int64_t part, int64_t r, int64_t t) {
-    const int64_t place = z.place(list.b, t, list.h), all = z.pooled + z.near;
-    const float gate = x.gate.const_data_ptr<float>()[place];
-    const float *q = list.wide_q.data() + r * c, *y = wide_dy.data() + r * c;
+    const int64_t c = list.channels(), columns = z.columns / MAP_MULTIPLE * MAP_MULTIPLE;
+    const int64_t place = z.place(list.b, t, list.h);
+    const float gate = list.gates[place];
+    const float *q = list.wide_query(r), *y = wide_dy.data() + r * c;
     float *p = list.weights.data() + r * z.columns, *ds = d.data() + r * z.columns;
     float *near = ds + z.pooled, *learned = list.learned.data() + r * z.near_columns;
     float* row_dl = dl.data() + r * z.near_columns;
     for (int64_t w = 0; w < z.near; ++w)
       near[w] = dot(y, list.values.data() + z.corner(t) + z.steps[w], c);
+    std::fill(near + z.near, ds + columns, 0.0f);
     std::fill_n(row_dl, z.near_columns, 0.0f);
     for (int64_t w = 0; w < z.near; ++w) row_dl[w] = gate * near[w];
-    const float mean = dot(p, ds, all);
-    out.gate.mutable_data_ptr<float>()[place] = mean + dot(learned, near, z.near);
+    const float mean = dot(p, ds, columns);
+    dgate_of[place] = mean + dot(learned, near, z.near);
 #pragma omp simd
-    for (int64_t i = 0; i < all; ++i) {
+    for (int64_t i = 0; i < columns; ++i) {
       p[i] *= gate;
       ds[i] = p[i] * (ds[i] - mean);
     }
-    float* row_dq = dq.data() + r * c;
+    add_multiples(dq.data() + r * c, near, list.keys.data() + z.corner(t), z.steps, c);
     for (int64_t w = 0; w < z.near; ++w) {
       const int64_t at = z.corner(t) + z.steps[w];
       add_multiple(dv.data() + at, p[z.pooled + w] + gate * learned[w], y, c);
       add_multiple(dk.data() + at, near[w], q, c);
-      add_multiple(row_dq, near[w], list.keys.data() + at, c);
       d_local_bias[w] += near[w], d_learned_bias[w] += row_dl[w];
     }
-    add_multiple(of_part(out.pool_bias, part, z.tokens * z.pooled) + t * z.pooled, 1, ds, z.pooled);
+    const int64_t bias = ((part * z.heads + list.h) * z.tokens + t) * z.pooled;
+    add_multiple(d_pool_bias_of + bias, 1, ds, z.pooled);
   }
 
   // sums [columns, C] += the transpose of rows [count, columns] times packed [count, C].
   void add_transposed(
       Buffer<float>& sums, Buffer<float>& rows, int64_t stride, int64_t columns, int64_t count,
       Buffer<T>& packed) {
-    const int64_t padded = round_up(count, MAP_MULTIPLE);
+    const int64_t c = list.channels(), padded = round_up(count, MAP_MULTIPLE);
     transpose_words(
         reinterpret_cast<uint32_t*>(transposed.data()), padded,
         [&](int64_t r) { return reinterpret_cast<uint32_t*>(rows.data() + r * stride); }, count,
@@ -166,7 +171,7 @@ struct MapBackward {
   }
 
   T* of_list(Tensor& of, int64_t tokens) {
-    return of.mutable_data_ptr<T>() + (list.b * tokens * z.heads + list.h) * c;
+    return of.mutable_data_ptr<T>() + (list.b * tokens * z.heads + list.h) * z.channels;
   }
 
   float* of_part(Tensor& of, int64_t part, int64_t size) {

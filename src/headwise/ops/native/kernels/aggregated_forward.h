@@ -7,13 +7,13 @@ namespace headwise {
 
 template <typename T, int64_t CHANNELS>
 void aggregate(const Map& z, const MapInputs& x, Tensor& y) {
+  T* out_of = y.mutable_data_ptr<T>();
   share_out(z.batch * z.heads, [&] {
     return [&, list = MapList<T, CHANNELS>(z, x), p = Buffer<T>(HALF<T> ? MAP_ROWS * z.columns : 0),
             out = Buffer<float>(MAP_ROWS * z.channels)](int64_t i) mutable {
-      const int64_t b = i / z.heads, h = i % z.heads, c = list.c;
-      const auto rows = tokens_that_are_on(z, x.gate, b, h);
-      if (rows.empty()) return;
-      list.enter(b, h);
+      const int64_t b = i / z.heads, h = i % z.heads, c = list.channels();
+      if (!list.enter(b, h)) return;
+      const auto& rows = list.rows;
       for (size_t first = 0; first < rows.size(); first += MAP_ROWS) {
         const int64_t count = std::min<int64_t>(MAP_ROWS, rows.size() - first);
         const int64_t padded = round_up(count, MAP_MULTIPLE);
@@ -30,15 +30,12 @@ void aggregate(const Map& z, const MapInputs& x, Tensor& y) {
         }
         for (int64_t r = 0; r < count; ++r) {
           const int64_t t = rows[first + r], place = z.place(b, t, h);
-          const float* near = weights + r * z.columns + z.pooled;
-          const float* learned = list.learned.data() + r * z.near_columns;
-          const float* corner = list.values.data() + z.corner(t);
-          float* row = out.data() + r * c;
-          for (int64_t w = 0; w < z.near; ++w)
-            add_multiple(row, near[w] + learned[w], corner + z.steps[w], c);
-          const float gate = x.gate.const_data_ptr<float>()[place];
+          float *near = weights + r * z.columns + z.pooled, *row = out.data() + r * c;
+          for (int64_t w = 0; w < z.near; ++w) near[w] += list.learned[r * z.near_columns + w];
+          add_multiples(row, near, list.values.data() + z.corner(t), z.steps, c);
+          const float gate = list.gates[place];
           for (int64_t j = 0; j < c; ++j) row[j] *= gate;
-          store(y.mutable_data_ptr<T>() + place * c, row, c);
+          store(out_of + place * c, row, c);
         }
       }
     };
