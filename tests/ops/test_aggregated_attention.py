@@ -12,7 +12,7 @@ from headwise.ops import aggregated_attention, head_attention
 B, H, C = 2, 3, 5
 
 
-def case(size=(5, 7), window=3, pooled=11, heads=H, on=0.6, dtype=torch.float64, batch=B):
+def case(size=(3, 5), window=3, pooled=7, heads=H, on=0.6, dtype=torch.float64, batch=B):
     """Leaf tensors (all gradients wanted) and the options of a call."""
     tokens = size[0] * size[1]
 
@@ -169,8 +169,8 @@ def test_the_learned_weights_are_a_convolution_of_the_values_whose_kernel_the_qu
     leaves, options = case(window=5)
     learned = leaves["unit_q"].transpose(1, 2) @ leaves["learned_tokens"]
     learned = learned + leaves["learned_bias"][:, None]
-    images = leaves["v"].permute(0, 2, 3, 1).reshape(B * H, C, 5, 7)
-    windows = unfold(images, 5, padding=2).reshape(B, H, C, 25, 35)
+    images = leaves["v"].permute(0, 2, 3, 1).reshape(B * H, C, 3, 5)
+    windows = unfold(images, 5, padding=2).reshape(B, H, C, 25, 15)
     added = torch.einsum("bhtw,bhcwt->bthc", learned, windows) * leaves["gate"].unsqueeze(-1)
     without = leaves | {n: torch.zeros_like(leaves[n]) for n in ("learned_tokens", "learned_bias")}
     difference = aggregated_attention(**leaves, **options) - aggregated_attention(
@@ -200,26 +200,26 @@ def test_the_output_has_the_queries_dtype_whatever_the_parameters(dtype):
 
 def test_no_images_give_none():
     leaves, options = case(batch=0)
-    assert aggregated_attention(**leaves, **options).shape == (0, 35, H, C)
+    assert aggregated_attention(**leaves, **options).shape == (0, 15, H, C)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"impl": "flash"}, "impl is 'flash'.*'auto'"),
-        ({"size": (7, 3)}, r"size is \(7, 3\).*T = 35"),
-        ({"size": (-5, -7)}, r"size is \(-5, -7\)"),
+        ({"size": (7, 2)}, r"size is \(7, 2\).*T = 15"),
+        ({"size": (-3, -5)}, r"size is \(-3, -5\)"),
         ({"window": 4}, "window is 4; it must be odd"),
         ({"window": -3}, "window is -3; it must be odd and at least 1"),
         ({"window": 5}, r"local_bias has shape \[3, 9\]; it must be \[H, w²\] = \[3, 25\]"),
-        ({"q": torch.randn(35, H, C)}, r"q has shape \[35, 3, 5\]"),
-        ({"v": torch.randn(B, 34, H, C)}, r"v has shape.*\[B, T, H, C\] = \[2, 35, 3, 5\]"),
-        ({"v_pool": torch.randn(B, 7, H, C)}, r"v_pool has shape.*\[2, 11, 3, 5\]"),
-        ({"k_pool": torch.randn(B, 11, C)}, r"k_pool has shape \[2, 11, 5\]"),
-        ({"gate": torch.ones(B, 35)}, r"gate has shape \[2, 35\].*\[2, 35, 3\]"),
-        ({"pool_bias": torch.ones(H, 11)}, r"pool_bias has shape.*\[H, T, P\] = \[3, 35, 11\]"),
+        ({"q": torch.randn(15, H, C)}, r"q has shape \[15, 3, 5\]"),
+        ({"v": torch.randn(B, 14, H, C)}, r"v has shape.*\[B, T, H, C\] = \[2, 15, 3, 5\]"),
+        ({"v_pool": torch.randn(B, 2, H, C)}, r"v_pool has shape.*\[2, 7, 3, 5\]"),
+        ({"k_pool": torch.randn(B, 7, C)}, r"k_pool has shape \[2, 7, 5\]"),
+        ({"gate": torch.ones(B, 15)}, r"gate has shape \[2, 15\].*\[2, 15, 3\]"),
+        ({"pool_bias": torch.ones(H, 7)}, r"pool_bias has shape.*\[H, T, P\] = \[3, 15, 7\]"),
         ({"learned_tokens": torch.ones(H, 9, C)}, r"\[H, C, w²\] = \[3, 5, 9\]"),
-        ({"unit_q": torch.randn(B, 35, H, C).double()}, "unit_q has dtype torch.float64"),
+        ({"unit_q": torch.randn(B, 15, H, C).double()}, "unit_q has dtype torch.float64"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
