@@ -221,9 +221,9 @@ struct MapList {
     const float top = largest(s, columns);
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i) s[i] = exp2_of<T>((s[i] - top) * LOG2E);
-    const float total = sum(s, columns);
+    const float share = 1 / sum(s, columns);
 #pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) s[i] /= total;
+    for (int64_t i = 0; i < columns; ++i) s[i] *= share;
   }
 };
 
