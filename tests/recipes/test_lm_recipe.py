@@ -47,9 +47,12 @@ def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
     assert [model.label for model in record.models] == [row["label"] for row in rows]
 
 
-def test_languages_come_from_a_directory():
+def test_languages_come_from_a_directory(tmp_path):
     with pytest.raises(ValueError, match=r"data is None; .*docs/multilingual.sh"):
         train(multilingual())
+    (tmp_path / "page.txt").write_text("one language")
+    with pytest.raises(ValueError, match="has no directories for languages"):
+        dataclasses.replace(multilingual(), data=str(tmp_path)).read()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

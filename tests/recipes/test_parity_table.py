@@ -25,6 +25,11 @@ def test_the_papers_rows():
     ]
 
 
+def test_rounding_that_ends_far_from_parity_is_said():
+    _, notes = comparison(ParityRun(**PAPER, heads=(2,), experts_multiple_of=1000))
+    assert notes[1].startswith("2 heads: 23.47 times the sparse MoE's parameters is no parity")
+
+
 def test_options_reach_the_solver():
     run = ParityRun(**PAPER, heads=(1,), top_k_mh=4, glu=False, multiple_of=100)
     (_, line), notes = comparison(run)

@@ -232,7 +232,7 @@ class _Progress(TrainerCallback):
             seconds = (state.max_steps - state.global_step) * self.speed.median()
             print(
                 f"{self.title}  step {state.global_step}/{state.max_steps}  {self._status()}  "
-                f"{seconds:.0f} s left",
+                f"{seconds:.0f} s left of it",
                 flush=True,
             )
 

@@ -92,7 +92,8 @@ def match_sparse_moe(
 
     Raises:
         ValueError: If a count is no int or below 1, heads does not divide dim, top_k exceeds
-            num_experts, no positive f exists, or the parameters buy fewer than k experts.
+            num_experts, no positive f exists, or the parameters buy fewer than k experts, after
+            rounding.
 
     Example (worked by hand): d = 768, E0 = 8, k0 = 1, f0 = 2048 and two heads: f = (2048 - 512) / 2
     = 768 and E = (2048·8 - 512)·2 / 768 = 41.33, rounded to 41.
@@ -149,7 +150,7 @@ def match_mh_moe(
 
     Raises:
         ValueError: If a count is no int or below 1, heads does not divide dim, top_k exceeds
-            num_experts, or the parameters buy fewer than k0 experts.
+            num_experts, or the parameters buy fewer than k0 experts, after rounding.
     """
     given = Mixture(dim, num_experts, top_k, expert_dim, heads, glu)
     check_count("top_k_sparse", top_k_sparse)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from headwise.data.text import subdirectories
 from headwise.recipes.comparison import TextRun, Variant
 from headwise.recipes.task import Task
 from headwise.recipes.variants import first_paper_models
@@ -50,6 +51,11 @@ class MultilingualRun(TextRun):
             raise ValueError(
                 "data is None; it must be a directory with a directory for each language: "
                 "`bash docs/multilingual.sh DIR` makes one of eight languages"
+            )
+        if Path(self.data).is_dir() and len(subdirectories(Path(self.data))) < 2:
+            raise ValueError(
+                f"data is {self.data!r}, which has no directories for languages; it must "
+                "have two or more"
             )
         return super().read()
 

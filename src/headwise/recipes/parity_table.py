@@ -15,10 +15,15 @@ LEGEND = (
     "routers."
 )
 
+# Of the ratio of parameters from 1.
+_FAR = 0.1
+
 
 @dataclass(frozen=True)
 class ParityRun:
     """Print the MH-MoE layers that cost what a sparse mixture of experts does.
+
+    The other way round is a function: headwise.parity.match_mh_moe.
 
     Attributes:
         dim: Width of the tokens.
@@ -106,6 +111,11 @@ def comparison(run: ParityRun) -> tuple[list[list[str]], list[str]]:
         sizes = _sizes(match.found, match.exact_expert_dim, match.exact_num_experts)
         cells.append([str(heads), *sizes, *_cost(match.found, sparse)])
         notes += [f"{name}: {note}" for note in match.rounded]
+        ratio = match.found.parameters / sparse.parameters
+        if abs(ratio - 1) > _FAR:
+            notes.append(
+                f"{name}: {ratio:.2f} times the sparse MoE's parameters is no parity; round to less"
+            )
     if len(reasons) == len(run.heads):
         raise ValueError("; ".join(dict.fromkeys(reasons)))
     return cells, notes

@@ -206,7 +206,7 @@ STUDIES = {
         "What do head and merge layer contribute?", mhmoe_layers, equal_cost=False
     ),
     "mhmoe-heads": Study(
-        "How many heads should MH-MoE have? (left open)",
+        "How many heads should MH-MoE have? (the papers try 2 and 3)",
         mhmoe_heads,
         equal_cost=False,
         axis="heads of MH-MoE",
@@ -221,7 +221,7 @@ STUDIES = {
         axis="shared heads (% of those that are on)",
     ),
     "moh-budget": Study(
-        "How far can heads be switched off? (left open)",
+        "How far can heads be switched off? (the paper stops at half)",
         moh_budget,
         equal_cost=False,
         axis="heads on (%)",
