@@ -23,6 +23,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   tune DIR       train a converted model further      headwise tune --help
   samples DIR    let a model write text to tune on    headwise samples --help
   generate DIR   continue a text with a saved model   headwise generate --help
+  sample DIR     draw images with a trained DiT        headwise sample --help
   report DIR     draw a run's page again              headwise report --help
   eval DIR …     score models on tasks, side by side  headwise eval --help
   parity         MH-MoE at a sparse MoE's cost        headwise parity --help
@@ -134,6 +135,14 @@ def _samples(argv: list[str]) -> None:
     run = _parsed(SamplesRun, argv, "headwise samples")
     _quiet_transformers()
     write_samples(run)
+
+
+def _sample(argv: list[str]) -> None:
+    from headwise.recipes.dit_sampling import SampleRun, sample
+
+    run = _parsed(SampleRun, argv, "headwise sample")
+    _quiet_transformers()
+    sample(run)
 
 
 def _generate(argv: list[str]) -> None:
@@ -250,6 +259,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "tune": _tune,
     "samples": _samples,
     "generate": _generate,
+    "sample": _sample,
     "report": _report,
     "eval": _eval,
     "parity": _parity,

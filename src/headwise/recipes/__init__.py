@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from headwise.recipes.comparison import ComparisonRun
+from headwise.recipes.dit import DiffusionRun, dit
 from headwise.recipes.lm import LanguageModelRun, lm
 from headwise.recipes.masked import MaskedRun, masked
 from headwise.recipes.multilingual import MultilingualRun, multilingual
@@ -13,9 +14,19 @@ RECIPES: dict[str, Callable[[], ComparisonRun]] = {
     "multilingual": multilingual,
     "masked": masked,
     "vit": vit,
+    "dit": dit,
 }
 
 __all__ = [
-    "RECIPES", "LanguageModelRun", "MaskedRun", "MultilingualRun", "VisionRun", "lm", "masked",
-    "multilingual", "vit",
+    "RECIPES",
+    "DiffusionRun",
+    "LanguageModelRun",
+    "MaskedRun",
+    "MultilingualRun",
+    "VisionRun",
+    "dit",
+    "lm",
+    "masked",
+    "multilingual",
+    "vit",
 ]  # fmt: skip

@@ -103,6 +103,7 @@ def training_arguments(
         eval_steps=run.eval_every,
         eval_on_start=eval_on_start,
         prediction_loss_only=True,
+        remove_unused_columns=False,
         save_strategy="steps",
         save_steps=run.save_every,
         save_total_limit=2,

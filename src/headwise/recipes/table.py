@@ -18,6 +18,9 @@ Row = dict[str, Any]
 
 
 _MEASURED = {
+    "dit": "recognised: drawn images that a classifier of the real ones takes for the class that "
+    "was asked for; FID, sFID, IS (Inception Score), precision and recall by its features, "
+    "comparable within this table only.",
     "vit": "top-1, top-5: accuracy on the held-out images.",
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models.",

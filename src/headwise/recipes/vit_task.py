@@ -35,17 +35,7 @@ def read_images(run: VisionRun) -> "VisionTask":
         ValueError: If they cannot be used, or have no classes, or a class has no image.
     """
     training, validation = load_images(run.data, image_size=run.image_size)
-    if training.labels is None:
-        raise ValueError(f"data {run.data!r} has no classes; a column 'label' must name them")
-    counts = np.bincount(training.labels, minlength=len(training.classes))
-    if len(counts) < 2:
-        raise ValueError(f"data {run.data!r} has one class; there must be two or more")
-    if not counts.all():
-        empty = [name for name, count in zip(training.classes, counts, strict=True) if not count]
-        raise ValueError(
-            f"data {run.data!r} has no image to train on of {', '.join(empty[:5])}"
-            f"{' and others' if len(empty) > 5 else ''}; each class needs some, or must go"
-        )
+    check_classes(run.data, training)
     picks = np.linspace(0, len(validation) - 1, min(run.eval_images, len(validation)))
     return VisionTask(run, training, validation.take(picks.round().astype(int).tolist()))
 
@@ -79,7 +69,7 @@ class VisionTask(Task):
 
     def fingerprint(self) -> dict[str, str]:
         parts = {"training": self.training, "validation": self.validation}
-        return fingerprint({name: [x.pixels, _labels(x)] for name, x in parts.items()})
+        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
 
     def check(self) -> None:
         self._augmentation()
@@ -187,7 +177,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         image = self.order[index]
         return {
             "pixel_values": torch.from_numpy(self.images.pixels[image]),
-            "labels": torch.tensor(_labels(self.images)[image]),
+            "labels": torch.tensor(labels_of(self.images)[image]),
         }
 
 
@@ -207,9 +197,28 @@ class ImageTrainer(SafeTrainer):
         return super().compute_loss(model, changed, *args, **kwargs)
 
 
-def _labels(images: ImageSet) -> NDArray[np.int64]:
+def labels_of(images: ImageSet) -> NDArray[np.int64]:
     assert images.labels is not None  # or read_images had refused them
     return images.labels
+
+
+def check_classes(data: str | None, images: ImageSet) -> None:
+    """Refuse images of which there are not some of each of two classes or more.
+
+    Raises:
+        ValueError: Saying what is missing.
+    """
+    if images.labels is None:
+        raise ValueError(f"data {data!r} has no classes; a column 'label' must name them")
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    if len(counts) < 2:
+        raise ValueError(f"data {data!r} has one class; there must be two or more")
+    if not counts.all():
+        empty = [name for name, count in zip(images.classes, counts, strict=True) if not count]
+        raise ValueError(
+            f"data {data!r} has no image to train on of {', '.join(empty[:5])}"
+            f"{' and others' if len(empty) > 5 else ''}; each class needs some, or must go"
+        )
 
 
 def in_model_range(images: Tensor) -> Tensor:

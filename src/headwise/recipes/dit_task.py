@@ -1,0 +1,232 @@
+"""Drawing images: a run's images made ready, and what is trained on them and measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from headwise.data.images import ImageSet, load_images
+from headwise.data.patches import in_floats
+from headwise.data.text import draw
+from headwise.hf import record_routing
+from headwise.hf.trainer import SafeTrainer
+from headwise.models import DiT, DiTConfig
+from headwise.parity import count_flops
+from headwise.recipes.classifier import load_classifier, train_classifier
+from headwise.recipes.comparison import Variant
+from headwise.recipes.directory import fingerprint
+from headwise.recipes.dit import SIZES, DiffusionRun
+from headwise.recipes.dit_sampling import encoded, load_vae, pipeline_of, schedule, uint8
+from headwise.recipes.evaluation import RoutingStatistics
+from headwise.recipes.task import Examples, Scores, Task
+from headwise.recipes.vit_task import check_classes, labels_of, only
+
+_CURVE_IMAGES = 256
+_AT_A_TIME = 100
+# What t a head's load is measured at: from the first steps of sampling to the last.
+_TIMES = (900, 700, 500, 300, 100)
+
+
+def read_images(run: DiffusionRun) -> "DiffusionTask":
+    """Load the images, encode them where a VAE is given, and find or train a classifier of them.
+
+    Raises:
+        ValueError: If images, VAE or classifier cannot be used.
+    """
+    training, validation = load_images(run.data, image_size=run.image_size)
+    check_classes(run.data, training)
+    vae = None if run.vae is None else load_vae(run.vae)
+    if run.classifier is None:
+        classifier = train_classifier(training)
+    else:
+        classifier = load_classifier(run.classifier, training)
+    values = tuple(encoded(vae, images) for images in (training, validation))
+    return DiffusionTask(run, training, validation, values, vae, classifier)
+
+
+@dataclass(frozen=True)
+class DiffusionTask(Task):
+    """Images and their classes.
+
+    Attributes:
+        run: Whose data they are.
+        training, validation: Images with labels.
+        values: What the models learn to draw, of both: pixels in -1..1, or latents.
+        vae: Which made these latents, and makes images of them.
+        classifier: Of the images.
+    """
+
+    run: DiffusionRun
+    training: ImageSet
+    validation: ImageSet
+    values: tuple[NDArray[np.float32], ...]
+    vae: Any
+    classifier: Any
+    unit = "image"
+    loss_unit = "hybrid loss per image"
+
+    @property
+    def processor(self) -> Any:
+        return schedule()
+
+    @property
+    def length(self) -> int:
+        return 1
+
+    def fingerprint(self) -> dict[str, str]:
+        parts = {"training": self.training, "validation": self.validation}
+        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
+
+    def check(self) -> None:
+        with torch.device("meta"):
+            for variant in self.run.chosen():
+                DiT(self.config(variant))
+
+    def model(self, variant: Variant, seed: int) -> DiT:
+        torch.manual_seed(seed)
+        return DiT(self.config(variant))
+
+    def config(self, variant: Variant) -> DiTConfig:
+        """Sizes of a variant."""
+        _, channels, size, _ = self.values[0].shape
+        changes: dict[str, Any] = {
+            "input_size": size,
+            "in_channels": channels,
+            "num_labels": len(self.training.classes),
+            "id2label": dict(enumerate(self.training.classes)),
+            "class_dropout": self.run.class_dropout,
+        }
+        if variant.attention is not None:
+            changes["shared_heads"] = variant.attention.shared
+            changes["active_heads"] = variant.attention.active
+            changes["balance_coefficient"] = variant.attention.balance_coefficient
+        return DiTConfig.preset(SIZES[self.run.size], **changes)
+
+    def flops(self, model: DiT) -> float:
+        patches = model.config.num_patches
+        return patches * sum(count_flops(model, sequence_length=patches, causal=False).values())
+
+    def example(self, model: DiT) -> dict[str, Tensor]:
+        x = torch.zeros(1, *self.values[0].shape[1:], device=model.device)
+        zero = torch.zeros(1, dtype=torch.long, device=model.device)
+        return {"x": x, "t": zero, "y": zero}
+
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """Images to train on, each once before one comes again; some of the held-out ones."""
+        run = self.run
+        order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
+        count = min(_CURVE_IMAGES, len(self.validation))
+        curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
+        return (
+            ValuesOfClasses(self.values[0], labels_of(self.training), order),
+            ValuesOfClasses(self.values[1], labels_of(self.validation), curve),
+        )
+
+    def trainer(self, **arguments: Any) -> SafeTrainer:
+        # diffusers is for those who draw.
+        from headwise.recipes.dit_trainer import DiffusionTrainer
+
+        run = self.run
+        return DiffusionTrainer(
+            schedule=schedule(), averaging=run.averaging, flip=run.flip, **arguments
+        )
+
+    def score(self, model: Any) -> Scores:
+        """Images of each class, drawn and compared with real ones by the classifier."""
+        from headwise.analysis.features import ClassifierFeatures, collect_features
+        from headwise.analysis.generation import sample_quality
+
+        model.eval()
+        features = ClassifierFeatures(self.classifier.to(model.device), spatial="backbone.stages.0")
+        drawn = collect_features(self._drawn(model), features)
+        pixels = self.training.pixels
+        parts = (pixels[i : i + _AT_A_TIME] for i in range(0, len(pixels), _AT_A_TIME))
+        real = collect_features((in_floats(part).to(model.device) for part in parts), features)
+        quality = sample_quality(real, drawn)
+        wanted = torch.tensor(self._wanted(), device=drawn.logits.device)
+        columns = {
+            "recognised": 100 * (drawn.logits.argmax(1) == wanted).double().mean().item(),
+            "fid": quality.fid,
+            **({} if quality.sfid is None else {"sfid": quality.sfid}),
+            "inception_score": quality.inception_score,
+            "precision_of_samples": quality.precision,
+            "recall_of_samples": quality.recall,
+            "samples": quality.num_generated,
+        }
+        statistics = self._loads(model)
+        return Scores(columns, statistics.head_loads(), None, texts=[])
+
+    def _wanted(self) -> list[int]:
+        """The classes that are drawn to be measured."""
+        return [c for c in range(len(self.training.classes)) for _ in range(self.run.samples)]
+
+    def _drawn(self, model: DiT) -> Iterator[Tensor]:
+        pipeline = pipeline_of(model, "ddim", self.vae)
+        pipeline.set_progress_bar_config(disable=True)
+        classes = self._wanted()
+        for start in range(0, len(classes), _AT_A_TIME):
+            part = classes[start : start + _AT_A_TIME]
+            images = pipeline(
+                part,
+                guidance_scale=self.run.guidance_scale,
+                num_inference_steps=self.run.sampling_steps,
+                seeds=range(start, start + len(part)),
+                output_type="pt",
+            ).images
+            yield in_floats(uint8(images)).to(model.device)
+
+    @torch.no_grad()
+    def _loads(self, model: DiT) -> RoutingStatistics:
+        """Who works for which class, on held-out images made noisy."""
+        statistics, noisy = RoutingStatistics(model), schedule()
+        generator = torch.Generator().manual_seed(0)
+        everything = ValuesOfClasses(
+            self.values[1], labels_of(self.validation), np.arange(len(self.validation))
+        )
+        with record_routing(model) as routings:
+            for batch in DataLoader(everything, batch_size=_AT_A_TIME):
+                x, y = batch["pixel_values"], batch["labels"]
+                for time in _TIMES:
+                    t = torch.full_like(y, time)
+                    noise = torch.randn(x.shape, generator=generator)
+                    seen = (noisy.add_noise(x, noise, t), t, y)
+                    model(*(value.to(model.device) for value in seen))
+                    for label in y.unique().tolist():
+                        of_class = (y == label).to(model.device)
+                        statistics.add(self.training.classes[label], only(routings, of_class))
+        return statistics
+
+    def facts(self) -> dict[str, str]:
+        size = self.training.pixels.shape[-1]
+        of = "pixels" if self.vae is None else f"pixels, as latents of {self.run.vae}"
+        return {
+            "Images": self.run.data or "scikit-learn's handwritten digits",
+            "Of": f"{len(self.training.classes)} classes, {size} × {size} {of}",
+            "Number": f"{len(self.training)} to train on",
+            "Samples": f"{self.run.samples} of each class, DDIM in {self.run.sampling_steps} "
+            f"steps, guidance {self.run.guidance_scale:g}",
+        }
+
+
+class ValuesOfClasses(Dataset[dict[str, Tensor]]):
+    """Images or latents, [C, S, S], with labels in an order."""
+
+    def __init__(
+        self, values: NDArray[np.float32], labels: NDArray[np.int64], order: NDArray[np.int64]
+    ):
+        self.values, self.labels, self.order = values, labels, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.order[index]
+        return {
+            "pixel_values": torch.from_numpy(self.values[image]),
+            "labels": torch.tensor(self.labels[image]),
+        }

@@ -1,0 +1,197 @@
+"""`headwise train dit` and `headwise sample` on small images; what they refuse."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from headwise.data.images import load_images
+from headwise.models import DiT
+from headwise.recipes import dit
+from headwise.recipes.table import read_csv
+from headwise.recipes.train import train
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("kornia", reason="kornia is not installed")
+from headwise.recipes.classifier import train_classifier
+from headwise.recipes.dit_sampling import SampleRun, in_grid, sample
+from headwise.recipes.dit_task import read_images
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Bright and dark squares of 8 × 8 pixels, grey: two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for name, low in (("bright", 150), ("dark", 0)):
+        (root / name).mkdir()
+        for i in range(40):
+            pixels = generator.integers(low, low + 100, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, pictures):
+    directory = tmp_path_factory.mktemp("classifier")
+    training, _ = load_images(str(pictures))
+    train_classifier(training, steps=40).save_pretrained(directory)
+    return directory
+
+
+def run_of(output, pictures, classifier, **changes):
+    fields = {
+        "steps": 6, "batch_size": 5, "eval_every": 3, "save_every": 2, "log_every": 1,
+        "samples": 11, "sampling_steps": 3, "classifier": classifier,
+    }  # fmt: skip
+    return dataclasses.replace(dit(), output=output, data=str(pictures), **fields | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures, classifier):
+    output = tmp_path_factory.mktemp("runs") / "dit"
+    changes = {"steps": 700, "batch_size": 16, "eval_every": 700, "save_every": 700}
+    run = run_of(
+        output,
+        pictures,
+        classifier,
+        models=("moh_75",),
+        sampling_steps=20,
+        averaging=0.9,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        **changes,
+    )
+    train(run)
+    return run
+
+
+def test_it_draws_bright_and_dark(finished):
+    (row,) = read_csv(finished.output / "results.csv")
+    assert row["model"] == "moh_75"
+    assert float(row["recognised"]) == 100
+    assert 0 <= float(row["precision_of_samples"]) <= 1
+    assert float(row["fid"]) >= 0
+    assert (row["unit"], row["samples"]) == ("image", "22")
+    assert float(row["active_heads"]) < 1
+    assert "Diffusion transformers" in (finished.output / "report.html").read_text()
+
+
+def test_what_is_saved_is_the_average(finished):
+    directory = finished.output / "models" / "moh_75-seed0"
+    saved = DiT.from_pretrained(directory).state_dict()
+    checkpoint = finished.output / "checkpoints" / "moh_75-seed0" / "checkpoint-700"
+    trained = DiT.from_pretrained(checkpoint).state_dict()
+    assert not torch.equal(saved["final_layer.linear.weight"], trained["final_layer.linear.weight"])
+    assert torch.equal(saved["positions"], trained["positions"])
+
+
+def test_loads_are_counted_for_each_class(finished):
+    task = read_images(finished)
+    model = DiT.from_pretrained(finished.output / "models" / "moh_75-seed0").eval()
+    loads = task._loads(model).head_loads()
+    assert list(loads.by_domain) == ["bright", "dark"]
+    active = [b.active_heads for b in model.config.budgets]
+    for layers in loads.by_domain.values():
+        assert [sum(layer) for layer in layers] == pytest.approx(active)
+
+
+def test_resumed_is_never_stopped(tmp_path, pictures, classifier):
+    whole, halved = (
+        run_of(tmp_path / name, pictures, classifier, models=("moh_75",), flip=0.5)
+        for name in ("whole", "halved")
+    )
+    train(whole)
+    train(halved)
+    # As after a kill at step 5: the last checkpoint is that of step 4.
+    shutil.rmtree(halved.output / "models")
+    shutil.rmtree(halved.output / "checkpoints" / "moh_75-seed0" / "checkpoint-6")
+    train(dataclasses.replace(halved, resume=True))
+    states = [
+        DiT.from_pretrained(run.output / "models" / "moh_75-seed0").state_dict()
+        for run in (whole, halved)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm"])
+def test_a_grid_has_a_row_a_class(finished, tmp_path, scheduler):
+    directory, output = finished.output / "models" / "moh_75-seed0", tmp_path / "grid.png"
+    run = SampleRun(
+        directory=directory, output=output, per_class=3, steps=20, scheduler=scheduler, scale=2
+    )
+    sample(run)
+    with Image.open(output) as grid:
+        assert grid.size == (3 * (2 * 8 + 4), 2 * (2 * 8 + 4))
+        pixels = np.asarray(grid).astype(float)
+    rows = [pixels[r * 20 + 2 : r * 20 + 18, 2:18].mean() for r in (0, 1)]
+    assert rows[0] > rows[1] + 50
+
+
+def test_seeds_repeat_a_grid_and_choose_its_images(finished, tmp_path):
+    directory = finished.output / "models" / "moh_75-seed0"
+    grids = []
+    for name, classes, seed in (("a", (0, 1), 0), ("b", (0, 1), 0), ("c", (1,), 2)):
+        run = SampleRun(
+            directory=directory, output=tmp_path / f"{name}.png", classes=classes, per_class=2,
+            steps=3, seed=seed,
+        )  # fmt: skip
+        sample(run)
+        with Image.open(run.output) as image:
+            grids.append(np.asarray(image).astype(int))
+    assert (grids[0] == grids[1]).all()
+    # The same seeds and class beside other batch mates, up to rounding.
+    assert abs(grids[2] - grids[0][len(grids[2]) :]).max() <= 1
+
+
+def test_grid_by_hand():
+    images = np.array([10, 20, 30, 40], dtype=np.uint8).reshape(4, 1, 1, 1)
+    grid = np.asarray(in_grid(images, columns=2, scale=2))
+    assert grid.shape == (12, 12)
+    assert grid[2:4, 2:4].tolist() == [[10, 10], [10, 10]]
+    assert (grid[2, 8], grid[8, 2], grid[8, 8]) == (20, 30, 40)
+    assert (grid[:2] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "xs"}, "unknown size 'xs'; did you mean 's'|did you mean 'xl'"),
+        ({"averaging": 1.0}, "averaging is 1.0; it must lie in 0..1, below 1"),
+        ({"class_dropout": 0.0}, "guidance_scale is 2.0; with class_dropout 0 it must be 1"),
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
+        ({"flip": -1.0}, "flip is -1.0; it must lie in 0..1"),
+    ],
+)
+def test_wrong_fields_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(dit(), **changes)
+
+
+def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
+    output = tmp_path / "grid.png"
+    with pytest.raises(ValueError, match=r"no config.json\); the run in it has .*moh_75-seed0"):
+        sample(SampleRun(directory=finished.output, output=output))
+    with pytest.raises(ValueError, match="holds no DiT that can be loaded"):
+        sample(SampleRun(directory=classifier, output=output))
+    directory = finished.output / "models" / "moh_75-seed0"
+    with pytest.raises(ValueError, match=r"classes is \[7\]"):
+        sample(SampleRun(directory=directory, output=output, classes=(7,), per_class=1))
+    with pytest.raises(ValueError, match=r"must be the name of a \.png file"):
+        SampleRun(directory=classifier, output=tmp_path / "grid.gif")
+    assert not output.exists()
+
+
+def test_a_classifier_of_other_classes_is_refused(finished, tmp_path, pictures):
+    training, _ = load_images(None)
+    other = tmp_path / "other"
+    train_classifier(training, steps=1).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"knows the classes zero, one.*; the images have bright"):
+        read_images(dataclasses.replace(finished, classifier=other))
+    with pytest.raises(ValueError, match="holds no classifier"):
+        read_images(dataclasses.replace(finished, classifier=tmp_path / "nowhere"))
