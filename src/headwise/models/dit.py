@@ -16,7 +16,8 @@ from headwise.hf.auto import load_strictly
 from headwise.models.dit_config import DiTConfig
 from headwise.nn import MoHAttention
 from headwise.nn.routers import ScoreMap
-from headwise.ops import Routing, balance_loss
+from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
 
 _FREQUENCIES = 128
 _LONGEST_PERIOD = 10_000
@@ -223,10 +224,7 @@ class DiT(PreTrainedModel):
             routings: What `record_routing` or `collect_routings` saw in a forward. Where none of
                 them routes, the loss is 0.
         """
-        losses = [balance_loss(r) for r in routings.values() if r.probabilities.shape[-1]]
-        if not losses:
-            return self.positions.new_zeros(())
-        return self.config.balance_coefficient * torch.stack(losses).mean()
+        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config

@@ -32,7 +32,8 @@ from headwise.models.transnext_layers import (
     to_tokens,
 )
 from headwise.nn.routers import ScoreMap
-from headwise.ops import Routing, balance_loss
+from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
 from headwise.parity import Reads
 
 
@@ -245,10 +246,9 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
             loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None
         )
 
-    def routing_loss(self, routings: dict[str, Routing]) -> Tensor | float:
+    def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
         """The balance losses of a forward, averaged over the layers that route, as configured."""
-        losses = [balance_loss(r) for r in routings.values() if r.probabilities.shape[-1]]
-        return self.config.balance_coefficient * torch.stack(losses).mean() if losses else 0.0
+        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

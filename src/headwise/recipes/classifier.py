@@ -11,7 +11,7 @@ from headwise.data.images import ImageSet
 from headwise.data.text import draw
 from headwise.models import TransNeXtForImageClassification
 from headwise.recipes.vit import VisionRun
-from headwise.recipes.vit_task import LabelledImages, VisionTask
+from headwise.recipes.vit_task import LabelledImages, VisionTask, labels_of
 
 _STEPS, _BATCH = 200, 64
 
@@ -39,7 +39,7 @@ def train_classifier(images: ImageSet, *, steps: int = _STEPS) -> TransNeXtForIm
                 disable_tqdm=True,
                 use_cpu=True,
             ),
-            train_dataset=LabelledImages(images, order),
+            train_dataset=LabelledImages(images.pixels, labels_of(images), order),
             data_collator=default_data_collator,
             title="A classifier to measure with",
             per_step=_BATCH,

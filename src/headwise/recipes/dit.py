@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from headwise.hf import MoHConfig
-from headwise.ops.choice import look_up
 from headwise.recipes.arguments import check_at_least
-from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.image_run import ImageRun
 from headwise.recipes.task import Task
-
-# Presets of `DiTConfig`, by size.
-SIZES = {name: f"dit-{name}" for name in ("test", "s", "b", "l", "xl")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRun(ComparisonRun):
+class DiffusionRun(ImageRun):
     """DiT and MoH-DiT on images of classes: AdamW at a constant learning rate, averaged weights.
 
     What is saved, sampled from and measured are the averaged weights.
@@ -24,16 +20,10 @@ class DiffusionRun(ComparisonRun):
     (presets "moh-dit-s-75" and its like have the published budgets); pixels where no VAE is given.
 
     Attributes:
-        data: Images with classes: None for scikit-learn's digits, a Parquet file, a directory with
-            a directory for each class, a dataset's name.
         size: Sizes of the models: test, s, b, l or xl.
-        image_size: Side to which images are cropped and resized; None leaves them.
         vae: Directory or name of diffusers' AutoencoderKL, to whose latents all images are brought
             once; None trains on pixels.
-        active_heads: Of MoH-DiT, the share of heads that are on.
-        shared_heads: Of MoH-DiT, the share of these that is always on.
         class_dropout: Share of labels that training leaves out, for guidance.
-        flip: Probability that an image is mirrored.
         averaging: Share that the averaged weights keep of themselves in a step, at most; at first
             it is less.
         guidance_scale: Of the samples that are measured; 1 is none.
@@ -43,14 +33,13 @@ class DiffusionRun(ComparisonRun):
             whose features FID and its like compare; None trains a small one first.
     """
 
+    sizes: ClassVar = {name: f"dit-{name}" for name in ("test", "s", "b", "l", "xl")}
+    dense_label = "DiT"
+    routed_label = "MoH-DiT"
+
     output: Path = Path("runs/dit")
-    size: str = "test"
-    image_size: int | None = None
     vae: str | None = None
-    active_heads: float = 0.75
-    shared_heads: float = 0.5
     class_dropout: float = 0.1
-    flip: float = 0.0
     averaging: float = 0.9999
     guidance_scale: float = 2.0
     sampling_steps: int = 50
@@ -66,21 +55,13 @@ class DiffusionRun(ComparisonRun):
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        look_up("size", self.size, SIZES)
-        for name in ("active_heads", "shared_heads"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1, above 0")
         for name in ("class_dropout", "averaging"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1, below 1")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}; it must lie in 0..1")
         if self.class_dropout == 0 and self.guidance_scale != 1:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; with class_dropout 0 it must be 1"
             )
-        if self.image_size is not None:
-            check_at_least(1, "image_size", self.image_size)
         for name in ("sampling_steps", "samples"):
             check_at_least(1, name, getattr(self, name))
         super().__post_init__()
@@ -97,24 +78,6 @@ class DiffusionRun(ComparisonRun):
     @property
     def title(self) -> str:
         return "Diffusion transformers with all heads and with some"
-
-    def variants(self) -> list[Variant]:
-        """Dense, and MoH-DiT with `active_heads`."""
-        return [Variant(name="dense", label="DiT"), self.routed(self.active_heads)]
-
-    def routed(self, active: float) -> Variant:
-        """MoH-DiT with that share of its heads on."""
-        percent = f"{100 * active:.0f}"
-        return Variant(
-            name=f"moh_{percent}",
-            label=f"MoH-DiT, {percent} %",
-            attention=MoHConfig(
-                shared=self.shared_heads * active,
-                active=active,
-                balance_coefficient=self.balance_coefficient,
-            ),
-            position=100 * active,
-        )
 
     def read(self) -> Task:
         # Not above: help on a recipe's fields shall not wait for what reads images.

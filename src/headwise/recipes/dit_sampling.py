@@ -18,6 +18,7 @@ from headwise.models import DiT
 from headwise.ops.choice import check_choice
 from headwise.recipes.arguments import check_at_least
 from headwise.recipes.directory import write_whole
+from headwise.recipes.loading import check_holds_model
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
 _AT_A_TIME = 64
@@ -89,10 +90,7 @@ def load_dit(directory: Path) -> DiT:
     Raises:
         ValueError: If there is none.
     """
-    if not (directory / "config.json").is_file():
-        inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
-        hint = f"; the run in it has {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{directory} holds no model (no config.json){hint}")
+    check_holds_model(directory)
     try:
         return DiT.from_pretrained(directory).eval()
     except (OSError, ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
@@ -20,11 +20,11 @@ from headwise.parity import count_flops
 from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
-from headwise.recipes.dit import SIZES, DiffusionRun
+from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.dit_sampling import encoded, load_vae, pipeline_of, schedule, uint8
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.task import Examples, Scores, Task
-from headwise.recipes.vit_task import check_classes, labels_of, only
+from headwise.recipes.vit_task import LabelledImages, check_classes, labels_of, only
 
 _CURVE_IMAGES = 256
 _AT_A_TIME = 100
@@ -105,7 +105,7 @@ class DiffusionTask(Task):
             changes["shared_heads"] = variant.attention.shared
             changes["active_heads"] = variant.attention.active
             changes["balance_coefficient"] = variant.attention.balance_coefficient
-        return DiTConfig.preset(SIZES[self.run.size], **changes)
+        return DiTConfig.preset(self.run.preset, **changes)
 
     def flops(self, model: DiT) -> float:
         patches = model.config.num_patches
@@ -123,8 +123,8 @@ class DiffusionTask(Task):
         count = min(_CURVE_IMAGES, len(self.validation))
         curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
         return (
-            ValuesOfClasses(self.values[0], labels_of(self.training), order),
-            ValuesOfClasses(self.values[1], labels_of(self.validation), curve),
+            LabelledImages(self.values[0], labels_of(self.training), order),
+            LabelledImages(self.values[1], labels_of(self.validation), curve),
         )
 
     def trainer(self, **arguments: Any) -> SafeTrainer:
@@ -185,7 +185,7 @@ class DiffusionTask(Task):
         """Who works for which class, on held-out images made noisy."""
         statistics, noisy = RoutingStatistics(model), schedule()
         generator = torch.Generator().manual_seed(0)
-        everything = ValuesOfClasses(
+        everything = LabelledImages(
             self.values[1], labels_of(self.validation), np.arange(len(self.validation))
         )
         with record_routing(model) as routings:
@@ -210,23 +210,4 @@ class DiffusionTask(Task):
             "Number": f"{len(self.training)} to train on",
             "Samples": f"{self.run.samples} of each class, DDIM in {self.run.sampling_steps} "
             f"steps, guidance {self.run.guidance_scale:g}",
-        }
-
-
-class ValuesOfClasses(Dataset[dict[str, Tensor]]):
-    """Images or latents, [C, S, S], with labels in an order."""
-
-    def __init__(
-        self, values: NDArray[np.float32], labels: NDArray[np.int64], order: NDArray[np.int64]
-    ):
-        self.values, self.labels, self.order = values, labels, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = self.order[index]
-        return {
-            "pixel_values": torch.from_numpy(self.values[image]),
-            "labels": torch.tensor(self.labels[image]),
         }

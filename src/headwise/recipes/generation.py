@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from headwise.recipes.loading import load_tokenizer
+from headwise.recipes.loading import check_holds_model, load_tokenizer
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
@@ -15,10 +15,7 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     Raises:
         ValueError: If the directory holds no model, or a broken one.
     """
-    if not (directory / "config.json").is_file():
-        inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
-        hint = f"; the run in it has {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{directory} holds no model (no config.json){hint}")
+    check_holds_model(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(directory)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Loading what a path holds: a causal language model, converted or not, and its tokenizer."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -20,6 +21,14 @@ def load_causal_lm(path: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} holds no model that can be loaded: {reason}") from error
+
+
+def check_holds_model(directory: Path) -> None:
+    """Raises ValueError if no model was saved there, with those of the run that may be there."""
+    if not (directory / "config.json").is_file():
+        inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
+        hint = f"; the run in it has {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{directory} holds no model (no config.json){hint}")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

@@ -23,7 +23,7 @@ from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.task import Examples, Scores, Task
-from headwise.recipes.vit import SIZES, VisionRun
+from headwise.recipes.vit import VisionRun
 
 _CURVE_IMAGES = 512
 
@@ -84,7 +84,7 @@ class VisionTask(Task):
     def config(self, attention: Any) -> TransNeXtConfig:
         """Sizes of a variant. Patches are those of the size, but an eighth of the image at most."""
         run, (_, channels, size, _) = self.run, self.training.pixels.shape
-        dense = TransNeXtConfig.preset(SIZES[run.size])
+        dense = TransNeXtConfig.preset(run.preset)
         changes: dict[str, Any] = {
             "image_size": size,
             "pretrain_size": size,
@@ -103,7 +103,7 @@ class VisionTask(Task):
             changes["shared_heads"] = [budget.shared_heads for budget in budgets]
             changes["active_heads"] = [budget.active_heads for budget in budgets]
             changes["balance_coefficient"] = attention.balance_coefficient
-        return TransNeXtConfig.preset(SIZES[run.size], **changes)
+        return TransNeXtConfig.preset(run.preset, **changes)
 
     def flops(self, model: TransNeXtForImageClassification) -> float:
         return sum(count_flops(model, image_size=model.config.image_size).values())
@@ -118,7 +118,11 @@ class VisionTask(Task):
         order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
         count = min(_CURVE_IMAGES, len(self.validation))
         curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
-        return LabelledImages(self.training, order), LabelledImages(self.validation, curve)
+        training, validation = self.training, self.validation
+        return (
+            LabelledImages(training.pixels, labels_of(training), order),
+            LabelledImages(validation.pixels, labels_of(validation), curve),
+        )
 
     def trainer(self, **arguments: Any) -> SafeTrainer:
         return ImageTrainer(augmentation=self._augmentation(), **arguments)
@@ -140,7 +144,8 @@ class VisionTask(Task):
         """Accuracy on the held-out images, and for which classes heads are on."""
         model.eval()
         statistics = RoutingStatistics(model)
-        everything = LabelledImages(self.validation, np.arange(len(self.validation)))
+        images = self.validation
+        everything = LabelledImages(images.pixels, labels_of(images), np.arange(len(images)))
         hits = torch.zeros(2, dtype=torch.int64)
         with record_routing(model) as routings:
             for batch in DataLoader(everything, batch_size=self.run.batch_size):
@@ -165,10 +170,10 @@ class VisionTask(Task):
 
 
 class LabelledImages(Dataset[dict[str, Tensor]]):
-    """Images with labels in an order: pixels as uint8 [C, S, S]."""
+    """Images, in pixels [C, S, S] or as latents, with their labels, in an order."""
 
-    def __init__(self, images: ImageSet, order: NDArray[np.int64]):
-        self.images, self.order = images, order
+    def __init__(self, values: NDArray[Any], labels: NDArray[np.int64], order: NDArray[np.int64]):
+        self.values, self.labels, self.order = values, labels, order
 
     def __len__(self) -> int:
         return len(self.order)
@@ -176,8 +181,8 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = self.order[index]
         return {
-            "pixel_values": torch.from_numpy(self.images.pixels[image]),
-            "labels": torch.tensor(labels_of(self.images)[image]),
+            "pixel_values": torch.from_numpy(self.values[image]),
+            "labels": torch.tensor(self.labels[image]),
         }
 
 
