@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headwise.ops import native_routing
 from headwise.ops.choice import check_choice
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 
@@ -118,8 +119,14 @@ def route_heads(
     check_choice("scores", scores, HeadScores)
     num_shared, num_routed = shared_logits.shape[-1], routed_logits.shape[-1]
     _check_top_k(top_k, num_routed, lowest=0)
-    shared = _wide(shared_logits).softmax(-1)
+    if num_shared > 0 and num_routed > 0 and stage_logits is None:
+        raise ValueError("stage_logits is None; with shared and routed heads it must be given")
     logits = _wide(routed_logits)
+    if native_routing.takes(logits, scores):
+        wide = _wide(shared_logits), logits, None if stage_logits is None else _wide(stage_logits)
+        weights, indices, p = native_routing.gates(*wide, top_k, mode == "paper")
+        return Routing(weights, indices, p, logits)
+    shared = _wide(shared_logits).softmax(-1)
     p, probabilities = affinities(logits, scores)
     indices = top_k_lowest_first(p, top_k)
     routed = p * _multi_hot(indices, p)
@@ -129,9 +136,7 @@ def route_heads(
         shared = shared * num_shared
         eps = torch.finfo(routed.dtype).eps
         routed = routed / routed.sum(-1, keepdim=True).clamp_min(eps) * top_k
-    if num_shared > 0 and num_routed > 0:
-        if stage_logits is None:
-            raise ValueError("stage_logits is None; with shared and routed heads it must be given")
+    if num_shared > 0 and num_routed > 0 and stage_logits is not None:
         stage = _wide(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
         shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
     return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, logits)

@@ -8,6 +8,7 @@
 #include "attention_forward.h"
 #include "decode.h"
 #include "experts.h"
+#include "routing.h"
 
 namespace headwise {
 
@@ -113,6 +114,32 @@ Tensor expert_mlp(
   return compute(x, weights, indices, up, down);
 }
 
+std::tuple<Tensor, Tensor, Tensor> route_heads(
+    const Tensor& shared, const Tensor& routed, const Tensor& stage, int64_t top_k, bool paper) {
+  const HeadLogits z{Logits(shared), Logits(routed), Logits(stage), top_k, paper};
+  const int64_t tokens = shared.size(0);
+  Tensor gates = at::empty({tokens, z.shared.count + z.routed.count}, shared.options());
+  Tensor indices = at::empty({tokens, top_k}, shared.options().dtype(at::kLong));
+  Tensor probabilities = at::empty({tokens, z.routed.count}, shared.options());
+  route(
+      z, tokens, gates.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(),
+      probabilities.mutable_data_ptr<float>());
+  return {gates, indices, probabilities};
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_heads_backward(
+    const Tensor& gates, const Tensor& probabilities, const Tensor& shared, const Tensor& routed,
+    const Tensor& stage, const Tensor& indices, bool paper) {
+  const HeadLogits z{Logits(shared), Logits(routed), Logits(stage), indices.size(1), paper};
+  const auto like = [](const Tensor& of) { return at::zeros(of.sizes(), of.options()); };
+  Tensor dshared = like(shared), drouted = like(routed), dstage = like(stage);
+  route_backward(
+      z, shared.size(0), gates.const_data_ptr<float>(), probabilities.const_data_ptr<float>(),
+      indices.const_data_ptr<int64_t>(), dshared.mutable_data_ptr<float>(),
+      drouted.mutable_data_ptr<float>(), dstage.mutable_data_ptr<float>());
+  return {dshared, drouted, dstage};
+}
+
 }  // namespace headwise
 
 TORCH_LIBRARY(headwise_native, m) {
@@ -136,6 +163,12 @@ TORCH_LIBRARY(headwise_native, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
+  m.def(
+      "route_heads(Tensor shared, Tensor routed, Tensor stage, int top_k, bool paper) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "route_heads_backward(Tensor gates, Tensor probabilities, Tensor shared, Tensor routed, "
+      "Tensor stage, Tensor indices, bool paper) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
@@ -145,4 +178,6 @@ TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("attention_backward", &headwise::attention_backward);
   m.impl("decode_attention", &headwise::decode_attention);
   m.impl("expert_mlp", &headwise::expert_mlp);
+  m.impl("route_heads", &headwise::route_heads);
+  m.impl("route_heads_backward", &headwise::route_heads_backward);
 }

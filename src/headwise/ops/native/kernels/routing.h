@@ -1,0 +1,116 @@
+// Two-stage routing of heads with softmaxes (ops.route_heads), and its gradient. A token at a time.
+#pragma once
+
+#include "common.h"
+
+namespace headwise {
+
+// Tokens that a thread takes at a time, so that a few of them do not wait for threads.
+constexpr int64_t TOKENS = 128;
+
+// Logits [tokens, count]; the rows may be parts of longer ones.
+struct Logits {
+  const float* values;
+  int64_t stride, count;
+  explicit Logits(const Tensor& x)
+      : values(x.const_data_ptr<float>()), stride(x.stride(0)), count(x.size(1)) {}
+  const float* operator[](int64_t token) const { return values + token * stride; }
+};
+
+struct HeadLogits {
+  Logits shared, routed, stage;
+  int64_t top_k;
+  bool paper;
+  // Without one of the two kinds of heads there are no stages.
+  bool staged() const { return shared.count > 0 && routed.count > 0; }
+};
+
+inline void softmax(const float* logits, int64_t count, float* out) {
+  float most = -INFINITY, sum = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, logits[i]);
+  for (int64_t i = 0; i < count; ++i) sum += out[i] = std::exp(logits[i] - most);
+  for (int64_t i = 0; i < count; ++i) out[i] /= sum;
+}
+
+// Of the gradient of softmax(z) = p that of z.
+inline void softmax_backward(const float* p, const float* dp, int64_t count, float* dz) {
+  float mean = 0;
+  for (int64_t i = 0; i < count; ++i) mean += p[i] * dp[i];
+  for (int64_t i = 0; i < count; ++i) dz[i] = p[i] * (dp[i] - mean);
+}
+
+// The k largest, best first; of equal ones the first. `left` is scratch.
+inline void best(const float* p, int64_t count, int64_t k, float* left, int64_t* indices) {
+  std::copy_n(p, count, left);
+  for (int64_t i = 0; i < k; ++i) {
+    indices[i] = std::max_element(left, left + count) - left;
+    left[indices[i]] = -INFINITY;
+  }
+}
+
+// What a token's shared and routed scores are multiplied by, before the stages have their say.
+inline std::pair<float, float> scales(const HeadLogits& z, const float* p, const int64_t* chosen) {
+  if (z.paper) return {1.0f, 1.0f};
+  float sum = 0;
+  for (int64_t i = 0; i < z.top_k; ++i) sum += p[chosen[i]];
+  const float stages = z.staged() ? 2.0f : 1.0f;
+  const float smallest = std::numeric_limits<float>::epsilon();
+  return {stages * z.shared.count, stages * z.top_k / std::max(sum, smallest)};
+}
+
+inline void route(
+    const HeadLogits& z, int64_t tokens, float* gates, int64_t* indices, float* probabilities) {
+  const int64_t shared = z.shared.count, routed = z.routed.count;
+  at::parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
+    std::vector<float> left(routed);
+    for (int64_t t = begin; t < end; ++t) {
+      float *gate = gates + t * (shared + routed), *p = probabilities + t * routed;
+      int64_t* chosen = indices + t * z.top_k;
+      float stage[2] = {1.0f, 1.0f};
+      if (z.staged()) softmax(z.stage[t], 2, stage);
+      softmax(z.shared[t], shared, gate);
+      softmax(z.routed[t], routed, p);
+      best(p, routed, z.top_k, left.data(), chosen);
+      const auto [of_shared, of_routed] = scales(z, p, chosen);
+      for (int64_t i = 0; i < shared; ++i) gate[i] *= stage[0] * of_shared;
+      std::fill_n(gate + shared, routed, 0.0f);
+      for (int64_t i = 0; i < z.top_k; ++i)
+        gate[shared + chosen[i]] = stage[1] * of_routed * p[chosen[i]];
+    }
+  });
+}
+
+// Gradients of the three logits, [tokens, count] each, from those of gates and probabilities.
+inline void route_backward(
+    const HeadLogits& z, int64_t tokens, const float* dgates, const float* dprobabilities,
+    const int64_t* indices, float* dshared, float* drouted, float* dstages) {
+  const int64_t shared = z.shared.count, routed = z.routed.count;
+  at::parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
+    std::vector<float> s(shared), ds(shared), p(routed), dp(routed);
+    for (int64_t t = begin; t < end; ++t) {
+      const float *dgate = dgates + t * (shared + routed), *drest = dgate + shared;
+      const int64_t* chosen = indices + t * z.top_k;
+      float stage[2] = {1.0f, 1.0f}, dstage[2] = {0.0f, 0.0f};
+      if (z.staged()) softmax(z.stage[t], 2, stage);
+      softmax(z.shared[t], shared, s.data());
+      softmax(z.routed[t], routed, p.data());
+      const auto [of_shared, of_routed] = scales(z, p.data(), chosen);
+      for (int64_t i = 0; i < shared; ++i) {
+        dstage[0] += of_shared * s[i] * dgate[i];
+        ds[i] = stage[0] * of_shared * dgate[i];
+      }
+      std::copy_n(dprobabilities + t * routed, routed, dp.data());
+      for (int64_t i = 0; i < z.top_k; ++i)
+        dstage[1] += of_routed * p[chosen[i]] * drest[chosen[i]];
+      // The scores that are on are divided by their sum, so all of them matter to each.
+      const float mean = z.paper || z.top_k == 0 ? 0.0f : dstage[1] / (z.staged() ? 2 : 1) / z.top_k;
+      for (int64_t i = 0; i < z.top_k; ++i)
+        dp[chosen[i]] += stage[1] * of_routed * (drest[chosen[i]] - mean);
+      softmax_backward(s.data(), ds.data(), shared, dshared + t * shared);
+      softmax_backward(p.data(), dp.data(), routed, drouted + t * routed);
+      if (z.staged()) softmax_backward(stage, dstage, 2, dstages + t * 2);
+    }
+  });
+}
+
+}  // namespace headwise

@@ -1,0 +1,75 @@
+"""The C++ kernel of two-stage routing: built here, then compared with float64."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from headwise.ops import native_routing, route_heads
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+# Shared heads, routed ones, and those of them that are kept.
+SIZES = [(0, 5, 2), (1, 5, 3), (3, 5, 0), (3, 0, 0), (2, 1, 1), (2, 7, 7), (9, 64, 33)]
+
+
+def case(shared, routed, batch=(3, 101), spread=3.0):
+    """Logits that are parts of one wide product, as a router has them."""
+    scores = spread * torch.randn(*batch, shared + routed + 2)
+    return [part.detach() for part in scores.split([shared, routed, 2], dim=-1)]
+
+
+def value_and_gradients(logits, upstream, dtype, **options):
+    """Gates, chosen heads, probabilities, and gradients of the logits from the first and last."""
+    leaves = [x.to(dtype).requires_grad_() for x in logits]
+    routing = route_heads(*leaves, **options)
+    outputs = routing.weights, routing.probabilities
+    total = sum((x * up.to(dtype)).sum() for x, up in zip(outputs, upstream, strict=True))
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    zeros = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)
+    ]
+    return [*outputs, *zeros], routing.indices
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize(("shared", "routed", "top_k"), SIZES)
+def test_equals_float64(shared, routed, top_k, mode):
+    logits = case(shared, routed)
+    upstream = torch.randn(3, 101, shared + routed), torch.randn(3, 101, routed)
+    options = {"top_k": top_k, "mode": mode}
+    assert native_routing.takes(logits[1], "softmax")
+    got, chosen = value_and_gradients(logits, upstream, torch.float32, **options)
+    want, expected = value_and_gradients(logits, upstream, torch.float64, **options)
+    assert torch.equal(chosen, expected)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[0] != 0, want[0] != 0)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 0, 3), (1000,)])
+def test_any_number_of_tokens(batch):
+    shared, routed, stage = case(2, 5, batch)
+    routing = route_heads(shared, routed, stage, top_k=3)
+    want = route_heads(shared.double(), routed.double(), stage.double(), top_k=3)
+    assert routing.weights.shape == (*batch, 7)
+    assert_close(routing.weights.double(), want.weights, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routing.indices, want.indices)
+
+
+def test_ties_go_to_the_lowest_index():
+    shared, routed, stage = case(2, 9)
+    routing = route_heads(shared, torch.zeros_like(routed), stage, top_k=4)
+    assert (routing.indices == torch.arange(4)).all()
+
+
+def test_far_apart_logits_give_finite_gates():
+    shared, routed, stage = case(2, 9, spread=1e4)
+    routing = route_heads(shared, routed, stage, top_k=4)
+    assert routing.weights.isfinite().all()
+    assert_close(routing.probabilities.sum(-1), torch.ones(3, 101))
+
+
+def test_registered_as_an_operator():
+    shared, routed, stage = (x.flatten(0, 1).requires_grad_() for x in case(2, 5))
+    torch.library.opcheck(
+        torch.ops.headwise.native_route_heads.default, (shared, routed, stage, 3, False)
+    )
