@@ -34,7 +34,7 @@ class Comparison:
     """Ours against its rivals on one shape.
 
     Attributes:
-        benchmark: attention, aggregated, decode, experts, layer or model.
+        benchmark: attention, aggregated, decode, experts, layer, model or vision.
         case: What is timed.
         shape: Sizes, for people.
         dtype: Of the activations.

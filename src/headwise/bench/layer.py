@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headwise.bench.comparison import Builder, Comparison, Effort
 from headwise.nn import MoHAttention
+from headwise.nn.routers import Router
+from headwise.ops import Routing
 from headwise.parity import count_flops
 
 DIM, HEADS = 768, 12
@@ -144,24 +147,37 @@ def _run(layer: Callable[[Tensor], Any], x: Tensor, backward: bool) -> list[Tens
         return [y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))]
 
 
+def compared(
+    module: nn.Module, run: Callable[[nn.Module, torch.dtype], list[Tensor]], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What a module gives, the same by torch's own attention, and that in float64.
+
+    All with one routing: the module has one router.
+    """
+    (router,) = (part for part in module.modules() if isinstance(part, Router))
+    routings: list[Routing] = []
+    hook = router.register_forward_hook(lambda _module, _inputs, output: routings.append(output))
+    ours = run(module, dtype)
+    hook.remove()
+    gates = routings[0].weights.detach()
+
+    def again(dtype: torch.dtype) -> list[Tensor]:
+        twin = deepcopy(module).to(dtype)
+        wide = gates.to(torch.promote_types(dtype, torch.float32))
+        for part in twin.modules():
+            if hasattr(part, "impl"):
+                setattr(part, "impl", "dense")  # noqa: B010 (mypy takes it for a tensor)
+            if isinstance(part, Router):
+                part.forward = lambda *_: routings[0]._replace(weights=wide)
+        return run(twin, dtype)
+
+    return ours, again(dtype), again(torch.float64)
+
+
 def _compared(
     layer: MoHAttention, x: Tensor, backward: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The layer, the same by torch's own attention, and that in float64, all with one routing."""
-    with torch.no_grad():
-        routing = layer.router(x)
-
-    def compute(impl: Any, dtype: torch.dtype) -> list[Tensor]:
-        copy = moh(0.5, impl) if layer.budget.active_share < 1 else moh(1.0, impl)
-        copy.load_state_dict(layer.state_dict())
-        copy = copy.to(x.device, dtype)
-        fixed = routing._replace(
-            weights=routing.weights.to(torch.promote_types(dtype, torch.float))
-        )
-        copy.router.forward = lambda *_: fixed
-        return _run(copy, x.to(dtype), backward)
-
-    return compute("auto", x.dtype), compute("dense", x.dtype), compute("dense", torch.float64)
+    return compared(layer, lambda module, dtype: _run(module, x.to(dtype), backward), x.dtype)
 
 
 # ru_maxrss would tell the peak of the imports; the kernel's own counter cannot be reset everywhere.

@@ -9,12 +9,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from headwise.bench import aggregated, attention, decode, experts, layer, model, table
+from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, Row, environment, measure
 from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
 
-Benchmark = Literal["all", "attention", "aggregated", "decode", "experts", "layer", "model"]
+Benchmark = Literal[
+    "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision"
+]
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
     "attention": attention.comparisons,
@@ -23,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
     "experts": experts.comparisons,
     "layer": layer.comparisons,
     "model": model.comparisons,
+    "vision": vision.comparisons,
 }
 _MEMORY_LENGTH = 8192
 
@@ -32,8 +35,8 @@ class BenchRun:
     """Measure our speed against every rival on this machine.
 
     Attributes:
-        which: attention (the core), aggregated (its kind in vision), decode, experts, layer, model,
-            or all of them.
+        which: attention (the core), aggregated (its kind in TransNeXt), decode, experts, layer,
+            model, vision (blocks of MoH-DiT and MoH-ViT), or all of them.
         quick: Fewer shapes and rounds: under a minute each on 2 cores.
         output: Directory for performance.csv, performance.png and performance.html.
         device: cpu or cuda; the default is cuda where there is one.

@@ -1,7 +1,7 @@
 """Layers of TransNeXt: attentions, whose heads a MoH-ViT routes, and the convolutional GLU."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -134,6 +134,8 @@ class GlobalAttention(nn.Module):
         budget = config.budget(stage)
         std = config.initializer_range
         self.router = None if budget is None else TwoStageRouter(dim, budget, std=std)
+        # Of `ops.head_attention` or `ops.aggregated_attention`.
+        self.impl: Any = "auto"
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         """Attend: [B, T, D] to [B, T, D]."""
@@ -149,7 +151,7 @@ class GlobalAttention(nn.Module):
     ) -> Tensor:
         k, v = self._keys_and_values(x)
         bias = self.position_bias(geometry)
-        return head_attention(q.to(v.dtype), k, v, gate, bias=bias, scale=1.0)
+        return head_attention(q.to(v.dtype), k, v, gate, bias=bias, scale=1.0, impl=self.impl)
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (self._heads(part) for part in self.kv_proj(x).chunk(2, dim=-1))
@@ -204,6 +206,7 @@ class AggregatedAttention(GlobalAttention):
             unit_q=unit_q.to(v.dtype),
             learned_tokens=self.learned_tokens,
             learned_bias=self.learned_bias,
+            impl=self.impl,
         )
 
 
