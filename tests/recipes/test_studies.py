@@ -6,17 +6,22 @@ import re
 import pytest
 import torch
 
+from headwise.data.images import load_images
 from headwise.data.text import load_text
 from headwise.parity import count_flops, count_parameters
-from headwise.recipes.experiment import SCALES, StudyRun, tiny
+from headwise.recipes.dit_task import DiffusionTask
+from headwise.recipes.experiment import SCALES, StudyRun, TextStudyRun, tiny
 from headwise.recipes.published import PUBLISHED
 from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import domain_names
 from headwise.recipes.train import train
 from headwise.recipes.variants import build_model
+from headwise.recipes.vit_task import VisionTask
 
 V = 211
-MODELS = [(study, variant.name) for study in STUDIES for variant in tiny(study).variants()]
+TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]
+IMAGES = [name for name in STUDIES if name not in TEXT]
+MODELS = [(study, variant.name) for study in TEXT for variant in tiny(study).variants()]
 
 
 def flops(run: StudyRun, model: torch.nn.Module) -> float:
@@ -48,7 +53,23 @@ def test_every_model_learns(study, name):
     assert still == []
 
 
-@pytest.mark.parametrize("study", [name for name, study in STUDIES.items() if study.equal_cost])
+@pytest.mark.parametrize("study", IMAGES)
+def test_studies_of_images_switch_off_ever_more_heads(study):
+    run, digits = tiny(study), load_images()
+    drawn = tuple(x.pixels.astype("float32") for x in digits)
+    tasks = {
+        "vit": lambda: VisionTask(run, *digits),
+        "dit": lambda: DiffusionTask(run, *digits, drawn, None, None),
+    }
+    task = tasks[STUDIES[study].subject]()
+    costs = {v.name: task.flops(task.model(v, 0)) for v in run.variants()}
+    assert [*costs] == ["dense", "moh_90", "moh_75", "moh_50"]
+    routed = [costs[name] for name in costs if name != "dense"]
+    assert routed == sorted(routed, reverse=True)
+    assert routed[-1] < costs["dense"] < 1.1 * routed[-1]
+
+
+@pytest.mark.parametrize("study", [name for name in TEXT if STUDIES[name].equal_cost])
 def test_models_of_a_study_cost_the_same(study):
     run = tiny(study)
     costs = {name: flops(run, model) for name, model in built(study).items()}
@@ -116,7 +137,7 @@ def test_domains_have_the_names_that_loading_gives_them(layout, tmp_path):
 )
 def test_impossible_studies_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        StudyRun(**fields)
+        TextStudyRun(**fields)
 
 
 def test_models_that_cannot_be_built_are_found_before_anything_is_trained(tmp_path):

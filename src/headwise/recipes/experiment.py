@@ -3,19 +3,21 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from headwise.ops.choice import check_choice
-from headwise.recipes.comparison import TextRun, Variant
+from headwise.recipes.comparison import ComparisonRun, TextRun, Variant
+from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.studies import STUDIES, Study
+from headwise.recipes.vit import VisionRun
 
 Scale = Literal["tiny", "small", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRun(TextRun):
+class StudyRun(ComparisonRun):
     """A study at a scale. The scale says what the other fields default to.
 
     Attributes:
@@ -51,72 +53,144 @@ class StudyRun(TextRun):
         return super().cost_of() if self._study.equal_cost else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextStudyRun(StudyRun, TextRun):
+    """A study on text at a scale. The scale says what the other fields default to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionStudyRun(StudyRun, VisionRun):
+    """A study of classifiers of images. The scale says what the other fields default to."""
+
+    active_heads: Annotated[float, tyro.conf.Suppress] = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionStudyRun(StudyRun, DiffusionRun):
+    """A study of models that draw. The scale says what the other fields default to."""
+
+    active_heads: Annotated[float, tyro.conf.Suppress] = 0.75
+
+
+_RUNS: dict[str, type[StudyRun]] = {
+    "text": TextStudyRun,
+    "vit": VisionStudyRun,
+    "dit": DiffusionStudyRun,
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "text": {
+        "dim": 96,
+        "mlp_dim": 256,
+        "vocab_size": 2048,
+        "sequence_length": 128,
+        "steps": 500,
+        "warmup_steps": 50,
+    },
+    "vit": vars(VisionRun()),
+    "dit": vars(DiffusionRun()),
+}
+_SMALL: dict[str, dict[str, Any]] = {
+    "text": {
+        "dim": 384,
+        "num_layers": 8,
+        "num_heads": 12,
+        "mlp_dim": 1024,
+        "vocab_size": 8192,
+        "sequence_length": 512,
+        "batch_size": 64,
+        "steps": 1500,
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+    },
+    "vit": {"data": "uoft-cs/cifar10", "size": "micro", "batch_size": 256, "steps": 4000},
+    "dit": {"data": "uoft-cs/cifar10", "size": "s", "batch_size": 128, "steps": 10_000},
+}
+_PAPER: dict[str, dict[str, Any]] = {
+    "text": {
+        "dim": 768,
+        "num_layers": 12,
+        "mlp_dim": 2048,
+        "vocab_size": 65_536,
+        "sequence_length": 2048,
+        "device_batch_size": 4,
+        "learning_rate": 3e-4,
+        "warmup_steps": 2000,
+        "domain_exponent": 1.0,
+    },
+    # 300 epochs of 1.28 million images, 5 of them warmup.
+    "vit": {
+        "data": "ILSVRC/imagenet-1k",
+        "image_size": 224,
+        "size": "small",
+        "batch_size": 1024,
+        "steps": 375_000,
+        "learning_rate": 1e-3,
+        "warmup_steps": 6250,
+        "flip": 0.5,
+        "rand_augment": 9,
+        "erase": 0.25,
+        "mixup": 0.5,
+        "cutmix": 0.5,
+    },
+    "dit": {
+        "data": "ILSVRC/imagenet-1k",
+        "image_size": 256,
+        "vae": "stabilityai/sd-vae-ft-ema",
+        "batch_size": 256,
+        "steps": 400_000,
+        "learning_rate": 1e-4,
+        "averaging": 0.9999,
+        "flip": 0.5,
+        "guidance_scale": 1.0,
+        "sampling_steps": 250,
+        "samples": 50,
+    },
+}
+
+
 def tiny(study: str) -> StudyRun:
     """At most 20 minutes on 2 cores, with three seeds."""
-    return StudyRun(
-        study=study,
-        output=Path("runs") / study,
-        seeds=(0, 1, 2),
-        workers=2,
-        dim=96,
-        mlp_dim=256,
-        vocab_size=2048,
-        sequence_length=128,
-        steps=500,
-        warmup_steps=50,
-    )
+    subject = STUDIES[study].subject
+    fields: dict[str, Any] = {
+        "study": study,
+        "output": Path("runs") / study,
+        "seeds": (0, 1, 2),
+        "workers": 2,
+    }
+    return _RUNS[subject](**_TINY[subject] | fields)
 
 
 def small(study: str) -> StudyRun:
     """One GPU for about an hour, one seed."""
-    return dataclasses.replace(
-        tiny(study),
-        scale="small",
-        seeds=(0,),
-        workers=1,
-        dim=384,
-        num_layers=8,
-        num_heads=12,
-        mlp_dim=1024,
-        vocab_size=8192,
-        sequence_length=512,
-        batch_size=64,
-        steps=1500,
-        learning_rate=1e-3,
-        warmup_steps=100,
-        precision="bf16",
-    )
+    fields: dict[str, Any] = {
+        "scale": "small",
+        "seeds": (0,),
+        "workers": 1,
+        "precision": "bf16",
+    }
+    return dataclasses.replace(tiny(study), **fields | _SMALL[STUDIES[study].subject])
 
 
 def paper(study: str) -> StudyRun:
-    """The papers' sizes, text and schedules, for many GPUs.
+    """The papers' sizes, data and schedules, for many GPUs.
 
-    **Source**: MH-MoE, arXiv 2411.16205, section 3, and MoH-LLM-S, arXiv 2410.11842, section 4.3.
+    **Source**: MH-MoE, arXiv 2411.16205, section 3, and MoH, arXiv 2410.11842, sections 4.1 to 4.3
+    (ViT-S, DiT-S/2, LLM-S).
     **Deviates**: MH-MoE's paper gives neither learning rate nor vocabulary; they are MoH's. Its 40
-    and 96 experts are 41 and 93 here, the numbers of equal parameters. Studies of MoH that the
-    paper made on images are made on text.
+    and 96 experts are 41 and 93 here, the numbers of equal parameters. Studies of MoH's parts that
+    the paper made on images are made on text. Images have the same share of heads on in all
+    layers, a tenth of those to train on is held out, and they are kept in memory: 200 GB.
     """
-    common = dataclasses.replace(
-        small(study),
-        scale="paper",
-        dim=768,
-        num_layers=12,
-        mlp_dim=2048,
-        vocab_size=65_536,
-        sequence_length=2048,
-        device_batch_size=4,
-        learning_rate=3e-4,
-        warmup_steps=2000,
-        domain_exponent=1.0,
-        log_every=50,
-        eval_every=1000,
-        save_every=1000,
-    )
-    if study.startswith("moh-"):
+    subject = STUDIES[study].subject
+    fields: dict[str, Any] = {"log_every": 50, "eval_every": 1000, "save_every": 1000}
+    fields |= {"scale": "paper"} | _PAPER[subject]
+    if subject == "text" and study.startswith("moh-"):
         # 100 billion tokens, 4.2 million a step.
-        return dataclasses.replace(common, data="moh-llm", batch_size=2048, steps=23_842)
-    steps = 50_000 if study == "mhmoe-layers" else 100_000
-    return dataclasses.replace(common, data="red-pajama", batch_size=256, steps=steps)
+        fields |= {"data": "moh-llm", "batch_size": 2048, "steps": 23_842}
+    elif subject == "text":
+        steps = 50_000 if study == "mhmoe-layers" else 100_000
+        fields |= {"data": "red-pajama", "batch_size": 256, "steps": steps}
+    return dataclasses.replace(small(study), **fields)
 
 
 SCALES = {"tiny": tiny, "small": small, "paper": paper}

@@ -11,7 +11,7 @@ from headwise.recipes.studies import STUDIES
 
 
 def draw_comparison(rows: Sequence[table.Row], path: Path) -> None:
-    """What every model and seed came to, a panel a measure; written beside, then renamed."""
+    """What every model and seed came to, a panel a main measure; written beside, then renamed."""
     study = STUDIES.get(rows[0]["recipe"])
     panels = [
         Panel(
@@ -20,6 +20,7 @@ def draw_comparison(rows: Sequence[table.Row], path: Path) -> None:
             [(row["label"], _position(row), float(row[measure.key])) for row in rows],
         )
         for measure in measures(rows[0])
+        if not measure.minor
     ]
     figure = comparison(panels, axis=study.axis if study else None)
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=160))

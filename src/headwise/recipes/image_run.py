@@ -52,7 +52,11 @@ class ImageRun(ComparisonRun):
 
     def variants(self) -> list[Variant]:
         """Dense, and routed with `active_heads`."""
-        return [Variant(name="dense", label=self.dense_label), self.routed(self.active_heads)]
+        return [self.dense(), self.routed(self.active_heads)]
+
+    def dense(self) -> Variant:
+        """The model without routers."""
+        return Variant(name="dense", label=self.dense_label)
 
     def routed(self, active: float) -> Variant:
         """The model with that share of its heads on."""

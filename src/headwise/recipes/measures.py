@@ -12,12 +12,14 @@ class Measure(NamedTuple):
         column: Head of its column in tables; its arrow says which way is better.
         subject: What it was measured on; empty where that is everything.
         quantity: What it is, for the axis of a figure.
+        minor: Whether a narrow table does without it.
     """
 
     key: str
     column: str
     subject: str
     quantity: str
+    minor: bool = False
 
     @property
     def sign(self) -> int:
@@ -33,10 +35,10 @@ _IMAGES = [
     Measure("top5", "top-5 (%) ↑", "", "Top-5 accuracy (%)"),
     Measure("recognised", "recognised (%) ↑", "", "Samples recognised as their class (%)"),
     Measure("fid", "FID ↓", "", "Fréchet distance of features"),
-    Measure("sfid", "sFID ↓", "", "Fréchet distance of spatial features"),
+    Measure("sfid", "sFID ↓", "", "Fréchet distance of spatial features", minor=True),
     Measure("inception_score", "IS ↑", "", "Inception Score"),
-    Measure("precision_of_samples", "precision ↑", "", "Precision"),
-    Measure("recall_of_samples", "recall ↑", "", "Recall"),
+    Measure("precision_of_samples", "precision ↑", "", "Precision", minor=True),
+    Measure("recall_of_samples", "recall ↑", "", "Recall", minor=True),
 ]
 
 

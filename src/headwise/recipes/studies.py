@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig
 from headwise.nn import HeadBudget
 from headwise.recipes.comparison import TextRun, Variant
+from headwise.recipes.image_run import ImageRun
 from headwise.recipes.text import domain_names
 from headwise.recipes.variants import fine_grained_moe, mh_moe, sparse_moe
 
@@ -20,12 +21,14 @@ class Study(NamedTuple):
         equal_cost: Whether all are given the FLOPs per token of the first; otherwise all have MLPs
             of one width, and heads that are off make a model cheaper.
         axis: What `Variant.position` is; None where the models stand on no axis.
+        subject: What the models are trained on: text, or images in recipe "vit" or "dit".
     """
 
     question: str
-    variants: Callable[[TextRun], Sequence[Variant]]
+    variants: Callable[[Any], Sequence[Variant]]
     equal_cost: bool = True
     axis: str | None = None
+    subject: Literal["text", "vit", "dit"] = "text"
 
 
 DENSE = Variant(name="dense", label="dense")
@@ -139,6 +142,10 @@ def moh_budget(run: TextRun) -> list[Variant]:
     ]
 
 
+def image_budget(run: ImageRun) -> list[Variant]:
+    return [run.dense(), *(run.routed(share) for share in (0.9, 0.75, 0.5))]
+
+
 def moh_routing(run: TextRun) -> list[Variant]:
     return [
         Variant(
@@ -228,6 +235,20 @@ STUDIES = {
     ),
     "moh-routing": Study(
         "Which scores and which formulas should route heads?", moh_routing, equal_cost=False
+    ),
+    "vit-budget": Study(
+        "How far can heads of an image classifier be switched off?",
+        image_budget,
+        equal_cost=False,
+        axis="heads on (%)",
+        subject="vit",
+    ),
+    "dit-budget": Study(
+        "And of a diffusion transformer? (the paper stops at 75 %)",
+        image_budget,
+        equal_cost=False,
+        axis="heads on (%)",
+        subject="dit",
     ),
     "combined": Study("Do MoH and MH-MoE add up in one model?", combined),
     "domains": Study("What does a model know of text of another kind?", domains),

@@ -17,11 +17,17 @@ from headwise.recipes.published import PUBLISHED
 Row = dict[str, Any]
 
 
+_OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
+_OF_DRAWERS = (
+    "recognised: drawn images that a classifier of the real ones takes for the class that was "
+    "asked for; FID, sFID, IS (Inception Score), precision and recall by its features, comparable "
+    "within this table only."
+)
 _MEASURED = {
-    "dit": "recognised: drawn images that a classifier of the real ones takes for the class that "
-    "was asked for; FID, sFID, IS (Inception Score), precision and recall by its features, "
-    "comparable within this table only.",
-    "vit": "top-1, top-5: accuracy on the held-out images.",
+    "dit": _OF_DRAWERS,
+    "dit-budget": _OF_DRAWERS,
+    "vit": _OF_CLASSIFIERS,
+    "vit-budget": _OF_CLASSIFIERS,
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models.",
 }
@@ -140,8 +146,10 @@ def measured_on(rows: Sequence[Row]) -> str:
 def for_terminal(rows: Sequence[Row], title: str) -> Table:
     """The comparison as a rich table, narrow enough for 80 columns: published figures have a †."""
     columns, cells = comparison(rows)
-    crowded = any(_PUBLISHED in column for column in columns)
-    shown = [i for i, x in enumerate(columns) if not (crowded and x in ("active (M)", "counted"))]
+    minor = [measure.column for measure in measures(rows[0]) if measure.minor]
+    crowded = bool(minor) or any(_PUBLISHED in column for column in columns)
+    left_out = ["active (M)", "counted", *minor] if crowded else []
+    shown = [i for i, column in enumerate(columns) if column not in left_out]
     table = Table(
         title=title,
         caption=legend(rows).replace(_PUBLISHED.strip(), "†"),
