@@ -108,8 +108,11 @@ class DiTPipeline(DiffusionPipeline):
         y = torch.tensor(classes, device=device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if takes_generator else {}
+        # Where DDIM clips what it takes for the image, the noise must be what is left: guidance
+        # goes far beyond -1..1, and the rest of it would pile up.
+        known = {"generator": generator, "use_clipped_model_output": True}
+        taken = inspect.signature(self.scheduler.step).parameters
+        options = {name: value for name, value in known.items() if name in taken}
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             x = self.scheduler.scale_model_input(latents, t)
             output = self._predict(x, t, y, guidance_scale, guidance_channels)

@@ -41,13 +41,13 @@ class DiffusionRun(ImageRun):
     vae: str | None = None
     class_dropout: float = 0.1
     averaging: float = 0.9999
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     sampling_steps: int = 50
     samples: int = 30
     classifier: Path | None = None
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.0
     log_every: int = 50
