@@ -68,9 +68,9 @@ def against_dense(effort: Effort, dtype: torch.dtype, length: int, share: float)
     inputs, turn = _inputs(effort, dtype, length)
     flops = [sum(count_flops(m, sequence_length=length).values()) for m in (ours, dense)]
     target = 1.05 if share == 1 else 0.85 if dtype == torch.float32 else None
-    # A share of heads saves attention alone: all projections are computed.
-    core = 2 * DIM * (length + 1)
-    ideal = (flops[1] - (1 - share) * core) / flops[1]
+    # Of heads that are off attention, queries and outputs are left out; keys and values are not.
+    core, queries_and_outputs = 2 * DIM * (length + 1), 4 * DIM**2
+    ideal = (flops[1] - (1 - share) * (core + queries_and_outputs)) / flops[1]
     return Comparison(
         "layer",
         "MoH layer, causal",
@@ -95,6 +95,8 @@ def against_mask_only(
     masked.load_state_dict(ours.state_dict())
     inputs, turn = _inputs(effort, dtype, length)
     flops = sum(count_flops(DenseAttention(), sequence_length=length).values())
+    # Half of the queries and outputs; with gradients all are computed.
+    saved = 0 if backward else 2 * DIM**2
     return Comparison(
         "layer",
         f"MoH layer, causal{', forward and backward' if backward else ''}",
@@ -104,7 +106,7 @@ def against_mask_only(
         lambda: _run(ours, next(turn), backward),
         {"mask-only MoH layer": lambda: _run(masked, next(turn), backward)},
         lambda: _compared(ours, inputs[0], backward),
-        ideal={"mask-only MoH layer": (flops - DIM * (length + 1)) / flops},
+        ideal={"mask-only MoH layer": (flops - DIM * (length + 1) - saved) / flops},
     )
 
 
@@ -157,21 +159,21 @@ def compared(
     (router,) = (part for part in module.modules() if isinstance(part, Router))
     routings: list[Routing] = []
     hook = router.register_forward_hook(lambda _module, _inputs, output: routings.append(output))
-    ours = run(module, dtype)
+    run(module, dtype)
     hook.remove()
     gates = routings[0].weights.detach()
 
-    def again(dtype: torch.dtype) -> list[Tensor]:
+    def again(impl: str | None, dtype: torch.dtype) -> list[Tensor]:
         twin = deepcopy(module).to(dtype)
         wide = gates.to(torch.promote_types(dtype, torch.float32))
         for part in twin.modules():
-            if hasattr(part, "impl"):
-                setattr(part, "impl", "dense")  # noqa: B010 (mypy takes it for a tensor)
+            if impl is not None and hasattr(part, "impl"):
+                setattr(part, "impl", impl)  # noqa: B010 (mypy takes it for a tensor)
             if isinstance(part, Router):
                 part.forward = lambda *_: routings[0]._replace(weights=wide)
         return run(twin, dtype)
 
-    return ours, again(dtype), again(torch.float64)
+    return again(None, dtype), again("dense", dtype), again("dense", torch.float64)
 
 
 def _compared(

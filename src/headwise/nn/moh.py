@@ -12,6 +12,7 @@ from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
 from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import Impl
+from headwise.ops.head_projection import merge_heads, pays, project_heads
 from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores
 
@@ -148,11 +149,18 @@ class MoHAttention(nn.Module):
             ValueError: If x or mask has another shape or dtype.
         """
         check_tokens(x, mask, dim=self.dim, dtype=self.q_proj.weight.dtype)
-        q, k, v = (
-            rearrange(proj(x), "b t (h c) -> b t h c", c=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        routing = self.router(q if isinstance(self.router, QueryNormRouter) else x, mask)
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        skips = mask is None and self._skips(x)
+        if isinstance(self.router, QueryNormRouter):
+            q = self._heads(self.q_proj(x))
+            routing = self.router(q, mask)
+        else:
+            routing = self.router(x, mask)
+            q = (
+                project_heads(x, self.q_proj.weight, self.q_proj.bias, routing.weights)
+                if skips
+                else self._heads(self.q_proj(x))
+            )
         heads = head_attention(
             q,
             k,
@@ -162,7 +170,36 @@ class MoHAttention(nn.Module):
             mask=None if mask is None else rearrange(mask, "b s -> b 1 1 s"),
             impl=self.impl,
         )
+        if skips:
+            return merge_heads(
+                heads, self.o_proj.weight, self.o_proj.bias, routing.weights
+            ), routing
         return self.o_proj(rearrange(heads, "b t h c -> b t (h c)")), routing
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h c) -> b t h c", c=self.head_dim)
+
+    def _skips(self, x: Tensor) -> bool:
+        """Whether queries and outputs of heads that are off are left out, too."""
+        budget = self.budget
+        plain = _is_plain(self.q_proj) and _is_plain(self.o_proj)
+        return (
+            plain
+            and self.impl == "auto"
+            and pays(
+                x,
+                self.q_proj.weight,
+                head_dim=self.head_dim,
+                routed_heads=budget.routed_heads,
+                off=budget.num_heads - budget.active_heads,
+            )
+        )
 
     def extra_repr(self) -> str:
         return f"{self.budget}, head_dim={self.head_dim}, causal={self.causal}, impl={self.impl}"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is a linear map and no more: no adapter, hook or quantised weight."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooks

@@ -8,6 +8,7 @@
 #include "attention_forward.h"
 #include "decode.h"
 #include "experts.h"
+#include "projection.h"
 #include "routing.h"
 
 namespace headwise {
@@ -114,6 +115,19 @@ Tensor expert_mlp(
   return compute(x, weights, indices, up, down);
 }
 
+Tensor projected(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& gate) {
+  const bool half = x.scalar_type() == at::kBFloat16;
+  return (half ? project_heads<BFloat16> : project_heads<float>)(x, weight, bias, gate);
+}
+
+Tensor merged(
+    const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& gate) {
+  const bool half = heads.scalar_type() == at::kBFloat16;
+  return (half ? merge_heads<BFloat16> : merge_heads<float>)(heads, weight, bias, gate);
+}
+
 std::tuple<Tensor, Tensor, Tensor> route_heads(
     const Tensor& shared, const Tensor& routed, const Tensor& stage, int64_t top_k, bool paper) {
   const HeadLogits z{Logits(shared), Logits(routed), Logits(stage), top_k, paper};
@@ -163,6 +177,8 @@ TORCH_LIBRARY(headwise_native, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
+  m.def("merge_heads(Tensor heads, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
+  m.def("project_heads(Tensor x, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
   m.def(
       "route_heads(Tensor shared, Tensor routed, Tensor stage, int top_k, bool paper) -> "
       "(Tensor, Tensor, Tensor)");
@@ -178,6 +194,8 @@ TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("attention_backward", &headwise::attention_backward);
   m.impl("decode_attention", &headwise::decode_attention);
   m.impl("expert_mlp", &headwise::expert_mlp);
+  m.impl("merge_heads", &headwise::merged);
+  m.impl("project_heads", &headwise::projected);
   m.impl("route_heads", &headwise::route_heads);
   m.impl("route_heads_backward", &headwise::route_heads_backward);
 }

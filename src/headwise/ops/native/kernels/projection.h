@@ -1,0 +1,136 @@
+// Projections into heads and out of them, for the tokens that have a head on. Heads that all tokens
+// have on are left to torch, as one product; of the others each gathers its rows.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "common.h"
+
+namespace headwise {
+
+constexpr int64_t PROJECTED = 64;  // rows of a block
+constexpr int64_t SPAN = 256;  // tokens whose sums over heads a thread collects
+constexpr int64_t OUTPUTS = 256;  // columns of one product of these
+
+// Tokens [N] of each head that are on, ascending; the first heads may be on everywhere.
+struct HeadRows {
+  int64_t tokens, heads, everywhere = 0;
+  std::vector<std::vector<int32_t>> rows;
+
+  explicit HeadRows(const Tensor& gate) : tokens(gate.size(0)), heads(gate.size(1)), rows(heads) {
+    const float* gates = gate.const_data_ptr<float>();
+    for (auto& own : rows) own.reserve(tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t h = 0; h < heads; ++h)
+        if (gates[t * heads + h] != 0) rows[h].push_back(static_cast<int32_t>(t));
+    while (everywhere < heads && static_cast<int64_t>(rows[everywhere].size()) == tokens)
+      ++everywhere;
+  }
+  int64_t gathered() const { return heads - everywhere; }
+};
+
+// The weights of each gathered head as second operands, [rows, columns]; row_of(h, i) is where
+// column i starts.
+template <typename T, typename RowOf>
+Tensor packed_heads(
+    const HeadRows& z, const Tensor& weight, int64_t rows, int64_t columns, const RowOf& row_of) {
+  const Tensor packed = at::empty({z.gathered(), rows, columns}, weight.options());
+  T* out = packed.mutable_data_ptr<T>();
+  at::parallel_for(0, z.gathered(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h)
+      pack_transposed(
+          out + h * rows * columns, [&](int64_t i) { return row_of(z.everywhere + h, i); },
+          columns, columns, rows);
+  });
+  return packed;
+}
+
+// q[n, h] = W_h x[n] + b_h where head h is on, 0 elsewhere: x [N, D], W [H·C, D], q [N, H·C].
+template <typename T>
+Tensor project_heads(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& gate) {
+  const HeadRows z(gate);
+  const int64_t dim = x.size(1), c = weight.size(0) / z.heads, shared = z.everywhere * c;
+  Tensor q = at::zeros({z.tokens, weight.size(0)}, x.options());
+  if (shared) {
+    Tensor out = q.narrow(1, 0, shared);
+    const Tensor w = weight.narrow(0, 0, shared).t();
+    bias ? at::addmm_out(out, bias->narrow(0, 0, shared), x, w) : at::mm_out(out, x, w);
+  }
+  const T* weights = weight.const_data_ptr<T>();
+  const Tensor packed = packed_heads<T>(
+      z, weight, dim, c, [&](int64_t h, int64_t i) { return weights + (h * c + i) * dim; });
+  std::vector<std::tuple<int64_t, int64_t>> blocks;
+  for (int64_t h = z.everywhere; h < z.heads; ++h)
+    for (size_t first = 0; first < z.rows[h].size(); first += PROJECTED)
+      blocks.emplace_back(h, first);
+  share_out(static_cast<int64_t>(blocks.size()), [&] {
+    return [&, rows = Buffer<T>(PROJECTED * dim), out = Buffer<float>(PROJECTED * c)](
+               int64_t i) mutable {
+      const auto [h, first] = blocks[i];
+      const int32_t* tokens = z.rows[h].data() + first;
+      const int64_t count = std::min<int64_t>(PROJECTED, z.rows[h].size() - first);
+      for (int64_t r = 0; r < count; ++r)
+        std::copy_n(x.const_data_ptr<T>() + tokens[r] * dim, dim, rows.data() + r * dim);
+      const T* w = packed.const_data_ptr<T>() + (h - z.everywhere) * dim * c;
+      multiply(
+          round_up(count, ROW_MULTIPLE), c, dim, rows.data(), dim, w, c, out.data(), c, false);
+      const T* b = bias ? bias->const_data_ptr<T>() + h * c : nullptr;
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = out.data() + r * c;
+        for (int64_t j = 0; b && j < c; ++j) row[j] += static_cast<float>(b[j]);
+        store(q.mutable_data_ptr<T>() + (tokens[r] * z.heads + h) * c, row, c);
+      }
+    };
+  });
+  return q;
+}
+
+// y[n] = sum of W_h heads[n, h] over the heads that are on, + b: heads [N, H·C], W [D, H·C].
+template <typename T>
+Tensor merge_heads(
+    const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& gate) {
+  const HeadRows z(gate);
+  const int64_t dim = weight.size(0), all = weight.size(1), c = all / z.heads;
+  const int64_t shared = z.everywhere * c;
+  const Tensor w = weight.narrow(1, 0, shared).t(), in = heads.narrow(1, 0, shared);
+  Tensor y = bias ? at::addmm(*bias, in, w) : at::mm(in, w);
+  const T* weights = weight.const_data_ptr<T>();
+  const Tensor packed = packed_heads<T>(
+      z, weight, c, dim, [&](int64_t h, int64_t i) { return weights + i * all + h * c; });
+  const int64_t span = std::clamp<int64_t>(z.tokens / at::get_num_threads(), PROJECTED, SPAN);
+  share_out((z.tokens + span - 1) / span, [&] {
+    return [&, sums = Buffer<float>(span * dim), rows = Buffer<T>(PROJECTED * c),
+            out = Buffer<float>(PROJECTED * OUTPUTS)](int64_t i) mutable {
+      const int64_t begin = i * span, end = std::min(z.tokens, begin + span);
+      T* own = y.mutable_data_ptr<T>() + begin * dim;
+      std::copy_n(own, (end - begin) * dim, sums.data());
+      for (int64_t h = z.everywhere; h < z.heads; ++h) {
+        const T* packed_head = packed.const_data_ptr<T>() + (h - z.everywhere) * c * dim;
+        const auto last = std::lower_bound(z.rows[h].begin(), z.rows[h].end(), end);
+        auto at = std::lower_bound(z.rows[h].begin(), last, begin);
+        for (int64_t count; (count = std::min<int64_t>(PROJECTED, last - at)) > 0; at += count) {
+          for (int64_t r = 0; r < count; ++r)
+            std::copy_n(
+                heads.const_data_ptr<T>() + at[r] * all + h * c, c, rows.data() + r * c);
+          for (int64_t d = 0; d < dim; d += OUTPUTS) {
+            const int64_t n = std::min(OUTPUTS, dim - d);
+            multiply(
+                round_up(count, ROW_MULTIPLE), n, c, rows.data(), c,
+                packed_head + (HALF<T> ? 2 : 1) * d, dim, out.data(), OUTPUTS, false);
+            for (int64_t r = 0; r < count; ++r) {
+              float* sum = sums.data() + (at[r] - begin) * dim + d;
+              for (int64_t j = 0; j < n; ++j) sum[j] += out[r * OUTPUTS + j];
+            }
+          }
+        }
+      }
+      store(own, sums.data(), (end - begin) * dim);
+    };
+  });
+  return y;
+}
+
+}  // namespace headwise
