@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import headwise.hf
-from headwise import MHMoEConfig, MoHConfig, balance_loss, convert, record_routing
+from headwise import MHMoEConfig, MoHConfig, balance_loss, calibrate, convert, record_routing
 from headwise.hf import Conversion
 from headwise.nn import QueryNormRouter
 from headwise.parity import count_flops, measure_flops
@@ -288,6 +288,14 @@ def test_what_cannot_be_converted_is_refused_and_left_alone():
         convert(
             diffusers.DDIMPipeline(tiny(UNET), diffusers.DDIMScheduler()), attention=MoHConfig()
         )
+
+
+def test_what_takes_models_of_transformers_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"model is a DiT.*; it must be a transformers model"):
+        calibrate(tiny(), [{}], MoHConfig(), by="query_norm")
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"it is a {DIT} of diffusers; load it with that class"):
+        convert(tmp_path, attention=MoHConfig())
 
 
 def test_models_whose_attention_is_another_are_refused():

@@ -112,7 +112,8 @@ def convert_model(model: Any, conversion: Conversion) -> Any:
             f"{kind} is a model of diffusers, of which attention alone can be converted; mlp must "
             "be None and ternary False"
         )
-    routed = routed_class(type(model))
+    original: Any = type(model)
+    routed = routed_class(original)
     _install(model, conversion)
     model.__class__ = routed
     return model
@@ -126,7 +127,7 @@ def routed_class(original: Any) -> Any:
         ValueError: If diffusers could not load it again.
     """
     name = original.__name__
-    if getattr(diffusers, name, None) is not original:
+    if getattr(diffusers, name, None) != original:
         raise ValueError(
             f"{name} cannot be converted: diffusers has no class of this name, so it could not be "
             "loaded again"
@@ -136,6 +137,7 @@ def routed_class(original: Any) -> Any:
             f"{name} cannot be converted: diffusers loads it as other classes, by its config; "
             "load the model with the class that suits it, such as DiTTransformer2DModel"
         )
+    # `headwise.hf` finds it by name, for saved pipelines and for pickle.
     return type(_PREFIX + name, (Routed, original), {"__module__": "headwise.hf"})
 
 
