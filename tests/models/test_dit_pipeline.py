@@ -206,7 +206,12 @@ def test_it_saves_and_loads(scheduler, tmp_path):
     assert torch.equal(sample(again), sample(pipe))
 
 
-def test_diffusers_generic_class_takes_it_for_no_other_and_loads_it_when_trusted(tmp_path):
+def test_diffusers_generic_class_takes_it_for_no_other_and_loads_it_when_trusted(
+    tmp_path, monkeypatch
+):
+    # Where diffusers copies code that it trusts.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     pipe = pipeline()
     pipe.save_pretrained(tmp_path)
     load = diffusers.DiffusionPipeline.from_pretrained
