@@ -32,7 +32,10 @@ MARKDOWN = {
     "stories260k": recovery_markdown,
 } | dict.fromkeys(STUDIES, lm_markdown)
 # torch itself imports triton where it is installed; our kernels are another matter.
-HEAVY = ("matplotlib", "headwise.ops.head_attention.triton", "diffusers", "sklearn", "torchmetrics")
+HEAVY = (
+    "matplotlib", "headwise.ops.head_attention.triton", "diffusers", "kornia", "sklearn", "timm",
+    "torchmetrics",
+)  # fmt: skip
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
 PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",

@@ -13,7 +13,8 @@ from headwise import record_routing
 from headwise.models import DiT, DiTConfig
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from headwise.models.dit_pipeline import DiTPipeline  # noqa: E402
+from headwise.models import dit_pipeline  # noqa: E402
+from headwise.models.dit_pipeline import RoutedDiTPipeline  # noqa: E402
 
 # diffusers makes numpy arrays of torch's tensors in a way that numpy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -23,6 +24,7 @@ SCHEDULERS = {
     "DDPM": lambda: diffusers.DDPMScheduler(),
     "DDPM, learned": lambda: diffusers.DDPMScheduler(variance_type="learned_range"),
     "DDIM": lambda: diffusers.DDIMScheduler(),
+    "DDIM, of latents": lambda: diffusers.DDIMScheduler(clip_sample=False),
     "DPM-Solver++": lambda: diffusers.DPMSolverMultistepScheduler(),
     "DPM-Solver++, SDE": lambda: diffusers.DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++"
@@ -44,13 +46,13 @@ def tiny(channels: int = CHANNELS, **changes: object) -> DiT:
     return model
 
 
-def pipeline(scheduler: str = "DDIM", **changes: object) -> DiTPipeline:
-    pipe = DiTPipeline(tiny(**changes), SCHEDULERS[scheduler]())
+def pipeline(scheduler: str = "DDIM", **changes: object) -> RoutedDiTPipeline:
+    pipe = RoutedDiTPipeline(tiny(**changes), SCHEDULERS[scheduler]())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sample(pipe: DiTPipeline, **options: object) -> torch.Tensor:
+def sample(pipe: RoutedDiTPipeline, **options: object) -> torch.Tensor:
     given = {"classes": [1, 6, 0], "seeds": [11, 12, 13], "num_inference_steps": 4}
     return pipe(**given | {"output_type": "latent"} | options).images
 
@@ -159,8 +161,8 @@ def test_a_vae_decodes_what_is_sampled(tmp_path):
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         sample_size=2 * SIDE, scaling_factor=0.5,
     ).eval()  # fmt: skip
-    plain = pipeline()
-    pipe = DiTPipeline(plain.transformer, plain.scheduler, vae)
+    plain = pipeline("DDIM, of latents")
+    pipe = RoutedDiTPipeline(plain.transformer, plain.scheduler, vae)
     pipe.set_progress_bar_config(disable=True)
     images = sample(pipe, output_type="pt")
     with torch.no_grad():
@@ -171,9 +173,16 @@ def test_a_vae_decodes_what_is_sampled(tmp_path):
     picture = torch.from_numpy(np.asarray(pictures[1]) / 255).permute(2, 0, 1).float()
     assert_close(picture, images[1], atol=0.51 / 255, rtol=0)
     pipe.save_pretrained(tmp_path)
-    again = DiTPipeline.from_pretrained(tmp_path)
+    again = RoutedDiTPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(sample(again, output_type="pt"), images)
+    for scheduler, option in (("DDIM", "clip_sample"), ("DDPM", "clip_sample")):
+        again.scheduler = SCHEDULERS[scheduler]()
+        with pytest.raises(ValueError, match=rf"scheduler has {option} on.* it must be False"):
+            sample(again)
+    again.scheduler = diffusers.DPMSolverMultistepScheduler(thresholding=True)
+    with pytest.raises(ValueError, match="scheduler has thresholding on, which keeps samples in"):
+        sample(again)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -190,10 +199,27 @@ def test_pixels_need_no_vae(channels, mode):
 def test_it_saves_and_loads(scheduler, tmp_path):
     pipe = pipeline(scheduler)
     pipe.save_pretrained(tmp_path)
-    again = DiTPipeline.from_pretrained(tmp_path)
+    again = RoutedDiTPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again.scheduler) is type(pipe.scheduler)
     assert again.vae is None
+    assert torch.equal(sample(again), sample(pipe))
+
+
+def test_diffusers_generic_class_takes_it_for_no_other_and_loads_it_when_trusted(
+    tmp_path, monkeypatch
+):
+    # Where diffusers copies code that it trusts.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    load = diffusers.DiffusionPipeline.from_pretrained
+    with pytest.raises(AttributeError, match="diffusers has no attribute RoutedDiTPipeline"):
+        load(tmp_path)
+    again = load(tmp_path, custom_pipeline=dit_pipeline.__file__, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == "RoutedDiTPipeline"
     assert torch.equal(sample(again), sample(pipe))
 
 

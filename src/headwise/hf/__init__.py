@@ -1,5 +1,7 @@
 """Where our layers meet Hugging Face. Importing it registers what AutoModel needs."""
 
+from typing import Any
+
 from headwise.hf.calibration import calibrate
 from headwise.hf.conversion import Conversion
 from headwise.hf.convert import convert
@@ -16,3 +18,19 @@ __all__ = [
     "convert",
     "record_routing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """RoutedDiTTransformer2DModel and its like: the classes of converted diffusers models.
+
+    A saved pipeline names such a class and this module. diffusers looks for it here, and for its
+    base ModelMixin, by which it tells what it is. Only then diffusers is imported.
+    """
+    found = None
+    if name == "ModelMixin" or name.startswith("Routed"):
+        from headwise.hf.diffusers import class_of
+
+        found = class_of(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

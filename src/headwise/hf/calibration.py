@@ -48,10 +48,12 @@ def calibrate(
         The configuration to give to `convert`.
 
     Raises:
-        ValueError: If the model is converted already or cannot be, there are no batches, or a
-            budget does not fit it.
+        ValueError: If the model is none of transformers, is converted already or cannot be, there
+            are no batches, or a budget does not fit it.
     """
     check_choice("by", by, Measure)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}; it must be a transformers model")
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; calibrate the original")
     if not batches:

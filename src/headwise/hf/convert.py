@@ -1,4 +1,4 @@
-"""Turning a transformers model into one with routed heads or experts, or ternary, in place."""
+"""Turning a model into one with routed heads or experts, or ternary, in place."""
 
 import os
 from dataclasses import replace
@@ -22,7 +22,7 @@ def convert(
     every: int = 1,
     ternary: bool = False,
 ) -> Any:
-    """Give a transformers model Mixture-of-Head attention, a mixture of experts, or both.
+    """Give a model Mixture-of-Head attention, a mixture of experts, or both.
 
     The model is changed in place and stays an instance of its class; the names of the parameters
     that it keeps stay. Routers and experts are new and untrained; experts replace the MLP's
@@ -31,8 +31,10 @@ def convert(
 
     Args:
         model_or_path: A model whose attention goes through transformers' AttentionInterface (Llama,
-            Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, BERT, ViT and many more), or the
-            path or hub name of one.
+            Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, BERT, ViT and many more), or the path or hub name
+            of one. Or a model of diffusers whose self-attention is plain (DiTTransformer2DModel,
+            PixArtTransformer2DModel, UNet2DConditionModel and others): there only attention is
+            converted, and cross attention stays.
         attention: What to make of every attention; None leaves it.
         mlp: What to put for the MLP of every `every`-th layer; None leaves it. The layers must have
             a module `mlp`.
@@ -44,6 +46,12 @@ def convert(
     Returns:
         The model. `save_pretrained` keeps the conversion, and after `import headwise` the directory
         loads with the Auto class that loads the original's class.
+        A model of diffusers loads with the class that it then has, for one
+        `headwise.hf.RoutedDiTTransformer2DModel`, and with pipelines that were saved with it. Give
+        it back to its pipeline, which then notes the class and does not save it as a dense one:
+        `pipe.transformer = headwise.convert(pipe.transformer, ...)`. Its forward knows no loss that
+        balance losses could join: add `model.routing_loss(routings)` of what
+        `headwise.record_routing` saw.
 
     Raises:
         ValueError: If the model is converted already or of another layout, its path does not hold
@@ -56,9 +64,15 @@ def convert(
         attention=attention, mlp=mlp, every=every, ternary="trained" if ternary else "no"
     )
     model: Any = model_or_path
+    if _is_of_diffusers(model):
+        # Not above: diffusers takes seconds to import, and is an extra.
+        from headwise.hf.diffusers import convert_model
+
+        return convert_model(model, conversion)
     if not isinstance(model, PreTrainedModel | str | os.PathLike):
         raise ValueError(
-            f"model_or_path is a {type(model).__name__}; it must be a transformers model or a path"
+            f"model_or_path is a {type(model).__name__}; it must be a model of transformers or "
+            "diffusers, or a path"
         )
     if not isinstance(model, PreTrainedModel):
         model = load_original(model)
@@ -76,3 +90,7 @@ def convert(
     model.config.base_model_type = base_model_type
     model.config.headwise = conversion.to_dict()
     return model
+
+
+def _is_of_diffusers(model: Any) -> bool:
+    return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(model).__mro__)

@@ -1,5 +1,6 @@
 """Loading an original from a path: whole and not converted yet, or an error."""
 
+import json
 import os
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(f"path is {name}, which holds no model: config.json is missing")
     try:
         check_place(name)
+        _refuse_diffusers(directory)
         config = AutoConfig.from_pretrained(name)
         if config.model_type == MODEL_TYPE:
             raise ValueError("it is converted already; give the original")
@@ -65,3 +67,11 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name} holds no model that can be converted: {reason}") from error
     return model
+
+
+def _refuse_diffusers(directory: Path) -> None:
+    """transformers only says that it does not know the model."""
+    file = directory / "config.json"
+    kind = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+    if kind is not None:
+        raise ValueError(f"it is a {kind} of diffusers; load it with that class and give the model")

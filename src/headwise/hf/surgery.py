@@ -36,7 +36,7 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
             place = _mlp_beside(model, name)
-            experts[place] = _placed(RoutedMLP(mlp), attentions[name])
+            experts[place] = placed(RoutedMLP(mlp), attentions[name])
             if keep_mlps and conversion.mlp.experts_from == "mlp":
                 start_as_slices(mlp, model.get_submodule(place))
     if conversion.mlp is not None and not experts:
@@ -83,11 +83,11 @@ def build_routers(model: PreTrainedModel, attention: MoHConfig) -> dict[str, Hea
             num_heads=config.num_attention_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None),
         )
-        routers[name] = _placed(router, module)
+        routers[name] = placed(router, module)
     return routers
 
 
-def _placed(new: Any, neighbour: nn.Module) -> Any:
+def placed(new: Any, neighbour: nn.Module) -> Any:
     """The new module, on the device and in the dtype of its neighbour."""
     reference = next(neighbour.parameters())
     offloaded = reference.is_meta and any(hasattr(m, "_hf_hook") for m in neighbour.modules())

@@ -27,22 +27,27 @@ except ImportError:
     ) from None
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-OnStepEnd = Callable[["DiTPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+OnStepEnd = Callable[["RoutedDiTPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
-class DiTPipeline(DiffusionPipeline):
+class RoutedDiTPipeline(DiffusionPipeline):
     """Samples from a `DiT`: noise becomes images, or latents that a VAE decodes.
 
     **Source**: DiT, arXiv 2212.09748, with classifier-free guidance as in its released code.
-    **Deviates** from diffusers' pipeline of that name: any number of classes; guidance on the first
-    three channels by default, as the model was published; a DDPMScheduler with a learned variance
-    gets it. Other schedulers get the noise only, as there.
+    **Deviates** from diffusers' DiTPipeline: any number of classes; guidance on the first three
+    channels by default, as the model was published; a DDPMScheduler with a learned variance gets
+    it. Other schedulers get the noise only, as there.
+
+    What `save_pretrained` wrote, `RoutedDiTPipeline.from_pretrained` loads. diffusers'
+    DiffusionPipeline.from_pretrained looks for classes in diffusers alone and ends with "module
+    diffusers has no attribute RoutedDiTPipeline", unless told that our code may run: with
+    custom_pipeline=headwise.models.dit_pipeline.__file__ and trust_remote_code=True.
 
     Args:
         transformer: The model, in eval mode.
         scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another of
-            diffusers; it must take predicted noise. Without a VAE its clip_sample may stay on, with
-            latents it must be off.
+            diffusers; it must take predicted noise. Its clip_sample and thresholding may be on for
+            pixels; for latents they must be off.
         vae: Decodes what is sampled; None where the model was trained on pixels in -1..1.
     """
 
@@ -193,6 +198,12 @@ class DiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"scheduler has prediction_type {kind!r}; a DiT predicts noise, so it must be "
                 "'epsilon'"
+            )
+        clips = [name for name in ("clip_sample", "thresholding") if options.get(name)]
+        if clips and self.vae is not None:
+            raise ValueError(
+                f"scheduler has {clips[0]} on, which keeps samples in -1..1; with a vae they are "
+                "latents, which lie anywhere, so it must be False"
             )
         variance = options.get("variance_type") or "fixed"
         suits = isinstance(self.scheduler, DDPMScheduler) and config.learn_sigma

@@ -125,6 +125,10 @@ class TransNeXtBackbone(BackboneMixin, TransNeXtPreTrainedModel):
     **Source**: TransNeXt, arXiv 2311.17132; MoH-ViT: MoH, arXiv 2410.11842.
     **Deviates**: images of any size, for which positions are computed anew, where the released code
     fixes one. Pooled keys stand at H // sr_ratio by W // sr_ratio of the map that is there.
+
+    Weights come with `TransNeXtBackbone.from_pretrained(directory)`, also those of a classifier.
+    transformers' AutoBackbone has `from_config` for this class, but its `from_pretrained` takes
+    names on the hub alone: what the hub does not have, it asks timm for.
     """
 
     has_attentions = False

@@ -10,11 +10,15 @@ from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 from headwise.nn.mh_moe import ExpertMatrices
 from headwise.nn.routers import ScoreMap
 
-# What transformers calls the channels of a head, and their number.
+# What transformers and diffusers call the channels of a head, and their number.
 _HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
-_HEAD_COUNTS = ("num_heads", "num_attention_heads")
-# Modules that read one token of a sequence, or what holds for all of them, as the time of a DiT.
-_ONCE = {"pooler", "classifier", "seq_relationship", "modulation", "time_embedding"}
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "heads")
+# Modules that read one token of a sequence, or what holds for all of them, as the time of a DiT; in
+# diffusers' DiT that is norm1 and proj_out_1.
+_ONCE = {
+    "pooler", "classifier", "seq_relationship", "modulation", "time_embedding",
+    "norm1", "proj_out_1",
+}  # fmt: skip
 
 
 class Reads(NamedTuple):
@@ -42,7 +46,8 @@ def count_flops(
 
     Averaged over the tokens of a sequence are the keys that they see, and what runs once a
     sequence: modules named pooler, classifier (but for classes of tokens), seq_relationship,
-    modulation and time_embedding.
+    modulation, time_embedding, norm1 and proj_out_1. (diffusers' DiT embeds time and class once
+    more for its output, which is not counted.)
     A patch convolution counts for every token, also for a class token. Embeddings, norms, softmax
     and activations cost nothing.
 
@@ -51,7 +56,8 @@ def count_flops(
     image.
 
     Args:
-        model: A layer of ours, or a decoder or encoder of transformers, converted or not.
+        model: A layer of ours, a decoder or encoder of transformers, or diffusers' DiT, converted
+            or not.
         sequence_length: T, tokens that attend to each other; the figures are per token.
         image_size: Side of an image, or height and width, in pixels; the figures are per image.
         causal: True counts the pairs of tokens that are seen: all of them in attention that says it
@@ -196,7 +202,9 @@ def _flops_of_pair(name: str, module: Any) -> int:
     return 4 * heads * width
 
 
-def _head_width(module: nn.Module) -> Any:
+def _head_width(module: Any) -> Any:
+    if hasattr(module, "heads") and hasattr(module, "inner_dim"):  # diffusers' Attention
+        return module.inner_dim // module.heads
     return next((getattr(module, field) for field in _HEAD_WIDTHS if hasattr(module, field)), None)
 
 
@@ -229,6 +237,11 @@ def _refuse_cross_attention(model: nn.Module) -> None:
             raise ValueError(
                 f"{type(model).__name__} has cross attention (config: {field}); count_flops has "
                 "formulas for self-attention only"
+            )
+    for name, module in model.named_modules():
+        if getattr(module, "is_cross_attention", False):
+            raise ValueError(
+                f"{name} is cross attention; count_flops has formulas for self-attention only"
             )
 
 

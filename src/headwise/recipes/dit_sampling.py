@@ -135,7 +135,7 @@ def schedule() -> Any:
 def pipeline_of(model: DiT, scheduler: SchedulerName, vae: Any) -> Any:
     """The pipeline that draws with a model."""
     diffusers = _diffusers()
-    from headwise.models.dit_pipeline import DiTPipeline
+    from headwise.models.dit_pipeline import RoutedDiTPipeline
 
     learned = {"variance_type": "learned_range"} if model.config.learn_sigma else {}
     kinds = {
@@ -146,7 +146,7 @@ def pipeline_of(model: DiT, scheduler: SchedulerName, vae: Any) -> Any:
     kind, options = kinds[scheduler]
     # Of what is drawn, pixels lie in -1..1; latents anywhere.
     clip = {"thresholding" if scheduler == "dpm" else "clip_sample": vae is None}
-    return DiTPipeline(model, kind(**options, **clip), vae)
+    return RoutedDiTPipeline(model, kind(**options, **clip), vae)
 
 
 def uint8(images: Tensor) -> NDArray[np.uint8]:

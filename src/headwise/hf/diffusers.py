@@ -1,0 +1,215 @@
+"""MoH in diffusers' models: an attention processor, and the classes of converted models."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.modeling_utils import LegacyModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from headwise.hf.attention import attend
+from headwise.hf.auto import load_strictly
+from headwise.hf.conversion import Conversion
+from headwise.hf.head_configs import MoHConfig
+from headwise.hf.surgery import placed
+from headwise.nn import QueryNormRouter
+from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
+
+_PREFIX = "Routed"
+
+
+class RoutedAttnProcessor:
+    """What diffusers' AttnProcessor2_0 computes, of the heads that the attention's router lets on.
+
+    Raises:
+        ValueError: If it is given another sequence to attend to.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                "encoder_hidden_states is given; routed heads attend to their own sequence only, "
+                "so it must be None"
+            )
+        x, heads = hidden_states, attn.heads
+        q, k, v = (
+            rearrange(project(x), "b t (h c) -> b h t c", h=heads)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, x.shape[1], len(x))
+            attention_mask = rearrange(attention_mask, "(b h) t s -> b h t s", h=heads)
+        routing = None if isinstance(attn.router, QueryNormRouter) else attn.router(x)
+        y, _ = attend(
+            attn, q, k, v, attention_mask, scaling=attn.scale, is_causal=False, routing=routing
+        )
+        project, dropout = attn.to_out
+        return dropout(project(rearrange(y, "b t h c -> b t (h c)")))
+
+
+class Routed(ModelMixin):
+    """Mixed into the class of a converted model: what was converted, its loss, strict loading."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """diffusers' own, but a missing, unexpected or misshapen weight is an error."""
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = load_strictly(super().from_pretrained, path, **kwargs)
+        return (model, info) if want_info else model
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """diffusers' own, and the routers that the config tells of."""
+        fields = dict(config)
+        conversion = Conversion.from_dict(fields.pop("headwise", {}))
+        model, unused = super().from_config(fields, return_unused_kwargs=True, **kwargs)
+        _install(model, conversion)
+        return (model, unused) if return_unused_kwargs else model
+
+    @property
+    def conversion(self) -> Conversion:
+        """What `headwise.convert` made of this model."""
+        return Conversion.from_dict(self.config["headwise"])
+
+    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
+        """The mean balance loss of the layers, times balance_coefficient: add it in training.
+
+        Args:
+            routings: What `headwise.record_routing` saw in a forward.
+        """
+        attention: Any = self.conversion.attention
+        return attention.balance_coefficient * mean_balance_loss(routings.values())
+
+
+def convert_model(model: Any, conversion: Conversion) -> Any:
+    """`headwise.convert` for a model of diffusers, whose self-attention gets routers.
+
+    Cross attention stays as it is.
+
+    Raises:
+        ValueError: If the model is converted already, is none whose self-attention is plain, more
+            than the attention is to be converted, or a budget does not fit. The model is then as it
+            was.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, ModelMixin):
+        raise ValueError(f"model_or_path is a {kind}; give a model of it, such as its transformer")
+    if isinstance(model, Routed):
+        raise ValueError(f"{kind} is converted already; load the original instead")
+    if conversion.attention is None or conversion.mlp is not None or conversion.ternary != "no":
+        raise ValueError(
+            f"{kind} is a model of diffusers, of which attention alone can be converted; mlp must "
+            "be None and ternary False"
+        )
+    original: Any = type(model)
+    routed = routed_class(original)
+    _install(model, conversion)
+    model.__class__ = routed
+    return model
+
+
+@functools.cache
+def routed_class(original: Any) -> Any:
+    """The class of a converted model, a subclass of diffusers' own: Routed and its name.
+
+    Raises:
+        ValueError: If diffusers could not load it again.
+    """
+    name = original.__name__
+    if getattr(diffusers, name, None) != original:
+        raise ValueError(
+            f"{name} cannot be converted: diffusers has no class of this name, so it could not be "
+            "loaded again"
+        )
+    if issubclass(original, LegacyModelMixin):
+        raise ValueError(
+            f"{name} cannot be converted: diffusers loads it as other classes, by its config; "
+            "load the model with the class that suits it, such as DiTTransformer2DModel"
+        )
+    # `headwise.hf` finds it by name, for saved pipelines and for pickle.
+    return type(_PREFIX + name, (Routed, original), {"__module__": "headwise.hf"})
+
+
+def class_of(name: str) -> Any:
+    """The class that goes by that name in `headwise.hf`; None if there is none."""
+    if name == "ModelMixin":
+        return ModelMixin
+    original = getattr(diffusers, name.removeprefix(_PREFIX), None)
+    is_model = isinstance(original, type) and issubclass(original, ModelMixin)
+    return routed_class(original) if is_model and name.startswith(_PREFIX) else None
+
+
+def _install(model: Any, conversion: Conversion) -> None:
+    """Put routers beside the projections and our processor in the place of diffusers'.
+
+    The config then tells of them. All routers are built before one is placed.
+    """
+    attentions = self_attentions(model)
+    asked: Any = conversion.attention
+    attention: MoHConfig = asked.resolve(len(attentions))
+    routers = [
+        placed(attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads), attn)
+        for layer, attn in enumerate(attentions)
+    ]
+    for attn, router in zip(attentions, routers, strict=True):
+        attn.router = router
+        attn.set_processor(RoutedAttnProcessor())
+        attn.register_forward_pre_hook(_check_processor)
+    model.register_to_config(headwise=Conversion(attention=attention).to_dict())
+
+
+def self_attentions(model: nn.Module) -> list[Any]:
+    """The modules in which heads can be routed, in the model's order; none of cross attention.
+
+    Raises:
+        ValueError: If there are none, or some self-attention is of another kind.
+    """
+    kind, found = type(model).__name__, []
+    for name, module in model.named_modules():
+        if not hasattr(module, "get_processor") or getattr(module, "is_cross_attention", False):
+            continue
+        if not _is_plain(module):
+            raise ValueError(
+                f"{kind} cannot be converted: {name} is a {type(module).__name__} with "
+                f"{type(module.get_processor()).__name__}, and heads are routed in plain "
+                "self-attention only, which diffusers' AttnProcessor2_0 computes"
+            )
+        found.append(module)
+    if not found:
+        raise ValueError(f"{kind} cannot be converted: it has no self-attention of diffusers'")
+    return found
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether it is softmax(q k) v between linear maps, and nothing beside it."""
+    return (
+        isinstance(attn, Attention)
+        and type(attn.processor) in (AttnProcessor, AttnProcessor2_0)
+        and not (attn.fused_projections or attn.residual_connection)
+        and attn.inner_kv_dim == attn.inner_dim
+        and attn.rescale_output_factor == 1
+        and all(getattr(attn, part) is None for part in _BESIDE)
+    )
+
+
+_BESIDE = ("group_norm", "spatial_norm", "norm_q", "norm_k", "added_kv_proj_dim")
+
+
+def _check_processor(attn: Any, _: tuple[Any, ...]) -> None:
+    """Before the attention's forward: another processor would compute every head."""
+    if not isinstance(attn.processor, RoutedAttnProcessor):
+        raise ValueError(
+            f"the attention's processor is a {type(attn.processor).__name__}; a model with routed "
+            "heads takes RoutedAttnProcessor only"
+        )
