@@ -280,3 +280,20 @@ def test_without_diffusers_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "headwise.models.dit_pipeline")
     with pytest.raises(ValueError, match=r"needs diffusers.*-c constraints\.txt '\.\[diffusion\]'"):
         importlib.import_module("headwise.models.dit_pipeline")
+
+
+def test_what_ddim_clips_leaves_no_noise_behind():
+    pipe, latents = pipeline(), [first_noise(3)]
+    pipe.scheduler = diffusers.DDIMScheduler(set_alpha_to_one=True)
+
+    def keep(_pipe, _step, _time, values):
+        latents.append(values["latents"].double())
+
+    sample(pipe, guidance_scale=30.0, callback_on_step_end=keep)
+    shares = pipe.scheduler.alphas_cumprod.double()[pipe.scheduler.timesteps].tolist()
+    for x, later, a, b in zip(latents, latents[1:], shares, [*shares[1:], 1.0], strict=False):
+        # Both are √share · image + √(1 - share) · noise, of one image and one noise.
+        image = (x * (1 - b) ** 0.5 - later * (1 - a) ** 0.5) / (
+            (a * (1 - b)) ** 0.5 - (b * (1 - a)) ** 0.5
+        )
+        assert 0.99 < image.abs().max() < 1.001
