@@ -91,7 +91,9 @@ def test_files_give_what_their_tensors_give(name, tmp_path):
 
 def test_files_that_hold_more_than_tensors_are_refused(tmp_path):
     torch.save({"model": tensors(), "share": Fraction(1, 2)}, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match=r"odd\.pth holds more than tensors, which is not read"):
+    with pytest.raises(
+        ValueError, match=r"odd\.pth is broken, or holds more than tensors, which is not"
+    ):
         load_released("moh_dit", tmp_path / "odd.pth", SIZES)
 
 
@@ -137,3 +139,32 @@ def test_presets_by_name_dense_ones_too():
 def test_configs_that_do_not_fit_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         load_released("moh_dit", tensors(), SIZES | changes)
+
+
+def written(content: object, path) -> str:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.safetensors", None, r"source is .*none\.safetensors, where there is no file"),
+        ("", None, "where there is no file"),
+        ("text.safetensors", b"no weights", r"is no safetensors file \(a checkpoint of PyTorch"),
+        ("text.pth", b"no weights", r"text\.pth is broken, or holds more than tensors"),
+        ("empty.pth", b"", r"empty\.pth is broken, or holds more than tensors"),
+        ("list.pth", [torch.ones(2)], "source holds a list; it must hold tensors by name"),
+        ("odd.pth", {"state_dict": {}, "epoch": 3}, "a dict under 'state_dict'; there must be"),
+        ("few.pth", tensors() | {"x_embedder.proj.weight": torch.tensor(2.0)}, "too few dimensi"),
+        ("whole.pth", {k: t.long() for k, t in tensors().items()}, "torch.int64; it must be float"),
+    ],
+)
+def test_what_holds_no_weights_is_refused(name, content, message, tmp_path):
+    path = str(tmp_path / name) if content is None else written(content, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as error:
+        load_released("moh_dit", path, SIZES)
+    assert "\n" not in str(error.value)

@@ -2,11 +2,13 @@
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from pyarrow import parquet
 
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats, patches_of
@@ -91,9 +93,6 @@ def test_captions_go_before_classes_and_keep_them(tmp_path):
 def test_parquet_without_features_holds_encoded_images(tmp_path):
     """As other tools write it: bytes, and labels of any kind."""
     import io
-
-    import pyarrow
-    from pyarrow import parquet
 
     rows = []
     for i in range(3):
@@ -200,10 +199,93 @@ def test_files_that_are_no_images_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
         load_images(str(folder))
     picture(1).save(folder / "beside.png")
-    with pytest.raises(ValueError, match=r"beside\.png lies beside directories"):
+    with pytest.raises(ValueError, match=r"beside\.png is a file; .* must be directories, each"):
         load_images(str(folder))
 
 
 def test_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"'no/such\.parquet'; there is no such file"):
         load_images("no/such.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        # As a table may say that was never checked against the names it carries.
+        ([0, 2], r"row 1 of .* has label 2; it must lie in 0\.\.1"),
+        ([-1, 0], r"row 0 of .* has label -1; it must lie in 0\.\.1"),
+        ([0.5, 1.0], r"row 0 of .* has label 0\.5; it must be a class: a name or a number"),
+        ([[0, 1], [1]], r"row 0 of .* has label \[0, 1\]; it must be a class"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, message):
+    named = table(image=[picture(1), picture(2)], label=[0, 1]).data.table
+    given = named.set_column(1, "label", pyarrow.array(labels))
+    # Only where they are whole can the names be kept.
+    metadata = named.schema.metadata if isinstance(labels[0], int) else None
+    parquet.write_table(given.replace_schema_metadata(metadata), tmp_path / "broken.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_images(str(tmp_path / "broken.parquet"))
+
+
+def test_a_column_of_something_else_is_refused(tmp_path):
+    numbers = pyarrow.table({"image": [3, 4], "label": [0, 1]})
+    parquet.write_table(numbers, tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' of .* holds .*int64.*; it must hold im"):
+        load_images(str(tmp_path / "numbers.parquet"))
+
+
+def png_of_16_bits(file):
+    Image.fromarray(np.full((5, 5), 999, dtype=np.uint16)).save(file)
+
+
+def png_of_a_broken_chunk(file):
+    picture(1).save(file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IHDR") - 4 :] = b"\xff\xff\xff\xffIDAT"
+    file.write_bytes(content)
+
+
+def ppm_of_no_number(file):
+    file.write_bytes(b"P6 {0 5 255\n")
+
+
+def bmp_that_bursts(file):
+    picture(1).save(file, "BMP")
+    content = bytearray(file.read_bytes())
+    content[18:26] = b"\xff\xff\xff\x00" * 2
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (png_of_16_bits, "has pixels of mode 'I;16'; convert it to 8 bits"),
+        (png_of_a_broken_chunk, "cannot be read as an image: "),
+        (ppm_of_no_number, "cannot be read as an image: "),
+        (bmp_that_bursts, "cannot be read as an image: .*decompression bomb"),
+    ],
+)
+@pytest.mark.parametrize("place", ["directory", "table"])
+def test_images_that_cannot_be_read_are_named(tmp_path, write, message, place):
+    (tmp_path / "class").mkdir()
+    picture(1).save(tmp_path / "class" / "a.png")
+    write(tmp_path / "class" / "b.png")
+    if place == "directory":
+        data, named = tmp_path, "b.png"
+    else:
+        data, named = tmp_path / "images.parquet", "row 1 of "
+        contents = [{"bytes": (tmp_path / "class" / f"{x}.png").read_bytes()} for x in "ab"]
+        parquet.write_table(pyarrow.table({"image": contents, "label": [0, 1]}), data)
+    with pytest.raises(ValueError, match=f"{named}.*{message}"):
+        load_images(str(data))
+
+
+def test_images_of_all_other_modes_make_one_set(tmp_path):
+    (tmp_path / "class").mkdir()
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+        image = Image.new("RGB", (5, 5), (255, 255, 255)).convert(mode)
+        image.save(tmp_path / "class" / f"{mode}.tiff")
+    pixels = np.concatenate([part.pixels for part in load_images(str(tmp_path))])
+    assert pixels.shape == (7, 3, 5, 5)
+    assert (pixels == 255).all()

@@ -1,6 +1,7 @@
 """Sampling from a DiT: one step by hand, guidance, seeds, schedulers, a VAE, saved and refused."""
 
 import importlib
+import math
 import re
 import sys
 
@@ -237,6 +238,13 @@ def test_a_bfloat16_model_is_sampled_in_float32():
     [
         ({"classes": [1, 7, 0]}, "classes is [1, 7, 0]; there must be one for each image, in 0..6"),
         ({"classes": []}, "classes is []"),
+        ({"classes": [1, 2.0, 0]}, "classes is [1, 2.0, 0]; there must be one for each image"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; it must be finite"),
+        (
+            {"seeds": None, "generator": [torch.Generator()] * 2},
+            "generator has 2 entries; there must",
+        ),
         ({"seeds": [1, 2]}, "seeds is [1, 2]; there must be one for each of the 3 images"),
         ({"generator": torch.Generator()}, "and no generator"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; it must be one of 'pil'"),

@@ -350,6 +350,11 @@ def test_images_that_do_not_fit_are_refused(shape, message):
         tiny()(torch.zeros(shape))
 
 
+def test_images_in_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"pixel_values has dtype torch\.uint8; it must be"):
+        tiny()(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -357,6 +362,7 @@ def test_images_that_do_not_fit_are_refused(shape, message):
         (torch.tensor([0, -1, 1]), r"labels has -1"),
         (torch.tensor([0, 1]), r"labels has shape \[2\]; it must be \[3\], or \[3, 7\]"),
         (torch.ones(3, 5), r"labels has shape \[3, 5\]"),
+        (torch.tensor([0, 1, 1]).int(), "labels has dtype torch.int32; it must be int64"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message):
@@ -371,12 +377,18 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         ({"depths": 2}, "depths is 2; it must have an entry for each stage"),
         ({"hidden_sizes": ()}, r"hidden_sizes is \(\); it must have an entry"),
         ({"sr_ratios": (3, 0, 1)}, r"sr_ratios is \[3, 0, 1\]; its entries must be positive"),
+        (
+            {"depths": (1, 2, 2.5)},
+            r"depths is \[1, 2, 2\.5\]; its entries must be positive and whole",
+        ),
+        ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
         ({"num_heads": (2, 4, 5)}, r"num_heads\[1\] is 4; it must divide hidden_sizes\[1\] = 18"),
         ({"window_size": 4}, "window_size is 4; it must be odd"),
         ({"patch_size": 0}, "patch_size is 0; it must be at least 1"),
         ({"image_size": 4}, "image_size is 4; .* no side may be below 5"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate is 1\.0; it must lie in 0\.\.1, below 1"),
         ({"balance_coefficient": -1}, "balance_coefficient is -1; it must be at least 0"),
+        ({"initializer_range": math.nan}, "initializer_range is nan; it must be at least 0"),
         ({"active_heads": None}, r"active_heads is None; give both, or neither"),
         ({"active_heads": (2, 1)}, "active_heads has 2 entries and hidden_sizes 3"),
         ({"active_heads": (2, 4, 3)}, r"active_heads\[1\] is 4; it must lie in 1\.\.3"),
@@ -393,5 +405,8 @@ def test_an_unknown_preset_has_a_neighbour():
         ValueError, match="unknown preset 'moh-vit-b75'; did you mean 'moh-vit-b-75'"
     ):
         TransNeXtConfig.preset("moh-vit-b75")
+    with pytest.raises(ValueError, match="unknown field 'patch_sise'; did you mean 'patch_size'"):
+        TransNeXtConfig.preset("test", patch_sise=3)
     assert TransNeXtConfig.preset("test", num_labels=3).num_labels == 3
+    assert TransNeXtConfig.preset("test", id2label={0: "a", 1: "b"}).num_labels == 2
     assert TransNeXtConfig.preset("moh-vit-s-75").num_labels == 1000

@@ -83,7 +83,7 @@ def test_resuming_with_other_fields_is_refused_by_name(finished, changes, match)
 
 def test_resuming_with_other_text_is_refused(finished):
     Path(finished.data).write_text(LINES + "one more line\n")
-    refuse(finished, "the text has changed", resume=True)
+    refuse(finished, "the data have changed", resume=True)
 
 
 def test_resuming_may_move_and_track(finished, tmp_path):

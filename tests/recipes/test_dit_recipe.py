@@ -180,8 +180,14 @@ def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
     with pytest.raises(ValueError, match="holds no DiT that can be loaded"):
         sample(SampleRun(directory=classifier, output=output))
     directory = finished.output / "models" / "moh_75-seed0"
-    with pytest.raises(ValueError, match=r"classes is \[7\]"):
-        sample(SampleRun(directory=directory, output=output, classes=(7,), per_class=1))
+    for changes, message in (
+        ({"classes": (7,)}, r"classes holds 7; the model knows 0..1 \(bright to dark\)"),
+        ({"classes": ("drak",)}, "unknown class 'drak'; did you mean 'dark'"),
+        ({"steps": 1001}, "steps is 1001; it must be at most 1000"),
+        ({"vae": str(tmp_path)}, "holds no AutoencoderKL"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(SampleRun(directory=directory, output=output, per_class=1, **changes))
     with pytest.raises(ValueError, match=r"must be the name of a \.png file"):
         SampleRun(directory=classifier, output=tmp_path / "grid.gif")
     assert not output.exists()

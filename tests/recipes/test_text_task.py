@@ -118,5 +118,5 @@ def test_a_mixture_that_changed_is_not_resumed(mixture, tmp_path):
     sources = json.loads(Path(mixture).read_text())
     sources[0]["weight"] = 5
     Path(mixture).write_text(json.dumps(sources))
-    with pytest.raises(ValueError, match="the text has changed since the run"):
+    with pytest.raises(ValueError, match="the data have changed since the run"):
         train(dataclasses.replace(run, resume=True))

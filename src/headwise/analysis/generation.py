@@ -10,14 +10,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from headwise.analysis.features import Features
+
+try:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+except ImportError:
+    raise ValueError(
+        "measuring generated images needs torchmetrics, which is not installed; in the checkout of "
+        "headwise `pip install -c constraints.txt '.[diffusion]'`"
+    ) from None
 
 # Samples of one Inception Score, as in the evaluator of guided diffusion.
 _SPLIT = 5000
 _DISTANCES_AT_ONCE = 2**24
 _ROWS_AT_ONCE = 4096
+_NEIGHBOURS = 3
+
+# Images that `sample_quality` takes at least, of the real and of the generated ones.
+FEWEST = _NEIGHBOURS + 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def _score(logits: Tensor) -> float:
 
 
 def precision_and_recall(
-    real: Tensor, generated: Tensor, *, neighbours: int = 3
+    real: Tensor, generated: Tensor, *, neighbours: int = _NEIGHBOURS
 ) -> tuple[float, float]:
     """Shares of each set that lie within the other's manifold.
 

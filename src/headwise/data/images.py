@@ -119,7 +119,10 @@ def _digits(image_size: int | None) -> ImageSet:
 def _folders(root: Path, image_size: int | None) -> ImageSet:
     entries = [p for p in sorted(root.iterdir()) if p.name[0] != "."]
     if beside := next((p for p in entries if not p.is_dir()), None):
-        raise ValueError(f"{beside} lies beside directories, each of which is a class; move it")
+        raise ValueError(
+            f"{beside} is a file; all that {root} holds must be directories, each with images of a "
+            "class"
+        )
     if not entries:
         raise ValueError(f"{root} is empty; it must hold directories, each with images of a class")
     classes = tuple(p.name for p in entries)
@@ -143,7 +146,7 @@ def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-    except OSError as error:
+    except Exception as error:  # each format breaks in its own way
         raise ValueError(f"{file} cannot be read as an image: {error}") from None
     return image
 
@@ -155,7 +158,7 @@ def _parquet(path: Path) -> Any:
 
     try:
         return Dataset(parquet.read_table(path))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as a Parquet file: {error}") from None
 
 
@@ -172,8 +175,7 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
             f"data {name!r} has columns {rows.column_names}; one must hold images ('image'), and "
             "one their captions ('caption' or 'text') or classes ('label')"
         )
-    column = rows.cast_column(of_images[0], ImageFeature())[of_images[0]]
-    pixels = stacked(_decoded(name, column), image_size)
+    pixels = stacked(_decoded(name, _as_images(name, rows, of_images[0])), image_size)
     labels, names = _classes(name, rows, classes[0]) if classes else (None, ())
     if captions:
         texts = tuple(_caption(name, i, text) for i, text in enumerate(rows[captions[0]]))
@@ -182,12 +184,24 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
     return ImageSet(pixels, texts, labels=labels, classes=names)
 
 
+def _as_images(name: str, rows: Any, column: str) -> Any:
+    import pyarrow
+    from datasets import Image as ImageFeature
+
+    try:
+        return rows.cast_column(column, ImageFeature())[column]
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {column!r} of {name!r} holds {rows.features[column]}; it must hold images"
+        ) from error
+
+
 def _decoded(name: str, column: Any) -> Iterable[tuple[str, Image.Image]]:
     for i in range(len(column)):
         where = f"row {i} of {name!r}"
         try:
             image = column[i]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each format breaks in its own way
             raise ValueError(f"{where} cannot be read as an image: {error}") from None
         if image is None:
             raise ValueError(f"{where} has no image")
@@ -196,16 +210,22 @@ def _decoded(name: str, column: Any) -> Iterable[tuple[str, Image.Image]]:
 
 def _classes(name: str, rows: Any, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     values = rows[column][:]
-    if None in values:
-        raise ValueError(f"row {values.index(None)} of {name!r} has label None; it must be a class")
+    for row, value in enumerate(values):
+        if not isinstance(value, int | str):
+            raise ValueError(
+                f"row {row} of {name!r} has label {value!r}; it must be a class: a name or a number"
+            )
     names = getattr(rows.features[column], "names", None)
     if names is None:
         known = sorted(set(values))
         names, values = list(map(str, known)), [known.index(value) for value in values]
     labels = np.array(values, dtype=np.int64)
-    if len(labels) and labels.min() < 0:
-        row = int(labels.argmin())
-        raise ValueError(f"row {row} of {name!r} has label {labels[row]}; it must be a class")
+    wrong = (labels < 0) | (labels >= len(names))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"row {row} of {name!r} has label {labels[row]}; it must lie in 0..{len(names) - 1}"
+        )
     return labels, tuple(names)
 
 

@@ -70,8 +70,13 @@ def embedded_text() -> list[Domain]:
     return [_split("code", code, str(root)), _split("prose", dict(topics), "pydoc_data")]
 
 
-def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE from the training documents; entry 0 is the end of a text."""
+def train_tokenizer(
+    domains: Iterable[Domain], *, vocab_size: int, show_progress: bool = False
+) -> Tokenizer:
+    """A byte-level BPE from the training documents; entry 0 is the end of a text.
+
+    Progress is shown as bars on stderr, where that is a terminal.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,10 +84,10 @@ def train_tokenizer(domains: Iterable[Domain], *, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
-    documents = (text for domain in domains for text in domain.training.values())
-    tokenizer.train_from_iterator(documents, trainer)
+    documents = [text for domain in domains for text in domain.training.values()]
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
     # A document that talks of the end of a text does not end there.
     tokenizer.encode_special_tokens = True
     return tokenizer

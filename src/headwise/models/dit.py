@@ -169,7 +169,8 @@ class DiT(PreTrainedModel):
             y: Classes, [B], 0..num_labels; num_labels is the null class.
 
         Raises:
-            ValueError: If x is of another size, t or y not one number an image, or y out of range.
+            ValueError: If x is of another size or of whole numbers, t or y not one number an image,
+                or y out of range or not of whole ones.
         """
         self._check_inputs(x, t, y)
         config = self.config
@@ -231,6 +232,10 @@ class DiT(PreTrainedModel):
         size = (config.in_channels, config.input_size, config.input_size)
         if x.ndim != 4 or x.shape[1:] != size:
             raise ValueError(f"x has shape {list(x.shape)}; it must be [B, {str(size)[1:-1]}]")
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}; it must be floating, pixels in -1..1")
+        if y.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"y has dtype {y.dtype}; it must be int64 or int32")
         for name, value in (("t", t), ("y", y)):
             if value.shape != x.shape[:1]:
                 raise ValueError(

@@ -65,10 +65,13 @@ class DiTConfig(PreTrainedConfig):
             raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     def _check(self) -> None:
-        counts = ("input_size", "patch_size", "in_channels", "hidden_size", "num_hidden_layers")
+        counts = ["input_size", "patch_size", "in_channels", "hidden_size", "num_hidden_layers"]
+        if self.head_dim is not None:
+            counts.append("head_dim")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be at least 1 and whole")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size is {self.patch_size}; it must divide input_size = {self.input_size}"
@@ -77,9 +80,9 @@ class DiTConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size is {self.hidden_size}; it must be a multiple of 4")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout is {self.class_dropout}; it must lie in 0..1, below 1")
-        if self.mlp_ratio <= 0:
+        if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0")
-        if self.balance_coefficient < 0:
+        if not self.balance_coefficient >= 0:
             raise ValueError(
                 f"balance_coefficient is {self.balance_coefficient}; it must be at least 0"
             )
@@ -89,9 +92,10 @@ class DiTConfig(PreTrainedConfig):
                 "both, or neither for the dense model"
             )
         for heads in self._per_layer("num_heads"):
-            if heads < 1 or (self.head_dim is None and self.hidden_size % heads):
+            whole = isinstance(heads, int) and heads > 0
+            if not whole or (self.head_dim is None and self.hidden_size % heads):
                 raise ValueError(
-                    f"num_heads is {heads}; it must divide hidden_size = {self.hidden_size}, or "
+                    f"num_heads is {heads!r}; it must divide hidden_size = {self.hidden_size}, or "
                     "head_dim be given"
                 )
         _ = self.budgets

@@ -1,7 +1,9 @@
 """Images of given classes from a `DiT`, by diffusers' schedulers. Needs the extra "diffusion"."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -100,9 +102,9 @@ class RoutedDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: If the model is in training mode, a class is out of range, guidance is asked
                 of a model without a null class, seeds and a generator are both given or too few, or
-                the scheduler or the output type do not suit the model.
+                the scheduler, the VAE or the output type do not suit the model.
         """
-        self._check(classes, guidance_scale, generator, seeds, output_type)
+        self._check(classes, num_inference_steps, guidance_scale, generator, seeds, output_type)
         config, device = self.transformer.config, self._execution_device
         if seeds is not None:
             generator = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -159,6 +161,7 @@ class RoutedDiTPipeline(DiffusionPipeline):
     def _check(
         self,
         classes: Sequence[int],
+        num_inference_steps: int,
         guidance_scale: float,
         generator: Any,
         seeds: Sequence[int] | None,
@@ -167,12 +170,16 @@ class RoutedDiTPipeline(DiffusionPipeline):
         config = self.transformer.config
         if self.transformer.training:
             raise ValueError("transformer is in training mode, where it drops classes; call eval()")
-        wrong = [label for label in classes if not 0 <= label < config.num_labels]
-        if wrong or not classes:
+        known = range(config.num_labels)
+        if len(classes) == 0 or not all(isinstance(x, Integral) and x in known for x in classes):
             raise ValueError(
                 f"classes is {list(classes)}; there must be one for each image, in "
                 f"0..{config.num_labels - 1}"
             )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
         if guidance_scale != 1 and config.class_dropout == 0:
             raise ValueError(
                 f"guidance_scale is {guidance_scale}; a model trained with class_dropout 0 has no "
@@ -183,8 +190,18 @@ class RoutedDiTPipeline(DiffusionPipeline):
                 f"seeds is {list(seeds)}; there must be one for each of the {len(classes)} images, "
                 "and no generator"
             )
+        if isinstance(generator, list) and len(generator) != len(classes):
+            raise ValueError(
+                f"generator has {len(generator)} entries; there must be one for each of the "
+                f"{len(classes)} images, or one for all"
+            )
         check_choice("output_type", output_type, OutputType)
         self._check_scheduler()
+        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"vae decodes {self.vae.config.latent_channels} channels; the transformer draws "
+                f"{config.in_channels}, so it was trained with another, or with none"
+            )
         channels = config.in_channels if self.vae is None else self.vae.config.out_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(

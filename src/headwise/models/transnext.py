@@ -159,7 +159,8 @@ class TransNeXtBackbone(BackboneMixin, TransNeXtPreTrainedModel):
             rounded up.
 
         Raises:
-            ValueError: If the images have another number of channels or are too small.
+            ValueError: If the images have another number of channels, are too small or of whole
+                numbers.
         """
         maps = self.maps(pixel_values)
         named = dict(zip(self.stage_names, maps, strict=True))
@@ -175,6 +176,11 @@ class TransNeXtBackbone(BackboneMixin, TransNeXtPreTrainedModel):
             raise ValueError(
                 f"pixel_values has shape {list(pixel_values.shape)}; it must be [B, "
                 f"{config.num_channels} (num_channels), height, width]"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values has dtype {pixel_values.dtype}; it must be floating, as the image "
+                "processor makes it"
             )
         config.check_image_size("size of pixel_values", *pixel_values.shape[2:])
         maps = [pixel_values.to(self.dtype)]
@@ -237,8 +243,8 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
             output_hidden_states: Whether to give the maps of all stages too.
 
         Raises:
-            ValueError: If the images have another number of channels or are too small, or a label
-                is out of range.
+            ValueError: If the images have another number of channels or are too small, a label is
+                out of range, or a dtype is another.
         """
         maps = self.backbone.maps(pixel_values)
         logits = self.classifier(maps[-1].mean((2, 3)))
@@ -267,6 +273,10 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"labels has shape {list(labels.shape)}; it must be [{batch}], or [{batch}, {classes}] "
             "for probabilities"
+        )
+    if not labels.is_floating_point() and labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels has dtype {labels.dtype}; it must be int64, or floating for probabilities"
         )
     if not labels.is_floating_point() and batch:
         low, high = (int(x) for x in labels.aminmax())

@@ -1,5 +1,6 @@
 """Sizes of a TransNeXt and of a MoH-ViT: checked, and the published ones by name."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -112,15 +113,25 @@ class TransNeXtConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None),
         )
         super().__post_init__(**kwargs)
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "TransNeXtConfig":
         """The sizes that go by that name in `PRESETS`, with changes.
 
         Raises:
-            ValueError: If nothing goes by that name, or the changes do not fit.
+            ValueError: If there is no such preset or field, with the nearest name, or the changes
+                do not fit.
         """
-        return cls(**{"num_labels": 1000} | look_up("preset", name, PRESETS) | changes)
+        of_base = ("num_labels", "id2label", "label2id", "out_features", "out_indices")
+        known = {field.name: field for field in fields(cls)} | dict.fromkeys(of_base)
+        for field in changes:
+            look_up("field", field, known)
+        preset = {"num_labels": 1000} | look_up("preset", name, PRESETS)
+        if "id2label" in changes:
+            del preset["num_labels"]
+        return cls(**preset | changes)
 
     @property
     def num_stages(self) -> int:
@@ -177,21 +188,22 @@ class TransNeXtConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{field} has {len(values)} entries and hidden_sizes {len(self.hidden_sizes)}; "
                     "both must have one for each stage"
                 )
-            if field not in _HEADS and min(values) <= 0:
-                raise ValueError(f"{field} is {list(values)}; its entries must be positive")
+            kinds, what = (int | float, "") if field == "mlp_ratios" else (int, " and whole")
+            if field not in _HEADS and not all(isinstance(x, kinds) and x > 0 for x in values):
+                raise ValueError(f"{field} is {list(values)}; its entries must be positive{what}")
             setattr(self, field, tuple(values))
 
     def _check_numbers(self) -> None:
         for field in ("image_size", "pretrain_size", "patch_size", "num_channels", "window_size"):
-            if (value := getattr(self, field)) < 1:
-                raise ValueError(f"{field} is {value}; it must be at least 1")
+            if not isinstance(value := getattr(self, field), int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; it must be at least 1 and whole")
         if self.window_size % 2 == 0:
             raise ValueError(f"window_size is {self.window_size}; it must be odd")
         for field in ("drop_path_rate", "hidden_dropout"):
             if not 0 <= (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field} is {value}; it must lie in 0..1, below 1")
         for field in ("initializer_range", "balance_coefficient"):
-            if (value := getattr(self, field)) < 0:
+            if not (value := getattr(self, field)) >= 0:
                 raise ValueError(f"{field} is {value}; it must be at least 0")
 
     def _check_heads(self) -> None:

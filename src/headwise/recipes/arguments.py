@@ -1,5 +1,6 @@
 """What transformers' Trainer is told, the same for every recipe."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +53,8 @@ def check_training(run: Any) -> None:
     check_choice("precision", run.precision, Precision)
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         check_at_least(1, name, getattr(run, name))
-    if not run.weight_decay >= 0:
-        raise ValueError(f"weight_decay is {run.weight_decay}; it must be at least 0")
+    if not 0 <= run.weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {run.weight_decay}; it must be at least 0 and finite")
     if run.resume and run.overwrite:
         raise ValueError("resume and overwrite are both set; choose one")
 
@@ -62,6 +63,18 @@ def check_at_least(least: int, name: str, value: int) -> None:
     """Raises ValueError if the field of that name is less."""
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises ValueError if the field of that name is infinite or not a number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises ValueError if numpy could not be seeded with the field of that name."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} is {value}; it must lie in 0..{2**32 - 1}")
 
 
 def training_arguments(

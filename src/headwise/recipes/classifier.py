@@ -2,14 +2,15 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoModelForImageClassification, TrainingArguments, default_data_collator
 
 from headwise.data.images import ImageSet
 from headwise.data.text import draw
+from headwise.hf.auto import load_strictly
 from headwise.models import TransNeXtForImageClassification
+from headwise.recipes.loading import check_holds_model
 from headwise.recipes.vit import VisionRun
 from headwise.recipes.vit_task import LabelledImages, VisionTask, labels_of
 
@@ -49,27 +50,37 @@ def train_classifier(images: ImageSet, *, steps: int = _STEPS) -> TransNeXtForIm
     return model.eval()
 
 
-def load_classifier(path: Path, images: ImageSet) -> Any:
+def load_classifier(path: Path, images: ImageSet) -> TransNeXtForImageClassification:
     """The classifier in a directory, if it is one of these images.
 
     Raises:
         ValueError: If there is none, or it knows other classes or takes other images.
     """
     try:
-        model = AutoModelForImageClassification.from_pretrained(path).eval()
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        check_holds_model(path)
+        model, _ = load_strictly(AutoModelForImageClassification.from_pretrained, path)
+    except Exception as error:  # a directory can be wrong in as many ways as there are models
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"classifier {path} holds no classifier: {reason}") from error
+    if not isinstance(model, TransNeXtForImageClassification):
+        raise ValueError(
+            f"classifier {path} holds a {type(model).__name__}; it must be a "
+            "TransNeXtForImageClassification, as `headwise train vit` makes one"
+        )
     classes = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     if classes != images.classes:
         raise ValueError(
-            f"classifier {path} knows the classes {', '.join(classes[:5])}, …; the images have "
-            f"{', '.join(images.classes[:5])}, …"
+            f"classifier {path} knows the classes {_first(classes)}; the images have "
+            f"{_first(images.classes)}, and both must be the same in the same order"
         )
-    channels = images.pixels.shape[1]
-    if model.config.num_channels != channels:
+    config, (_, channels, size, _) = model.config, images.pixels.shape
+    if (config.num_channels, config.image_size) != (channels, size):
         raise ValueError(
-            f"classifier {path} takes {model.config.num_channels} channels; the images have "
-            f"{channels}"
+            f"classifier {path} takes images of {config.num_channels} channels and side "
+            f"{config.image_size}; these have {channels} channels and side {size}"
         )
-    return model
+    return model.eval()
+
+
+def _first(names: tuple[str, ...], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

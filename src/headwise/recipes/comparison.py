@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headwise.data.text import check_exponent
 from headwise.hf import MoEConfig, MoHConfig
-from headwise.recipes.arguments import Precision, check_at_least, check_training
+from headwise.recipes.arguments import Precision, check_at_least, check_seed, check_training
 
 if TYPE_CHECKING:
     from headwise.recipes.task import Task
@@ -89,6 +89,8 @@ class ComparisonRun:
             values = getattr(self, field_name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field_name} is {values}; each entry may occur once")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
         check_training(self)
         for name in ("steps", "workers"):
             check_at_least(1, name, getattr(self, name))
@@ -199,7 +201,7 @@ class TextRun(LayeredRun):
             ends in .mixture.json.
         vocab_size: Entries of the tokenizer that is trained on the text.
         sequence_length: Tokens that a model sees at once.
-        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
+        domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
         eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
         sample_prompt: What the best model continues in the report.
     """

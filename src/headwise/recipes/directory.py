@@ -50,6 +50,7 @@ class RunDirectory:
         file = self.root / RUN_FILE
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"output is {self.root}, a file; it must be a directory")
+        check_parents(self.root)
         if run.resume:
             self._check_same_run(run)
         elif file.exists() and not run.overwrite:
@@ -64,13 +65,13 @@ class RunDirectory:
         """Make the directory this run's, or go on with the same run on the same text.
 
         Raises:
-            ValueError: As `check`, or if the text to resume with has changed; nothing is touched.
+            ValueError: As `check`, or if the data to resume with have changed; nothing is touched.
         """
         self.check(run)
         file = self.root / RUN_FILE
         if run.resume:
             if json.loads(file.read_text())["fingerprint"] != fingerprint:
-                raise ValueError(f"the text has changed since the run in {self.root} began")
+                raise ValueError(f"the data have changed since the run in {self.root} began")
             return
         if file.exists():
             shutil.rmtree(self.root)
@@ -87,6 +88,12 @@ class RunDirectory:
                     f"{field} is {value}, but the run in {self.root} has {saved.get(field)}; "
                     "resume with the same fields"
                 )
+
+
+def check_parents(output: Path) -> None:
+    """Raises ValueError if a file is where `output` needs a directory to lie in."""
+    if file := next((path for path in output.parents if path.is_file()), None):
+        raise ValueError(f"output is {output}, but {file} is a file; it must be a directory")
 
 
 def resolved(run: Any) -> dict[str, Any]:

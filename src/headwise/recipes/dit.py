@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from headwise.recipes.arguments import check_at_least
+from headwise.recipes.arguments import check_at_least, check_finite
 from headwise.recipes.image_run import ImageRun
 from headwise.recipes.task import Task
 
@@ -62,6 +62,7 @@ class DiffusionRun(ImageRun):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; with class_dropout 0 it must be 1"
             )
+        check_finite("guidance_scale", self.guidance_scale)
         for name in ("sampling_steps", "samples"):
             check_at_least(1, name, getattr(self, name))
         super().__post_init__()

@@ -11,17 +11,16 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from headwise.data.images import ImageSet
-from headwise.data.patches import in_floats
-from headwise.models import DiT
-from headwise.ops.choice import check_choice
-from headwise.recipes.arguments import check_at_least
-from headwise.recipes.directory import write_whole
+from headwise.models import DiT, DiTConfig
+from headwise.ops.choice import check_choice, look_up
+from headwise.recipes.arguments import check_at_least, check_finite, check_seed
+from headwise.recipes.directory import check_parents, write_whole
 from headwise.recipes.loading import check_holds_model
+from headwise.recipes.vae import load_vae
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
-_AT_A_TIME = 64
 _GAP = 2  # pixels between the images of a grid
 
 
@@ -31,8 +30,8 @@ class SampleRun:
 
     Attributes:
         directory: Of the model, for example runs/dit/models/moh_75-seed0.
-        output: The PNG file to write.
-        classes: Which classes, by number; all of them if empty.
+        output: The PNG file to write; must not be there yet.
+        classes: Which classes, by name or number; all of them if empty.
         per_class: Images of each.
         guidance_scale: 1 is no guidance.
         steps: Of the scheduler.
@@ -44,7 +43,7 @@ class SampleRun:
 
     directory: Annotated[Path, tyro.conf.Positional]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    classes: tuple[int, ...] = ()
+    classes: tuple[int | str, ...] = ()
     per_class: int = 8
     guidance_scale: float = 2.0
     steps: int = 50
@@ -55,21 +54,34 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         check_choice("scheduler", self.scheduler, SchedulerName)
+        check_finite("guidance_scale", self.guidance_scale)
         for name in ("per_class", "steps", "scale"):
             check_at_least(1, name, getattr(self, name))
+        check_seed("seed", self.seed)
         if self.output.suffix != ".png":
             raise ValueError(f"output is {self.output}; it must be the name of a .png file")
+        if self.output.exists():
+            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_parents(self.output)
 
 
 def sample(run: SampleRun) -> None:
     """Draw the grid, written beside and renamed.
 
     Raises:
-        ValueError: If there is no DiT in the directory, or a class is out of range.
+        ValueError: If there is no DiT in the directory, it has no such class, or it does not suit
+            the VAE, the guidance or the steps.
     """
+    check_steps("steps", run.steps)
     model = load_dit(run.directory)
+    channels = model.config.in_channels
+    if run.vae is None and channels not in (1, 3):
+        raise ValueError(
+            f"vae is None, and the model in {run.directory} draws {channels} channels, which are "
+            "no image; give the vae that it was trained with"
+        )
     vae = None if run.vae is None else load_vae(run.vae)
-    classes = run.classes or tuple(range(model.config.num_labels))
+    classes = [number_of(x, model) for x in run.classes] or range(model.config.num_labels)
     pipeline = pipeline_of(model, run.scheduler, vae)
     wanted = [label for label in classes for _ in range(run.per_class)]
     images = pipeline(
@@ -84,6 +96,29 @@ def sample(run: SampleRun) -> None:
     print(run.output)
 
 
+def number_of(label: int | str, model: DiT) -> int:
+    """A class of the model, given by number or by name.
+
+    Raises:
+        ValueError: If there is no such class, with the nearest name.
+    """
+    config = model.config
+    if isinstance(label, str):
+        return look_up("class", label, {name: i for i, name in config.id2label.items()})
+    if not 0 <= label < config.num_labels:
+        raise ValueError(
+            f"classes holds {label}; the model knows 0..{config.num_labels - 1} ("
+            f"{config.id2label[0]} to {config.id2label[config.num_labels - 1]})"
+        )
+    return label
+
+
+def check_steps(field: str, steps: int) -> None:
+    """Raises ValueError if schedulers have fewer steps than that."""
+    if steps > (most := len(schedule().betas)):
+        raise ValueError(f"{field} is {steps}; it must be at most {most}")
+
+
 def load_dit(directory: Path) -> DiT:
     """The model in a directory, in eval mode.
 
@@ -92,39 +127,13 @@ def load_dit(directory: Path) -> DiT:
     """
     check_holds_model(directory)
     try:
+        kind = PreTrainedConfig.get_config_dict(directory)[0].get("model_type")
+        if kind != DiTConfig.model_type:
+            raise ValueError(f"it is of model_type {kind!r}, not {DiTConfig.model_type!r}")
         return DiT.from_pretrained(directory).eval()
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a directory can be wrong in as many ways as there are models
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{directory} holds no DiT that can be loaded: {reason}") from error
-
-
-def load_vae(path: str) -> Any:
-    """diffusers' AutoencoderKL of that directory or name, in eval mode.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(path).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"vae {path} holds no AutoencoderKL: {reason}") from error
-
-
-@torch.no_grad()
-def encoded(vae: Any, images: ImageSet) -> NDArray[np.float32]:
-    """What a model learns to draw: pixels in -1..1, or with a VAE the means of their latents."""
-    if vae is None:
-        return in_floats(images.pixels).numpy()
-    parts = []
-    for start in range(0, len(images), _AT_A_TIME):
-        pixels = in_floats(images.pixels[start : start + _AT_A_TIME])
-        if pixels.shape[1] == 1:
-            pixels = pixels.expand(-1, 3, -1, -1)
-        parts.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
-    return torch.cat(parts).float().numpy()
 
 
 def schedule() -> Any:

@@ -1,7 +1,7 @@
 """Drawing images: a run's images made ready, and what is trained on them and measured."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from headwise.analysis.features import ClassifierFeatures, collect_features
+from headwise.analysis.generation import FEWEST, sample_quality
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
 from headwise.data.text import draw
@@ -21,9 +23,10 @@ from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.dit import DiffusionRun
-from headwise.recipes.dit_sampling import encoded, load_vae, pipeline_of, schedule, uint8
+from headwise.recipes.dit_sampling import check_steps, pipeline_of, schedule, uint8
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.task import Examples, Scores, Task
+from headwise.recipes.vae import encoded, images_for, load_vae
 from headwise.recipes.vit_task import LabelledImages, check_classes, labels_of, only
 
 _CURVE_IMAGES = 256
@@ -35,18 +38,43 @@ _TIMES = (900, 700, 500, 300, 100)
 def read_images(run: DiffusionRun) -> "DiffusionTask":
     """Load the images, encode them where a VAE is given, and find or train a classifier of them.
 
+    What takes long, encoding and training, begins when all sizes are known to fit.
+
     Raises:
-        ValueError: If images, VAE or classifier cannot be used.
+        ValueError: If images, VAE or classifier cannot be used, or the sizes do not fit them.
     """
+    check_steps("sampling_steps", run.sampling_steps)
     training, validation = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
-    vae = None if run.vae is None else load_vae(run.vae)
-    if run.classifier is None:
-        classifier = train_classifier(training)
-    else:
-        classifier = load_classifier(run.classifier, training)
-    values = tuple(encoded(vae, images) for images in (training, validation))
-    return DiffusionTask(run, training, validation, values, vae, classifier)
+    _check_measurable(run, training)
+    vae = None
+    if run.vae is not None:
+        vae = load_vae(run.vae)
+        training, validation = (images_for(vae, run.vae, x) for x in (training, validation))
+    classifier = None if run.classifier is None else load_classifier(run.classifier, training)
+    of_one = (encoded(vae, training.take([0])),)
+    task = DiffusionTask(run, training, validation, of_one, vae, classifier)
+    task.check()
+    return replace(
+        task,
+        values=tuple(encoded(vae, images) for images in (training, validation)),
+        classifier=train_classifier(training) if classifier is None else classifier,
+    )
+
+
+def _check_measurable(run: DiffusionRun, images: ImageSet) -> None:
+    """Refuse what `sample_quality` would refuse when all models are trained."""
+    drawn = run.samples * len(images.classes)
+    if drawn < FEWEST:
+        raise ValueError(
+            f"samples is {run.samples}, which makes {drawn} images of {len(images.classes)} "
+            f"classes; it takes {FEWEST} or more to measure them"
+        )
+    if len(images) < FEWEST or (images.pixels == images.pixels[0]).all():
+        raise ValueError(
+            f"data {run.data!r} has {len(images)} images to train on; to measure by them, there "
+            f"must be {FEWEST} or more, and not all of them the same"
+        )
 
 
 @dataclass(frozen=True)
@@ -138,9 +166,6 @@ class DiffusionTask(Task):
 
     def score(self, model: Any) -> Scores:
         """Images of each class, drawn and compared with real ones by the classifier."""
-        from headwise.analysis.features import ClassifierFeatures, collect_features
-        from headwise.analysis.generation import sample_quality
-
         model.eval()
         features = ClassifierFeatures(self.classifier.to(model.device), spatial="backbone.stages.0")
         drawn = collect_features(self._drawn(model), features)

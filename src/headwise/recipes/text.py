@@ -1,6 +1,6 @@
 """Language models on text: a run's text in tokens, and what is trained and measured on it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -54,13 +55,21 @@ def read_text(run: TextRun) -> "TextTask":
         if sources is None
         else sample_domains(sources, held_out=_HELD_OUT, training=_FOR_TOKENIZER)
     )
-    PartialState().print("Training a tokenizer on the text", flush=True)
-    bpe = train_tokenizer(domains, vocab_size=run.vocab_size)
+    state = PartialState()
+    state.print("Training a tokenizer on the text", flush=True)
+    bpe = train_tokenizer(
+        domains, vocab_size=run.vocab_size, show_progress=state.is_local_main_process
+    )
     end = bpe.token_to_id(END_OF_TEXT)
+
+    def shown(domain: Domain) -> Iterable[str]:
+        title = f"Tokens of {domain.name}"
+        return track(domain.training.values(), title, disable=not state.is_local_main_process)
+
     return TextTask(
         run,
         PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT),
-        training={d.name: tokenize(bpe, d.training.values(), end=end) for d in domains},
+        training={d.name: tokenize(bpe, shown(d), end=end) for d in domains},
         validation={
             d.name: {file: tokenize(bpe, [text], end=end) for file, text in d.validation.items()}
             for d in domains

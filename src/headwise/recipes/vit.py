@@ -59,6 +59,8 @@ class VisionRun(ImageRun):
     def __post_init__(self) -> None:
         if self.patch_size is not None:
             check_at_least(1, "patch_size", self.patch_size)
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must lie in 0..1, below 1")
         check_at_least(1, "eval_images", self.eval_images)
         check_augmentation(
             self.flip, self.rand_augment, self.erase, self.mixup, self.cutmix, self.smoothing

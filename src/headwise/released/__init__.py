@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,35 +71,59 @@ def load_released(
         raise ValueError(
             f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …){preset}"
         )
+    tensors = _tensors(source)
     try:
-        renamed = rename(_tensors(source))
+        renamed = rename(tensors)
     except KeyError as error:
         raise ValueError(f"{kind}: tensor {error} is missing") from None
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"{kind}: a tensor has too few dimensions: {error}") from None
     if misfits := _misfits(module, renamed):
         raise ValueError(f"{kind}: the tensors do not fit the config: {misfits}")
+    if whole := [name for name, tensor in renamed.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{kind}: {whole[0]} holds {renamed[whole[0]].dtype}; it must be floating")
     module.load_state_dict(renamed)
     return module.to(next(iter(renamed.values())).dtype).eval()
 
 
 def _tensors(source: Source) -> dict[str, Tensor]:
     """By name, from wherever they are."""
-    if isinstance(source, Mapping):
-        found: Any = source
-    elif Path(source).suffix in (".pth", ".pt"):
-        # Namespaces are what the released code keeps its command line in.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                found = torch.load(source, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise ValueError(
-                    f"{source} holds more than tensors, which is not read: {error}"
-                ) from None
-    else:
-        found = load_file(source)
+    found: Any = source if isinstance(source, Mapping) else _read(Path(source))
     for name in ("ema", "model"):
-        if isinstance(found.get(name), Mapping):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"source holds a {type(found).__name__}; it must hold tensors by name")
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise ValueError(
+                f"source has a {type(tensor).__name__} under {name!r}; there must be tensors by "
+                "name, alone or under 'ema' or 'model'"
+            )
     return dict(found)
+
+
+def _read(path: Path) -> Any:
+    """What a file holds, if only tensors."""
+    if not path.is_file():
+        raise ValueError(f"source is {path}, where there is no file")
+    if path.suffix not in (".pth", ".pt"):
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no safetensors file (a checkpoint of PyTorch ends in .pth or .pt): "
+                f"{error}"
+            ) from None
+    # Namespaces are what the released code keeps its command line in.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            # What torch says here advises to read it all the same.
+            raise ValueError(
+                f"{path} is broken, or holds more than tensors, which is not read"
+            ) from None
 
 
 def _misfits(module: nn.Module, tensors: dict[str, Tensor]) -> str:

@@ -112,6 +112,8 @@ def choose(q: Tensor) -> Impl:
 def _check_map(q: Tensor, size: tuple[int, int], window: int) -> None:
     if q.ndim != 4:
         raise ValueError(f"q has shape {list(q.shape)}; it must be [B, T, H, C]")
+    if not q.is_floating_point():
+        raise ValueError(f"q has dtype {q.dtype}; it must be floating")
     if len(size) != 2 or min(size) < 1 or size[0] * size[1] != q.shape[1]:
         raise ValueError(
             f"size is {tuple(size)}; it must be height and width of the map, whose product is "
