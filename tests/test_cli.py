@@ -67,9 +67,12 @@ def test_help_of_a_recipe_explains_every_field(capsys, recipe):
     for field in dataclasses.fields(RECIPES[recipe]()):
         assert f"--{field.name.replace('_', '-')}" in printed
     assert "Optimizer steps." in " ".join(printed.split())
+    assert "**" not in printed
 
 
-@pytest.mark.parametrize("command", ["convert", "tune", "samples", "eval", "generate", "report"])
+@pytest.mark.parametrize(
+    "command", ["convert", "tune", "samples", "sample", "eval", "generate", "report"]
+)
 def test_help_of_a_command(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -88,13 +91,13 @@ def test_help_of_a_command(capsys, command):
         (["train", "lm", "--stepz", "3"], "--steps"),
         (["train", "lm", "--steps", "few"], "--steps: invalid literal for int()"),
         (["train", "lm", "--models", "mohh"], "mohh"),
-        (["train", "lm", "--shared-heads", "9"], "headwise train lm: shared_heads is 9; it must"),
+        (["train", "lm", "--shared-heads", "9"], "headwise: shared_heads is 9; it must"),
         (
             ["convert", "a", "-o", "b", "--shared", "1.5"],
-            "headwise convert: shared is 1.5; a",
+            "headwise: shared is 1.5; a",
         ),
         (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
-        (["tune", "a", "-o", "b", "--distill", "-1"], "headwise tune: distill is -1.0; it must"),
+        (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),
         (
             ["tune", "no/none", "-o", "b"],
             "no/none holds no model that can be loaded: there is no",
@@ -138,3 +141,22 @@ def test_tracker_that_is_not_installed_is_refused_before_anything_is_written(fai
     assert "report_to names 'tensorbord'" in message
     assert "tensorboard" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train lm --stepz 3", "Unrecognized options: --stepz, 3; Perhaps you meant: --steps INT"),
+        (
+            "train lm --steps few",
+            "Error parsing --steps: invalid literal for int() with base 10: 'few'",
+        ),
+        ("tune", "Missing from headwise tune: STR -o PATH, --output PATH"),
+        ("generate", "Missing from headwise generate: PATH --prompt STR"),
+        ("train lm --shared-heads 9", "shared_heads is 9; it must lie in 0..8 (num_heads)"),
+    ],
+)
+def test_what_tyro_refuses_is_one_line_as_all_else(capsys, arguments, line):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert capsys.readouterr().err == f"headwise: {line}\n"

@@ -1,19 +1,17 @@
 """The command `headwise`: parse, call, print."""
 
-import argparse
 import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn
 
 import tyro
 from safetensors import SafetensorError
 
 from headwise.ops.choice import look_up
-
-T = TypeVar("T")
+from headwise.parsing import called, first_field, parsed
 
 _USAGE = """usage: headwise COMMAND [OPTIONS]
 
@@ -64,7 +62,7 @@ def _train(argv: list[str]) -> None:
         return
     name, *fields = argv
     default = look_up("recipe", name, RECIPES)()
-    run = _parsed(type(default), fields, f"headwise train {name}", default)
+    run = parsed(type(default), fields, f"headwise train {name}", default)
     from headwise.recipes.train import train
 
     _quiet_transformers()
@@ -82,38 +80,22 @@ def _experiment(argv: list[str]) -> None:
             print(f"  {name:21}{study.question}")
         print()
         for scale, make in SCALES.items():
-            print(f"  --scale {scale:13}{make.__doc__}")
+            print(f"  --scale {scale:13}{(make.__doc__ or '').splitlines()[0]}")
         print("\nheadwise experiment NAME --help lists the fields of a study.")
         return
     name, *fields = argv
     look_up("study", name, STUDIES)
-    scale, fields = _first_field("scale", "tiny", fields)
+    scale, fields = first_field("scale", "tiny", fields)
     default = look_up("scale", scale, SCALES)(name)
-    run = _parsed(type(default), fields, f"headwise experiment {name}", default)
+    run = parsed(type(default), fields, f"headwise experiment {name}", default)
     _quiet_transformers()
     train(run)
-
-
-def _parsed(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
-    """A run out of arguments, those that are not given out of the default."""
-    # tyro's errors name the class that they are about, and whoever types knows the command.
-    named: Any = type(command, (kind,), {"__doc__": kind.__doc__})
-    defaults = {} if default is None else {"default": named(**vars(default))}
-    return kind(**vars(tyro.cli(named, args=argv, prog=command, **defaults)))
-
-
-def _first_field(name: str, default: str, argv: list[str]) -> tuple[str, list[str]]:
-    """A field that says what the others default to, read before them, and what is left."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", default=default)
-    chosen, rest = parser.parse_known_args(argv)
-    return getattr(chosen, name), rest
 
 
 def _convert(argv: list[str]) -> None:
     from headwise.recipes.conversion import ConversionRun, convert_directory
 
-    run = _parsed(ConversionRun, argv, "headwise convert")
+    run = parsed(ConversionRun, argv, "headwise convert")
     _quiet_transformers()
     convert_directory(run)
 
@@ -122,9 +104,9 @@ def _tune(argv: list[str]) -> None:
     from headwise.recipes.tune import tune
     from headwise.recipes.tuning import SCHEDULES, TuningRun
 
-    chosen, fields = _first_field("schedule", "small", argv)
+    chosen, fields = first_field("schedule", "small", argv)
     default = look_up("schedule", chosen, SCHEDULES)(tyro.MISSING, tyro.MISSING)
-    run = _parsed(TuningRun, fields, "headwise tune", default)
+    run = parsed(TuningRun, fields, "headwise tune", default)
     _quiet_transformers()
     tune(run)
 
@@ -132,7 +114,7 @@ def _tune(argv: list[str]) -> None:
 def _samples(argv: list[str]) -> None:
     from headwise.recipes.samples import SamplesRun, write_samples
 
-    run = _parsed(SamplesRun, argv, "headwise samples")
+    run = parsed(SamplesRun, argv, "headwise samples")
     _quiet_transformers()
     write_samples(run)
 
@@ -140,13 +122,13 @@ def _samples(argv: list[str]) -> None:
 def _sample(argv: list[str]) -> None:
     from headwise.recipes.dit_sampling import SampleRun, sample
 
-    run = _parsed(SampleRun, argv, "headwise sample")
+    run = parsed(SampleRun, argv, "headwise sample")
     _quiet_transformers()
     sample(run)
 
 
 def _generate(argv: list[str]) -> None:
-    tyro.cli(generate, args=argv, prog="headwise generate")
+    called(generate, argv, "headwise generate")
 
 
 def generate(
@@ -181,7 +163,7 @@ def generate(
 
 
 def _report(argv: list[str]) -> None:
-    tyro.cli(report, args=argv, prog="headwise report")
+    called(report, argv, "headwise report")
 
 
 def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -206,7 +188,7 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
 def _eval(argv: list[str]) -> None:
     from headwise.recipes.harness import HarnessRun, score_models
 
-    run = _parsed(HarnessRun, argv, "headwise eval")
+    run = parsed(HarnessRun, argv, "headwise eval")
     _quiet_transformers()
     # The harness warns of what is meant here: a model that is loaded, documents of one's own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -216,7 +198,7 @@ def _eval(argv: list[str]) -> None:
 def _parity(argv: list[str]) -> None:
     from headwise.recipes.parity_table import ParityRun, print_parity
 
-    print_parity(_parsed(ParityRun, argv, "headwise parity"))
+    print_parity(parsed(ParityRun, argv, "headwise parity"))
 
 
 def _bench(argv: list[str]) -> None:
@@ -226,11 +208,11 @@ def _bench(argv: list[str]) -> None:
     # The kind of benchmark may come first, without the name of its field.
     if argv and not argv[0].startswith("-"):
         argv = ["--which", look_up("benchmark", argv[0], names), *argv[1:]]
-    bench(_parsed(BenchRun, argv, "headwise bench"))
+    bench(parsed(BenchRun, argv, "headwise bench"))
 
 
 def _compile(argv: list[str]) -> None:
-    tyro.cli(compile_kernels, args=argv, prog="headwise compile")
+    called(compile_kernels, argv, "headwise compile")
 
 
 def compile_kernels() -> None:

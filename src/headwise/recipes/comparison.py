@@ -58,8 +58,8 @@ class ComparisonRun:
         eval_every: Steps between two points of the validation curve.
         save_every: Steps between two checkpoints.
         report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
-        resume: Go on with the run in `output`.
-        overwrite: Delete the run in `output` and start anew.
+        resume: Go on with the run in the output directory.
+        overwrite: Delete the run in the output directory and start anew.
     """
 
     output: Path = Path("runs/lm")
@@ -160,7 +160,7 @@ class LayeredRun(ComparisonRun):
             (arXiv 1910.05895), 0.02 at the width of 1000.
         num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
         top_k: Experts that a token of the sparse MoE goes to.
-        every: Experts replace the MLP of every `every`-th layer.
+        every: Experts replace the MLP of each n-th layer.
     """
 
     dim: int = 128

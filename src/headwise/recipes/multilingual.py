@@ -13,7 +13,7 @@ from headwise.recipes.variants import first_paper_models
 class MultilingualRun(TextRun):
     """Four models of several languages at equal FLOPs per token: dense, moe, x_moe, mh_moe.
 
-    A language of n tokens is drawn with weight n**domain_exponent, that is at the temperature
+    A language of n tokens is drawn with weight n^domain_exponent, that is at the temperature
     1 / domain_exponent; XLM-R (arXiv 1911.02116) takes 0.3. Perplexity is reported for each
     language: it compares models of a language, not languages, whose tokens differ in length.
 

@@ -29,7 +29,7 @@ class TuningRun:
             column "input_ids", as `headwise samples` writes it. Without it, the text that every
             Python carries.
         original: Directory of the model to be as good as, and to learn from; it must have the same
-            tokenizer. Without it, the model in `path` itself, as it is, with every head on.
+            tokenizer. Without it, the model in path itself, as it is, with every head on.
         dense: The first stage, every head on: adapts the model to the text.
         routed: The second stage, heads routed, the router's gradient straight through the choice.
         distill: Factor of the divergence from the original in the second stage's loss; 0 for none.
@@ -39,15 +39,15 @@ class TuningRun:
         weight_decay: Weight decay of AdamW.
         precision: "fp32", or "bf16" for autocast.
         activation_checkpointing: Compute activations again in the backward pass, to save memory.
-        domain_exponent: A domain of n tokens is drawn with weight n**domain_exponent.
+        domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
         eval_blocks: Held-out sequences that perplexity is measured on.
         log_every: Steps between two lines of progress.
         eval_every: Steps between two points of the recovery curve.
         save_every: Steps between two checkpoints.
         seed: Seed of the order of the text.
         report_to: Trackers of transformers' Trainer: tensorboard, trackio, wandb, …
-        resume: Go on with the run in `output`.
-        overwrite: Delete the run in `output` and start anew.
+        resume: Go on with the run in the output directory.
+        overwrite: Delete the run in the output directory and start anew.
     """
 
     path: Annotated[str, tyro.conf.Positional]
