@@ -19,6 +19,7 @@ from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.nn import HeadBudget
 from headwise.ops import Routing
 from headwise.parity import count_flops
+from headwise.recipes.classification import count_hits
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.evaluation import RoutingStatistics
@@ -152,8 +153,7 @@ class VisionTask(Task):
                 batch = {name: x.to(model.device) for name, x in batch.items()}
                 labels = batch["labels"]
                 logits = model(in_model_range(batch["pixel_values"].float() / 255)).logits
-                best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-                hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+                hits += count_hits(logits, labels)
                 for label in labels.unique().tolist():
                     statistics.add(self.training.classes[label], only(routings, labels == label))
         top1, top5 = (100 * hits / len(self.validation)).tolist()
