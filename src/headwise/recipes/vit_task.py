@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 
+from headwise.analysis.image_records import RoutedImage
 from headwise.data.augmentation import Augmentation
 from headwise.data.images import ImageSet, load_images
 from headwise.data.text import draw
@@ -23,6 +24,7 @@ from headwise.recipes.classification import count_hits
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.evaluation import RoutingStatistics
+from headwise.recipes.pictures import routed_images
 from headwise.recipes.task import Examples, Scores, Task
 from headwise.recipes.vit import VisionRun
 
@@ -157,7 +159,20 @@ class VisionTask(Task):
                 for label in labels.unique().tolist():
                     statistics.add(self.training.classes[label], only(routings, labels == label))
         top1, top5 = (100 * hits / len(self.validation)).tolist()
-        return Scores({"top1": top1, "top5": top5}, statistics.head_loads(), None, texts=[])
+        return Scores(
+            {"top1": top1, "top5": top5},
+            statistics.head_loads(),
+            None,
+            texts=[],
+            images=self._images(model),
+        )
+
+    def _images(self, model: Any) -> list[RoutedImage]:
+        def see(picks: list[int]) -> None:
+            pixels = torch.from_numpy(self.validation.pixels[picks]).to(model.device)
+            model(in_model_range(pixels.float() / 255))
+
+        return routed_images(model, self.validation, labels_of(self.validation), see)
 
     def facts(self) -> dict[str, str]:
         _, channels, size, _ = self.training.pixels.shape
