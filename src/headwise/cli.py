@@ -23,7 +23,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   generate DIR   continue a text with a saved model   headwise generate --help
   sample DIR     draw images with a trained DiT        headwise sample --help
   report DIR     draw a run's page again              headwise report --help
-  eval DIR …     score models on tasks, side by side  headwise eval --help
+  eval DIR …     score models on tasks or on images   headwise eval --help
   parity         MH-MoE at a sparse MoE's cost        headwise parity --help
   compile        build the CPU kernels, once          headwise compile
   bench          measure speed on this machine        headwise bench --help
@@ -186,9 +186,9 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    from headwise.recipes.harness import HarnessRun, score_models
+    from headwise.recipes.scoring import EvalRun, score_models
 
-    run = parsed(HarnessRun, argv, "headwise eval")
+    run = parsed(EvalRun, argv, "headwise eval")
     _quiet_transformers()
     # The harness warns of what is meant here: a model that is loaded, documents of one's own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,4 +1,8 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from headwise.analysis import (
     Curve,
@@ -8,6 +12,7 @@ from headwise.analysis import (
     RoutedText,
     RunRecord,
 )
+from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
 
 HOSTILE = "<script>alert('&')</script>"
 
@@ -57,3 +62,19 @@ def record():
         sample_prompt="Once\x1b",
         sample_text=" upon a\n<time>",
     )
+
+
+@pytest.fixture
+def pictures(record):
+    """The record of models of images: two classes, one of them of a hostile name."""
+    square = Image.fromarray(np.full((3, 3), 7, dtype=np.uint8))
+    heads = HeadLoads([1], {"cat": [[1.0, 0.5]], HOSTILE: [[1.0, 0.0]]})
+    images = [
+        RoutedImage("cat", to_png(square), [PatchMap(0, [1, 2], [[0, 1], [0]])]),
+        RoutedImage(HOSTILE, to_png(square), [PatchMap(0, [1, 2], [[0], [0]])]),
+    ]
+    model = ModelRecord(
+        "moh", "MoH", 0, curve(1.39), curve(1.49), heads, images=images,
+        samples=SampleGrid(["cat", HOSTILE], to_png(square)),
+    )  # fmt: skip
+    return replace(record, models=[record.models[0], model])

@@ -5,8 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from headwise.analysis import HeadLoads, LoadMeter, count_heads, plots
+from headwise.analysis.image_records import PatchMap, RoutedImage, to_png
 from headwise.analysis.report import render_report
 from headwise.ops import Routing
 
@@ -39,10 +41,22 @@ def test_a_row_is_a_class_and_a_column_a_routed_head():
     assert bar.get_ylabel() == "On for (% of tokens)"
 
 
-def test_without_a_layer_the_mean_over_all_is_drawn():
-    axes, _ = plots.head_load_map(LOADS).axes
-    assert axes.images[0].get_array().tolist() == [[0.25, 0.5], [0.25, 0.75], [0.25, 0.75]]
+def test_without_a_layer_all_stand_side_by_side():
+    # The second layer has all heads shared, so that nothing of it is drawn.
+    heads = HeadLoads(
+        [1, 2, 1],
+        {
+            "cat": [[1.0, 0.5, 0.25], [1.0, 1.0], [1.0, 0.0]],
+            "dog": [[1.0, 0.0, 1.0], [1.0, 1.0], [1.0, 0.75]],
+        },
+    )
+    axes, _ = plots.head_load_map(heads).axes
+    assert axes.images[0].get_array().tolist() == [[0.5, 0.25, 0], [0, 1, 0.75]]
     assert axes.get_title("left") == "All layers"
+    ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    assert [(x, text.get_text()) for x, text in ticks] == [(0.5, "0"), (2, "2")]
+    assert plots.last_routed_layer(heads) == 2
+    assert plots.last_routed_layer(HeadLoads([1, 2], {"cat": [[1.0, 0.5], [1.0, 1.0]]})) == 0
 
 
 def test_a_thousand_classes_fit():
@@ -56,14 +70,12 @@ def test_a_thousand_classes_fit():
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
-def test_layers_that_differ_in_heads_have_no_mean():
-    heads = HeadLoads([1, 1], {"cat": [[1.0, 0.5], [1.0, 0.5, 0.5]]})
-    assert not plots.same_heads(heads)
-    with pytest.raises(ValueError, match="layer is None, but the layers differ in heads"):
-        plots.head_load_map(heads)
-    assert plots.head_load_map(heads, 1).axes
-    with pytest.raises(ValueError, match="no head is routed"):
-        plots.head_load_map(HeadLoads([2], {"cat": [[1.0, 1.0]]}), 0)
+def test_without_routed_heads_there_is_no_map():
+    heads = HeadLoads([2], {"cat": [[1.0, 1.0]]})
+    assert plots.last_routed_layer(heads) is None
+    for layer in (0, None):
+        with pytest.raises(ValueError, match="no head is routed"):
+            plots.head_load_map(heads, layer)
 
 
 def test_loads_by_class_of_batches_of_mixed_classes():
@@ -77,20 +89,34 @@ def test_loads_by_class_of_batches_of_mixed_classes():
     assert meter.by_domain() == {"cat": [[1.0, 0.25]], "dog": [[1.0, 1.0]]}
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["mean", "layers that differ"])
-def test_the_report_draws_many_classes_as_maps(record, same):
+def test_the_report_draws_many_classes_as_maps(record):
     heads = of_classes(plots.MANY_DOMAINS + 1)
-    if not same:
-        layers = [[1.0, 0.5], [1.0, 0.5, 0.5]]
-        heads = HeadLoads([1, 1], dict.fromkeys(heads.by_domain, layers))
     model = replace(record.models[2], heads=heads, texts=[])
     page = render_report(replace(record, models=[model]))
-    labels = re.findall(r'aria-label="([^"]*): Class against Routed head', page)
-    assert labels == (["Layer 1", "All layers"] if same else ["Layer 1"])
+    assert re.findall(r'aria-label="([^"]*): Class against', page) == ["Layer 1", "All layers"]
     assert "data:image/png" in page
     assert not re.search(r"https?://", page)
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_maps_of_several_images_have_a_row_a_head():
+    grey, coloured = np.full((7, 7), 200, dtype=np.uint8), np.zeros((5, 5, 3), dtype=np.uint8)
+    images = [
+        RoutedImage("cat", to_png(Image.fromarray(grey)), [PatchMap(1, [1, 2], [[0, 1], [0]])]),
+        RoutedImage("eel", to_png(Image.fromarray(coloured)), [PatchMap(1, [1, 2], [[0], [0, 2]])]),
+    ]
+    (axes,) = plots.patch_maps(images, 0, LOADS).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["cat", "eel"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["image", "1", "2"]
+    assert axes.get_title("left") == "Layer 1, 1 × 2 patches"
+    drawn = [(tuple(x.get_extent()), x.get_array()) for x in axes.images]
+    assert (drawn[0][1] == grey).all()
+    # Each image, then with a veil for each of the two heads: 5 pictures of each.
+    veils = [drawn[i][1][..., 3].tolist() for i in (2, 4, 7, 9)]
+    assert veils == [[[0, 0.85]], [[0.85, 0.85]], [[0.85, 0.85]], [[0.85, 0]]]
+    assert drawn[2][0] == drawn[1][0] == pytest.approx((0.04, 0.96, 1.96, 1.04))
+    assert drawn[7][0] == drawn[6][0] == pytest.approx((1.04, 1.96, 1.96, 1.04))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,6 +1,10 @@
 import json
+import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from headwise.analysis import (
     Curve,
@@ -12,6 +16,7 @@ from headwise.analysis import (
     from_json,
     to_json,
 )
+from headwise.analysis.image_records import PatchMap, from_png, to_png
 
 
 def test_round_trip(record):
@@ -77,3 +82,28 @@ def test_shared_heads_are_counted_for_each_layer():
     assert [heads.routed("cat", layer) for layer in (0, 1)] == [[0.5, 0.5], [0.25]]
     with pytest.raises(ValueError, match="shared_heads has 1 entries; there are 2 layers"):
         HeadLoads([1], {"cat": [[1.0], [1.0]]})
+
+
+def test_pictures_round_trip(pictures):
+    assert from_json(to_json(pictures)) == pictures
+
+
+def test_records_of_earlier_versions_have_no_pictures(record):
+    raw = json.loads(to_json(record))
+    for model in raw["models"]:
+        del model["images"], model["samples"]
+    assert from_json(json.dumps(raw)) == record
+
+
+def test_pictures_that_do_not_fit_are_refused(pictures):
+    model = pictures.models[1]
+    with pytest.raises(ValueError, match=r"grid is \[2, 2\]; heads_on has 3 patches"):
+        PatchMap(0, [2, 2], [[0]] * 3)
+    with pytest.raises(ValueError, match="moh has images but heads is None"):
+        replace(model, heads=None)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 3)])
+def test_pixels_survive_base64(shape):
+    pixels = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+    assert (from_png(to_png(Image.fromarray(pixels))) == pixels).all()

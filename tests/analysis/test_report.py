@@ -165,3 +165,23 @@ def test_numbers_need_no_matplotlib_and_figures_no_pyplot():
         "import headwise.analysis.report; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_of_image_models(pictures):
+    text = render_report(pictures)
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    for heading in ("What they draw", "Load of the routed heads", "Which patches switch a head on"):
+        assert page.texts.count(heading) == 1
+    # Few as they are, the classes are mapped.
+    assert re.findall(r'aria-label="([^"]*): Class against', text) == ["Layer 0", "All layers"]
+    assert text.count(': Routed head (index) against Class of the image"') == 1
+    drawn = [value for name, value in page.attributes if name == "src"]
+    assert drawn == [f"data:image/png;base64,{pictures.models[1].samples.png}"]
+    # Whole beside the samples, cut in the maps.
+    assert page.texts.count("<script>alert('&')</script>") == 1
+    assert "<script>alert('&')</scr…" in page.texts
+    assert len(page.scripts) == 2
+    assert not re.search(r"https?://", text)
+    assert render_report(from_json(to_json(pictures))) == text

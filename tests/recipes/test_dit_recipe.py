@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from headwise.analysis import from_json
+from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
 from headwise.models import DiT
 from headwise.recipes import dit
@@ -19,6 +21,7 @@ pytest.importorskip("kornia", reason="kornia is not installed")
 from headwise.recipes.classifier import train_classifier
 from headwise.recipes.dit_sampling import SampleRun, in_grid, sample
 from headwise.recipes.dit_task import read_images
+from headwise.recipes.pictures import sample_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -99,6 +102,28 @@ def test_loads_are_counted_for_each_class(finished):
     active = [b.active_heads for b in model.config.budgets]
     for layers in loads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx(active)
+
+
+def test_what_it_draws_is_shown(finished):
+    (model,) = from_json((finished.output / "record.json").read_text()).models
+    assert model.samples.rows == ["bright", "dark"]
+    with Image.open(finished.output / "pictures" / "moh_75-samples.png") as image:
+        grid = np.asarray(image)
+    assert (grid == from_png(model.samples.png)).all()
+    # Eight of the eleven that are measured, each pixel eight wide, a gap of two around.
+    assert grid.shape == (2 * (64 + 4), 8 * (64 + 4))
+    assert grid[2:66].mean() > grid[70:134].mean() + 50
+    (last,) = model.images[0].maps
+    assert last.grid == [4, 4]
+    assert {len(on) for on in last.heads_on} == {6}
+
+
+def test_large_samples_are_made_smaller():
+    images = np.zeros((6, 3, 128, 128), dtype=np.uint8)
+    images[4:] = 250
+    grid = from_png(sample_grid(images, ["a", "b", "c"]).png)
+    assert grid.shape == (3 * 68, 2 * 68, 3)
+    assert [grid[r * 68 + 34, 34].tolist() for r in range(3)] == [[0] * 3, [0] * 3, [250] * 3]
 
 
 def test_resumed_is_never_stopped(tmp_path, pictures, classifier):

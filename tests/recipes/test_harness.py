@@ -26,8 +26,8 @@ from transformers import (
 from headwise import MoHConfig, convert
 from headwise.cli import main
 from headwise.data.text import END_OF_TEXT, Domain, train_tokenizer
-from headwise.recipes.harness import HarnessRun, score_models
 from headwise.recipes.harness_tasks import PRESETS, task_manager, wanted_tasks
+from headwise.recipes.scoring import EvalRun, score_models
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PAIRS = [
@@ -129,7 +129,7 @@ def test_scores_are_those_worked_by_hand(models, task, tmp_path, capsys):
 
 
 def test_limit_takes_the_first_documents(models, task, capsys):
-    run = HarnessRun((str(models / "half"),), (str(task),), limit=7, precision="bf16")
+    run = EvalRun((str(models / "half"),), (str(task),), limit=7, precision="bf16")
     (row,) = score_models(run)
     assert (row["documents"], row["num_fewshot"], row["precision"]) == (7, 0, "bf16")
     assert "saved" not in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_a_group_is_printed_and_its_parts_are_kept(models, task, monkeypatch, ca
     group = {"group": "both", "task": parts, "aggregate_metric_list": [{"metric": "acc"}]}
     index = task_manager().task_index
     monkeypatch.setitem(index, "both", TaskIndex.entry_from_config(group))
-    run = HarnessRun((str(models / "half"),), ("both",), num_fewshot=3)
+    run = EvalRun((str(models / "half"),), ("both",), num_fewshot=3)
     rows = {row["task"]: row for row in score_models(run)}
     assert {name: row["group"] for name, row in rows.items()} == {
         "both": "", "both::one": "both", "both::two": "both",
@@ -211,7 +211,7 @@ def test_the_harness_own_command_loads_converted_models(models, task, tmp_path, 
 def test_local_data_gives_the_harness_own_tasks(models, name):
     if not (SHARED / "eval").is_dir():
         pytest.skip(f"{SHARED / 'eval'} is not there")
-    run = HarnessRun((str(models / "half"),), (name,), data=(SHARED / "eval",), limit=5)
+    run = EvalRun((str(models / "half"),), (name,), data=(SHARED / "eval",), limit=5)
     rows = score_models(run)
     assert {row["task"] for row in rows} == {name}
     assert {row["documents"] for row in rows} == {5}
@@ -221,7 +221,7 @@ def test_minimal_pairs_of_local_data(models):
     if not (SHARED / "blimp").is_dir():
         pytest.skip(f"{SHARED / 'blimp'} is not there")
     names = [f"blimp_{path.stem}" for path in sorted((SHARED / "blimp").glob("*.jsonl"))]
-    run = HarnessRun((str(models / "half"),), tuple(names), data=(SHARED / "blimp",), limit=5)
+    run = EvalRun((str(models / "half"),), tuple(names), data=(SHARED / "blimp",), limit=5)
     assert [row["task"] for row in score_models(run)] == names
 
 
@@ -242,7 +242,7 @@ def test_wrong_fields_are_refused(models, task, tmp_path, capsys):
         (("-o", dense), "which exists; choose another"),
     ):
         assert message in refusal(capsys, dense, "--tasks", task, *arguments)
-    assert "tasks is empty" in refusal(capsys, dense, "-o", output, "--tasks")
+    assert "tasks and images are both empty" in refusal(capsys, dense, "-o", output, "--tasks")
     assert "models is empty" in refusal(capsys, "-o", output, "--tasks", task)
     assert not output.exists()
 

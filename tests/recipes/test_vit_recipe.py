@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from headwise.analysis import from_json
+from headwise.analysis.image_records import from_png
+from headwise.data.images import load_images
 from headwise.recipes import vit
 from headwise.recipes.table import read_csv
 from headwise.recipes.train import train
@@ -76,6 +79,26 @@ def test_loads_are_counted_for_each_class(finished, pictures):
     assert heads.shared_heads == [2, 2, 2, 2, 3, 3]
     for layers in heads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx([3, 3, 3, 3, 6, 6])
+
+
+def test_pictures_of_heads_by_class_and_patch(finished):
+    record = from_json((finished.output / "record.json").read_text())
+    dense, routed = record.models
+    assert dense.images == []
+    assert [image.domain for image in routed.images] == ["bright", "dark"]
+    _, validation = load_images(finished.data)
+    for label, image in enumerate(routed.images):
+        first = int((validation.labels == label).argmax())
+        assert (from_png(image.png) == np.moveaxis(validation.pixels[first], 0, -1)).all()
+        # The last layer of each stage: 8 × 8 patches, then a quarter of them each.
+        assert [(m.layer, m.grid) for m in image.maps] == [(1, [8, 8]), (3, [4, 4]), (5, [2, 2])]
+        for patches, shared, active in zip(image.maps, (2, 2, 3), (3, 3, 6), strict=True):
+            for on in patches.heads_on:
+                assert len(on) == active
+                assert on[:shared] == list(range(shared))
+    names = {path.name for path in (finished.output / "pictures").iterdir()}
+    parts = ("last-layer", "all-layers", "patches-1", "patches-3", "patches-5")
+    assert names == {f"moh_75-{part}.png" for part in parts}
 
 
 def test_resumed_is_never_stopped(tmp_path, pictures):

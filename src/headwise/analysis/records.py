@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict, dataclass, field
 
+from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid
+
 Layers = list[list[float]]
 
 
@@ -121,6 +123,8 @@ class ModelRecord:
         heads: None where no head is routed.
         experts: None where there are no experts.
         texts: Passages for the viewer; they need `heads`.
+        images: Images for maps of their patches; they need `heads`.
+        samples: What it drew; None where it draws nothing.
     """
 
     name: str
@@ -131,12 +135,17 @@ class ModelRecord:
     heads: HeadLoads | None = None
     experts: ExpertLoads | None = None
     texts: list[RoutedText] = field(default_factory=list)
+    images: list[RoutedImage] = field(default_factory=list)
+    samples: SampleGrid | None = None
 
     def __post_init__(self) -> None:
-        if not self.texts:
+        for name in ("texts", "images"):
+            if getattr(self, name) and self.heads is None:
+                raise ValueError(
+                    f"{self.name} has {name} but heads is None; give its head loads too"
+                )
+        if not self.texts or self.heads is None:
             return
-        if self.heads is None:
-            raise ValueError(f"{self.name} has texts but heads is None; give its head loads too")
         layers = {len(loads) for loads in self.heads.by_domain.values()}
         layers |= {len(text.heads_on) for text in self.texts}
         if len(layers) != 1:
@@ -209,6 +218,8 @@ def from_json(text: str) -> RunRecord:
 def model_from_dict(fields: dict) -> ModelRecord:
     """The inverse of `dataclasses.asdict`."""
     heads, experts = fields["heads"], fields["experts"]
+    # Records of earlier versions have neither of these.
+    images, samples = fields.get("images", []), fields.get("samples")
     return ModelRecord(
         **{
             **fields,
@@ -217,8 +228,14 @@ def model_from_dict(fields: dict) -> ModelRecord:
             "heads": HeadLoads(**heads) if heads else None,
             "experts": ExpertLoads(**experts) if experts else None,
             "texts": [RoutedText(**text) for text in fields["texts"]],
+            "images": [_image_from_dict(**image) for image in images],
+            "samples": SampleGrid(**samples) if samples else None,
         }
     )
+
+
+def _image_from_dict(maps: list[dict], **fields: str) -> RoutedImage:
+    return RoutedImage(maps=[PatchMap(**patches) for patches in maps], **fields)
 
 
 def _check_same_shape(name: str, by_domain: dict[str, Layers]) -> None:

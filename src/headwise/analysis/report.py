@@ -2,16 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from headwise.analysis import plots
-from headwise.analysis.elements import escaped, printable, section, sentences, table
+from headwise.analysis import image_sections, plots
+from headwise.analysis.elements import (
+    charts,
+    escaped,
+    model_heading,
+    printable,
+    section,
+    sentences,
+    table,
+)
 from headwise.analysis.expert_table import LEGEND, expert_table
-from headwise.analysis.records import HeadLoads, ModelRecord, RunRecord
+from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.summary import best_cells, headline, representatives, tiles
 
 
@@ -39,9 +46,11 @@ def render_report(record: RunRecord) -> str:
     """The page as text, escaped throughout; the same record gives the same page."""
     sections = (
         _table(record),
+        image_sections.samples(record),
         _losses(record),
         _viewer(record),
         _head_loads(record),
+        image_sections.patch_maps(record),
         _expert_use(record),
         _expert_loads(record),
         _sample(record),
@@ -78,14 +87,14 @@ def _table(record: RunRecord) -> str:
 def _losses(record: RunRecord) -> str:
     if not any(model.training.losses or model.validation.losses for model in record.models):
         return ""
-    charts = [("loss", plots.loss_curves(record))]
+    drawn = [("loss", plots.loss_curves(record))]
     if any(model.validation.losses for model in record.models):
-        charts.append(("final", plots.final_losses(record)))
+        drawn.append(("final", plots.final_losses(record)))
     intro = (
         "Thin lines are the training loss and markers the validation loss, averaged over the "
         "seeds of a variant; a band is their range. The other chart shows every run by itself."
     )
-    return section("Losses", intro, _charts(charts, "pair"))
+    return section("Losses", intro, charts(drawn, "pair"))
 
 
 def _viewer(record: RunRecord) -> str:
@@ -110,29 +119,18 @@ def _head_loads(record: RunRecord) -> str:
         if heads is None or not heads.by_domain:
             continue
         name = f"heads{len(groups)}"
-        if len(heads.by_domain) > plots.MANY_DOMAINS:
-            groups.append(_load_maps(name, model, heads))
+        if image_sections.are_mapped(model):
+            groups.append(image_sections.load_maps(name, model, heads))
             continue
         loads = next(iter(heads.by_domain.values()))
-        charts = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
-        groups.append(_load_charts(name, model, charts, loads))
+        drawn = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
+        groups.append(_load_charts(name, model, drawn, loads))
     intro = (
         "How often each routed head is on, over whole evaluation sets. The more the marks of a "
-        "head, or the colours of its column, differ, the more it depends on the domain. Shared "
-        "heads are always on and left out."
+        "head, or the colours of its column, differ, the more it depends on the domain, or the "
+        "class. Shared heads are always on and left out."
     )
     return section("Load of the routed heads", intro, "".join(groups)) if groups else ""
-
-
-def _load_maps(name: str, model: ModelRecord, heads: HeadLoads) -> str:
-    """A map of the last layer, and of the mean over the layers where there is one."""
-    layers: list[int | None] = [-1, None] if plots.same_heads(heads) else [-1]
-    charts = [(f"{name}-{i}", plots.head_load_map(heads, at)) for i, at in enumerate(layers)]
-    return _model_heading(model) + _charts(charts, "pair")
-
-
-def _model_heading(model: ModelRecord) -> str:
-    return f"<h3>{escaped(model.label)} <small>seed {model.seed}</small></h3>"
 
 
 def _expert_use(record: RunRecord) -> str:
@@ -140,7 +138,7 @@ def _expert_use(record: RunRecord) -> str:
     if not rows:
         return ""
     body = table("Use of the experts", columns, rows)
-    chart = _charts([("effective", plots.effective_chart(record))], "single")
+    chart = charts([("effective", plots.effective_chart(record))], "single")
     intro = (
         "Means over layers, domains and seeds, on the held-out texts. They do not say whether a "
         "model is good; the losses above do."
@@ -156,11 +154,11 @@ def _expert_loads(record: RunRecord) -> str:
             continue
         shown[model.label] = model.experts
         loads = next(iter(model.experts.by_domain.values()))
-        charts = [plots.expert_load_chart(model.experts, layer) for layer in range(len(loads))]
-        groups.append(_load_charts(f"experts{len(groups)}", model, charts, loads))
+        drawn = [plots.expert_load_chart(model.experts, layer) for layer in range(len(loads))]
+        groups.append(_load_charts(f"experts{len(groups)}", model, drawn, loads))
     if not groups:
         return ""
-    unused = _charts([("unused", plots.unused_chart(shown))], "single")
+    unused = charts([("unused", plots.unused_chart(shown))], "single")
     intro = (
         "How the work spreads over the experts, the busiest first; the dashed line is a perfectly "
         "even load."
@@ -211,17 +209,12 @@ def _passages(record: RunRecord) -> str:
     return json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _charts(charts: Iterable[tuple[str, Any]], layout: str) -> str:
-    figures = (f"<figure>{plots.to_svg(figure, name)}</figure>" for name, figure in charts)
-    return f'<div class="charts {layout}">{"".join(figures)}</div>'
-
-
 def _load_charts(
     name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
 ) -> str:
-    charts = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
+    drawn = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
     crowded = max(map(len, loads), default=0) > plots.CROWDED
-    return _model_heading(model) + _charts(charts, "pair" if crowded else "grid")
+    return model_heading(model) + charts(drawn, "pair" if crowded else "grid")
 
 
 def _resource(name: str) -> str:

@@ -72,7 +72,7 @@ def load_images(
     Raises:
         ValueError: If there are no images, or they are broken or of several sizes.
     """
-    images = _load(data, image_size)
+    images = load_all_images(data, image_size=image_size)
     if len(images) < 2:
         raise ValueError(
             f"data {data!r} has {len(images)} images; it takes at least 2: a tenth of them is held "
@@ -85,7 +85,21 @@ def load_images(
     return images.take(parts[0]), images.take(parts[1])
 
 
-def _load(data: str | None, image_size: int | None) -> ImageSet:
+def load_all_images(
+    data: str | None = None, *, image_size: int | None = None, split: str = "train"
+) -> ImageSet:
+    """All images of a place, none held out.
+
+    Args:
+        data, image_size: As `load_images` takes them.
+        split: Of a Hugging Face dataset, which one.
+
+    Returns:
+        The images in the order of the data.
+
+    Raises:
+        ValueError: If they are broken or of several sizes.
+    """
     if data is None:
         return _digits(image_size)
     path = Path(data)
@@ -93,7 +107,7 @@ def _load(data: str | None, image_size: int | None) -> ImageSet:
         return _folders(path, image_size)
     if path.is_file():
         return _table(data, _parquet(path), image_size)
-    return _table(data, hugging_face_rows(data), image_size)
+    return _table(data, hugging_face_rows(data, split=split), image_size)
 
 
 def _digits(image_size: int | None) -> ImageSet:

@@ -249,8 +249,8 @@ def _hugging_face(name: str) -> dict[str, str]:
     return {str(i): text for i, text in enumerate(rows["text"])}
 
 
-def hugging_face_rows(data: str) -> Any:
-    """The training split of a Hugging Face dataset ("name" or "name:configuration").
+def hugging_face_rows(data: str, *, split: str = "train") -> Any:
+    """A split of a Hugging Face dataset ("name" or "name:configuration").
 
     Raises:
         ValueError: If `data` is rather a path, or nothing could be loaded.
@@ -264,7 +264,7 @@ def hugging_face_rows(data: str) -> Any:
     # Without a network it takes half a minute to find out that there is none.
     print(f"{data} is no file or directory here: asking the Hugging Face hub", file=sys.stderr)
     try:
-        return datasets.load_dataset(repository, configuration or None, split="train")
+        return datasets.load_dataset(repository, configuration or None, split=split)
     except Exception as error:
         raise ValueError(
             f"data is {data!r}: no such file or directory, and no Hugging Face dataset could be "

@@ -23,6 +23,7 @@ class RunDirectory:
     models/NAME-seedS/        finished models and tokenizer, as AutoModel takes them
     checkpoints/NAME-seedS/   Trainer's checkpoints
     logs/NAME-seedS.log       what a model printed that was trained in a process of its own
+    pictures/                 of image models: maps of their heads, what they drew
     results.csv experts.csv figure.png record.json report.html
     """
 

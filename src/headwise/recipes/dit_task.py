@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from headwise.analysis.features import ClassifierFeatures, collect_features
 from headwise.analysis.generation import FEWEST, sample_quality
+from headwise.analysis.image_records import RoutedImage
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
 from headwise.data.text import draw
@@ -25,12 +26,15 @@ from headwise.recipes.directory import fingerprint
 from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.dit_sampling import check_steps, pipeline_of, schedule, uint8
 from headwise.recipes.evaluation import RoutingStatistics
+from headwise.recipes.pictures import routed_images, sample_grid
 from headwise.recipes.task import Examples, Scores, Task
 from headwise.recipes.vae import encoded, images_for, load_vae
 from headwise.recipes.vit_task import LabelledImages, check_classes, labels_of, only
 
 _CURVE_IMAGES = 256
 _AT_A_TIME = 100
+# Classes, and images of each, that the page shows.
+_ROWS, _COLUMNS = 10, 8
 # What t a head's load is measured at: from the first steps of sampling to the last.
 _TIMES = (900, 700, 500, 300, 100)
 
@@ -168,7 +172,8 @@ class DiffusionTask(Task):
         """Images of each class, drawn and compared with real ones by the classifier."""
         model.eval()
         features = ClassifierFeatures(self.classifier.to(model.device), spatial="backbone.stages.0")
-        drawn = collect_features(self._drawn(model), features)
+        shown: list[NDArray[np.uint8]] = []
+        drawn = collect_features(self._drawn(model, shown), features)
         pixels = self.training.pixels
         parts = (pixels[i : i + _AT_A_TIME] for i in range(0, len(pixels), _AT_A_TIME))
         real = collect_features((in_floats(part).to(model.device) for part in parts), features)
@@ -183,14 +188,22 @@ class DiffusionTask(Task):
             "recall_of_samples": quality.recall,
             "samples": quality.num_generated,
         }
-        statistics = self._loads(model)
-        return Scores(columns, statistics.head_loads(), None, texts=[])
+        names = self.training.classes[:_ROWS]
+        return Scores(
+            columns,
+            self._loads(model).head_loads(),
+            None,
+            texts=[],
+            images=self._images(model),
+            samples=sample_grid(np.concatenate(shown), names),
+        )
 
     def _wanted(self) -> list[int]:
         """The classes that are drawn to be measured."""
         return [c for c in range(len(self.training.classes)) for _ in range(self.run.samples)]
 
-    def _drawn(self, model: DiT) -> Iterator[Tensor]:
+    def _drawn(self, model: DiT, shown: list[NDArray[np.uint8]]) -> Iterator[Tensor]:
+        """The images in parts; those that the page shows join `shown`."""
         pipeline = pipeline_of(model, "ddim", self.vae)
         pipeline.set_progress_bar_config(disable=True)
         classes = self._wanted()
@@ -203,13 +216,17 @@ class DiffusionTask(Task):
                 seeds=range(start, start + len(part)),
                 output_type="pt",
             ).images
-            yield in_floats(uint8(images)).to(model.device)
+            pixels, count = uint8(images), self.run.samples
+            places = [
+                i for i in range(len(part)) if (start + i) % count < _COLUMNS and part[i] < _ROWS
+            ]
+            shown.append(pixels[places])
+            yield in_floats(pixels).to(model.device)
 
     @torch.no_grad()
     def _loads(self, model: DiT) -> RoutingStatistics:
         """Who works for which class, on held-out images made noisy."""
-        statistics, noisy = RoutingStatistics(model), schedule()
-        generator = torch.Generator().manual_seed(0)
+        statistics, generator = RoutingStatistics(model), torch.Generator().manual_seed(0)
         everything = LabelledImages(
             self.values[1], labels_of(self.validation), np.arange(len(self.validation))
         )
@@ -217,14 +234,21 @@ class DiffusionTask(Task):
             for batch in DataLoader(everything, batch_size=_AT_A_TIME):
                 x, y = batch["pixel_values"], batch["labels"]
                 for time in _TIMES:
-                    t = torch.full_like(y, time)
-                    noise = torch.randn(x.shape, generator=generator)
-                    seen = (noisy.add_noise(x, noise, t), t, y)
-                    model(*(value.to(model.device) for value in seen))
+                    _see(model, x, y, time, generator)
                     for label in y.unique().tolist():
                         of_class = (y == label).to(model.device)
                         statistics.add(self.training.classes[label], only(routings, of_class))
         return statistics
+
+    def _images(self, model: DiT) -> list[RoutedImage]:
+        """Held-out images, of which the model sees what is left late in sampling."""
+        labels = labels_of(self.validation)
+
+        def see(picks: list[int]) -> None:
+            x, y = (torch.from_numpy(values[picks]) for values in (self.values[1], labels))
+            _see(model, x, y, _TIMES[-1], torch.Generator().manual_seed(0))
+
+        return routed_images(model, self.validation, labels, see)
 
     def facts(self) -> dict[str, str]:
         size = self.training.pixels.shape[-1]
@@ -235,4 +259,14 @@ class DiffusionTask(Task):
             "Number": f"{len(self.training)} to train on",
             "Samples": f"{self.run.samples} of each class, DDIM in {self.run.sampling_steps} "
             f"steps, guidance {self.run.guidance_scale:g}",
+            "Heads": f"on held-out images at t = {', '.join(map(str, _TIMES))}; maps of patches at "
+            f"t = {_TIMES[-1]}",
         }
+
+
+def _see(model: DiT, x: Tensor, y: Tensor, time: int, generator: torch.Generator) -> None:
+    """Let the model see images of classes as noisy as they are at that time."""
+    t = torch.full_like(y, time)
+    noise = torch.randn(x.shape, generator=generator)
+    seen = (schedule().add_noise(x, noise, t), t, y)
+    model(*(value.to(model.device) for value in seen))

@@ -1,10 +1,16 @@
-"""Loading what a path holds: a causal language model, converted or not, and its tokenizer."""
+"""Loading what a path holds: its config, a causal language model, converted or not, a tokenizer."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from headwise.hf.loading import check_place
 
@@ -21,6 +27,25 @@ def load_causal_lm(path: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} holds no model that can be loaded: {reason}") from error
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The config of a model that `models` names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        check_place(path)
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"models names {path}, which has no model: {reason}") from error
+
+
+def is_image_classifier(config: PreTrainedConfig) -> bool:
+    """Whether the model is one, by the name of its class."""
+    return any("ForImageClassification" in name for name in config.architectures or ())
 
 
 def check_holds_model(directory: Path) -> None:

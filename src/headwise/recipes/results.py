@@ -61,6 +61,8 @@ def measure(task: Task, trainer: SafeTrainer, variant: Variant, seed: int) -> Tr
         heads=scores.heads,
         experts=scores.experts,
         texts=scores.texts,
+        images=list(scores.images),
+        samples=scores.samples,
     )
     return Trained(row, record)
 
@@ -119,10 +121,11 @@ def read_result(directory: Path) -> Trained | None:
 
 
 def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
-    """Print the table; write results.csv, experts.csv, figure.png, record.json, report.html."""
+    """Print the table; write results.csv, experts.csv, figure.png, pictures,
+    record.json, report.html."""
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
-    from headwise.recipes.figure import draw_comparison
+    from headwise.recipes.figure import draw_comparison, draw_pictures
 
     run, rows = task.run, [result.row for result in trained]
     table.write_csv(directory.root / "results.csv", rows)
@@ -146,12 +149,15 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
     )
     write_whole(directory.root / "record.json", lambda path: path.write_text(to_json(record)))
     page = write_report(record, directory.root / "report.html")
+    pictures = draw_pictures(record, directory.root / "pictures")
     console = Console()
     console.print(table.for_terminal(rows, run.title))
     if sample:
         console.print(f"\n[bold]{record.sample_model}[/bold] continues {sample.prompt!r}:\n")
         console.print(sample.text, markup=False, highlight=False)
     written = {"Table": "results.csv", "Figure": "figure.png", "Page": page.name}
+    if pictures:
+        written["Pictures"] = "pictures"
     console.print(
         "", *(f"{what}:\t{directory.root / name}" for what, name in written.items()), sep="\n"
     )

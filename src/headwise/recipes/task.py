@@ -1,13 +1,14 @@
 """What a recipe does with its data: the steps in which recipes differ, one object for each run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from headwise.analysis.image_records import RoutedImage, SampleGrid
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.comparison import ComparisonRun, Variant
@@ -20,13 +21,15 @@ class Scores(NamedTuple):
 
     Attributes:
         columns: Of its row; those that `recipes.measures` knows are compared.
-        heads, experts, texts: As in `ModelRecord`.
+        heads, experts, texts, images, samples: As in `ModelRecord`.
     """
 
     columns: dict[str, float]
     heads: HeadLoads | None
     experts: ExpertLoads | None
     texts: list[RoutedText]
+    images: Sequence[RoutedImage] = ()
+    samples: SampleGrid | None = None
 
 
 class Sample(NamedTuple):

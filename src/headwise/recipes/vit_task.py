@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 
+from headwise.analysis.image_records import RoutedImage
 from headwise.data.augmentation import Augmentation
 from headwise.data.images import ImageSet, load_images
 from headwise.data.text import draw
@@ -19,9 +20,11 @@ from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.nn import HeadBudget
 from headwise.ops import Routing
 from headwise.parity import count_flops
+from headwise.recipes.classification import count_hits
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.evaluation import RoutingStatistics
+from headwise.recipes.pictures import routed_images
 from headwise.recipes.task import Examples, Scores, Task
 from headwise.recipes.vit import VisionRun
 
@@ -152,12 +155,24 @@ class VisionTask(Task):
                 batch = {name: x.to(model.device) for name, x in batch.items()}
                 labels = batch["labels"]
                 logits = model(in_model_range(batch["pixel_values"].float() / 255)).logits
-                best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-                hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+                hits += count_hits(logits, labels)
                 for label in labels.unique().tolist():
                     statistics.add(self.training.classes[label], only(routings, labels == label))
         top1, top5 = (100 * hits / len(self.validation)).tolist()
-        return Scores({"top1": top1, "top5": top5}, statistics.head_loads(), None, texts=[])
+        return Scores(
+            {"top1": top1, "top5": top5},
+            statistics.head_loads(),
+            None,
+            texts=[],
+            images=self._images(model),
+        )
+
+    def _images(self, model: Any) -> list[RoutedImage]:
+        def see(picks: list[int]) -> None:
+            pixels = torch.from_numpy(self.validation.pixels[picks]).to(model.device)
+            model(in_model_range(pixels.float() / 255))
+
+        return routed_images(model, self.validation, labels_of(self.validation), see)
 
     def facts(self) -> dict[str, str]:
         _, channels, size, _ = self.training.pixels.shape

@@ -18,8 +18,9 @@ from headwise.analysis.plots.loads import (
 from headwise.analysis.plots.maps import (
     MANY_DOMAINS,
     head_load_map,
+    last_routed_layer,
     patch_map,
-    same_heads,
+    patch_maps,
 )
 from headwise.analysis.plots.speed import time_against_share
 from headwise.analysis.plots.style import to_svg
@@ -34,11 +35,12 @@ __all__ = [
     "final_losses",
     "head_load_chart",
     "head_load_map",
+    "last_routed_layer",
     "loss_curves",
     "mean_curve",
     "patch_map",
+    "patch_maps",
     "recovery_curves",
-    "same_heads",
     "thinned",
     "time_against_share",
     "to_svg",

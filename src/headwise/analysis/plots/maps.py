@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwise.analysis.plots.style import INK, mean, new_figure, percent, styled
+from headwise.analysis.image_records import RoutedImage, from_png
+from headwise.analysis.plots.style import INK, new_figure, percent, styled
 from headwise.analysis.records import HeadLoads
 
 # More domains than this are drawn as a map; their dots could not be told apart.
@@ -17,6 +18,11 @@ MANY_DOMAINS = 8
 _MOST_NAMES = 50
 _MOST_NUMBERS = 300
 _COLUMNS = 6
+_LONGEST_NAME = 24  # letters
+# Rows of a patch map in inches, and up to how many heads they may be so high.
+_TALL, _LOW, _FEW_HEADS = 0.9, 0.6, 8
+# Neither the black or white of drawings nor a colour of many photographs.
+_BLUE = (0.56, 0.7, 0.84)
 
 
 @styled
@@ -30,47 +36,91 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
     Args:
         heads: Loads by class. `LoadMeter` counts them, also in batches of mixed classes:
             `meter.add(name, [r.with_mask((labels == i)[:, None]) for r in routings.values()])`.
-        layer: Its index, -1 for the last. Default: the mean over all layers.
+        layer: Its index, -1 for the last. Default: all layers, side by side.
 
     Raises:
-        ValueError: If the mean is asked of layers that differ in heads, or no head is routed.
+        ValueError: If no head is routed there.
     """
-    if layer is None and not same_heads(heads):
-        raise ValueError("layer is None, but the layers differ in heads; name one")
-    rows = [_routed(heads, domain, layer) for domain in heads.by_domain]
-    if not rows or not rows[0]:
-        raise ValueError("no head is routed; give loads with more heads than shared_heads")
-    figure, axes = new_figure(min(2.6 + 0.38 * len(rows[0]), 9), min(1.5 + 0.24 * len(rows), 9.5))
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
-    if len(rows) * len(rows[0]) <= _MOST_NUMBERS:
-        _write_shares(axes, rows)
     names = list(heads.by_domain)
+    layers = range(_num_layers(heads)) if layer is None else [layer % _num_layers(heads)]
+    counts = {i: len(heads.routed(names[0], i)) for i in layers}
+    rows = [[load for i in layers for load in heads.routed(name, i)] for name in names]
+    if not rows[0]:
+        raise ValueError("no head is routed; give loads with more heads than shared_heads")
+    columns, labels = len(rows[0]), [_short(name, _LONGEST_NAME) for name in names]
+    margin = max(2.6, 1.9 + 0.085 * max(map(len, labels)))
+    figure, axes = new_figure(
+        min(margin + 0.38 * columns, 9 if layer is not None else 12),
+        min(1.5 + 0.24 * len(rows), 9.5),
+    )
+    image = axes.imshow(rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    if columns * len(rows) <= _MOST_NUMBERS:
+        _write_shares(axes, rows)
     drawn = range(0, len(names), math.ceil(len(names) / _MOST_NAMES))
-    axes.set_yticks(drawn, [names[row] for row in drawn])
-    step = math.ceil(len(rows[0]) / 24)
-    columns = range(0, len(rows[0]), step)
-    first = heads.shared_heads[-1 if layer is None else layer]
-    axes.set_xticks(columns, [str(first + column) for column in columns])
+    axes.set_yticks(drawn, [labels[row] for row in drawn])
     axes.grid(visible=False)
     axes.tick_params(length=0, labelcolor=INK)
-    axes.set_title("All layers" if layer is None else f"Layer {layer % _num_layers(heads)}")
-    axes.set_xlabel("Routed head (index)")
     axes.set_ylabel("Class")
+    if layer is None:
+        _name_layers(axes, counts)
+    else:
+        (index,) = layers
+        ticks = range(0, columns, math.ceil(columns / 24))
+        axes.set_xticks(ticks, [str(heads.shared_heads[index] + i) for i in ticks])
+        axes.set_title(f"Layer {index}")
+        axes.set_xlabel("Routed head (index)")
     figure.colorbar(image, ax=axes, format=percent, label="On for (% of tokens)", pad=0.02)
     return figure
 
 
-def same_heads(heads: HeadLoads) -> bool:
-    """Whether all layers have and share as many heads, so that there is a mean over the layers."""
-    counts = {len(layer) for layers in heads.by_domain.values() for layer in layers}
-    return len(counts) == 1 == len(set(heads.shared_heads))
+def last_routed_layer(heads: HeadLoads) -> int | None:
+    """Index of the last layer that has routed heads; None where no layer has."""
+    (first, *_) = heads.by_domain
+    routed = [i for i in range(_num_layers(heads)) if heads.routed(first, i)]
+    return routed[-1] if routed else None
+
+
+@styled
+def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -> Figure:
+    """Images side by side, and below them once for each routed head, blue where it is off.
+
+    Args:
+        images: Of one model.
+        position: Which of their maps.
+        heads: Loads of the model, which say which heads are routed.
+    """
+    layer = images[0].maps[position].layer
+    routed = range(heads.shared_heads[layer], len(heads.by_domain[images[0].domain][layer]))
+    side = _TALL if len(routed) <= _FEW_HEADS else _LOW
+    rows = [None, *routed]
+    figure, axes = new_figure(side * len(images) + 0.8, side * len(rows) + 0.7)
+    for column, image in enumerate(images):
+        pixels, patches = from_png(image.png), image.maps[position]
+        for row, head in enumerate(rows):
+            # From left to right, from bottom to top, with a gap to the neighbours.
+            where = (column + 0.04, column + 0.96, row + 0.96, row + 0.04)
+            _show(axes, pixels, where)
+            if head is not None:
+                on = np.array([head in heads_on for heads_on in patches.heads_on])
+                _veil(axes, on.reshape(patches.grid), where)
+    axes.set(xlim=(0, len(images)), ylim=(len(rows), 0), aspect="equal")
+    names = [_short(image.domain, round(12 * side)) for image in images]
+    axes.set_xticks(np.arange(len(images)) + 0.5, names)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, ["image", *map(str, routed)])
+    axes.tick_params(length=0, labelcolor=INK, top=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
+    axes.set_title(f"Layer {layer}, {' × '.join(map(str, images[0].maps[position].grid))} patches")
+    axes.set_xlabel("Class of the image")
+    axes.set_ylabel("Routed head (index)")
+    return figure
 
 
 @styled
 def patch_map(
     image: NDArray, weights: Tensor, grid: tuple[int, int], *, shared_heads: int = 0
 ) -> Figure:
-    """The image once for each routed head, pale where the head is off.
+    """The image once for each routed head, blue where the head is off.
 
     Args:
         image: [H, W, 3] or [H, W, 1], uint8, or floating point in 0..1.
@@ -103,26 +153,44 @@ def patch_map(
     lines, columns = math.ceil(len(routed) / _COLUMNS), min(len(routed), _COLUMNS)
     figure = Figure(figsize=(1.5 * columns, (1.5 * height / width + 0.25) * lines + 0.1))
     figure.set_layout_engine("constrained")
+    where = (-0.5, width - 0.5, height - 0.5, -0.5)
     for position, head in enumerate(routed):
         axes = figure.add_subplot(lines, columns, position + 1)
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
-        veil = np.ones((*grid, 4))
-        veil[..., 3] = 0.85 * ~on[..., head]
-        axes.imshow(veil, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+        _show(axes, image, where)
+        _veil(axes, on[..., head], where)
         axes.set_title(f"Head {head}: {on[..., head].mean():.0%}", fontsize=9)
         axes.set_axis_off()
     return figure
 
 
-def _routed(heads: HeadLoads, domain: str, layer: int | None) -> list[float]:
-    if layer is not None:
-        return heads.routed(domain, layer)
-    layers = [heads.routed(domain, index) for index in range(_num_layers(heads))]
-    return [mean(loads) for loads in zip(*layers, strict=True)]
+def _show(axes: Axes, image: NDArray, where: tuple[float, float, float, float]) -> None:
+    most = 255 if image.dtype == np.uint8 else 1
+    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="nearest")
+
+
+def _veil(axes: Axes, on: NDArray, where: tuple[float, float, float, float]) -> None:
+    """Blue over the patches that are not on, through which they shine."""
+    veil = np.full((*on.shape, 4), (*_BLUE, 0.85))
+    veil[on, 3] = 0
+    axes.imshow(veil, extent=where, interpolation="nearest")
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _num_layers(heads: HeadLoads) -> int:
     return len(next(iter(heads.by_domain.values())))
+
+
+def _name_layers(axes: Axes, counts: dict[int, int]) -> None:
+    """A gap between the heads of two layers, and each layer's index below its heads."""
+    ends = np.cumsum(list(counts.values()))
+    axes.vlines(ends[:-1] - 0.5, *axes.get_ylim(), color="white", linewidth=2.5)
+    shown = {i: end - (n + 1) / 2 for (i, n), end in zip(counts.items(), ends, strict=True) if n}
+    axes.set_xticks(list(shown.values()), list(map(str, shown)))
+    axes.set_title("All layers")
+    axes.set_xlabel("Layer (index), its routed heads from left to right")
 
 
 def _write_shares(axes: Axes, rows: Sequence[Sequence[float]]) -> None:

@@ -63,7 +63,8 @@ def to_svg(figure: Figure, name: str) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        # dpi is that of the images in it.
+        figure.savefig(buffer, format="svg", transparent=True, dpi=216, metadata={"Date": None})
     axes = figure.axes[0]
     title = f"{axes.get_title('left')}: {axes.get_ylabel()} against {axes.get_xlabel()}"
     svg = inline_svg(buffer.getvalue(), name, title, round(figure.get_figwidth() * 108))
