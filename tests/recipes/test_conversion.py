@@ -6,7 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
@@ -14,7 +16,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from headwise.cli import main
 from headwise.data.text import Domain, train_tokenizer
@@ -101,6 +106,17 @@ def test_a_model_that_is_no_language_model(tmp_path):
     convert_directory(ConversionRun(path=str(tmp_path / "bert"), output=tmp_path / "new"))
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "new").conversion
     assert "AutoModelForMaskedLM" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_an_image_classifier_keeps_its_processor(tmp_path, capsys):
+    sizes = {key: SIZES[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
+    config = ViTConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    convert_directory(ConversionRun(path=str(tmp_path / "vit"), output=tmp_path / "new"))
+    assert "has no tokenizer" not in capsys.readouterr().out
+    assert AutoImageProcessor.from_pretrained(tmp_path / "new").size["height"] == 8
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "new").conversion
 
 
 def test_a_learned_router_starts_with_gates_of_one(original, tmp_path):

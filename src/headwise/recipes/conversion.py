@@ -1,6 +1,7 @@
 """`headwise convert`: a directory with a pretrained model becomes one with routed heads."""
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.data.text import read
 from headwise.hf import MoHConfig, calibrate, convert
@@ -98,6 +100,9 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         )
         console.print(_table(perplexities))
     convert(model, attention=attention)
+    image_processor = cached_file(
+        run.path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False
+    )
 
     card = model_card(
         model,
@@ -111,10 +116,12 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         model.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        if image_processor is not None:
+            shutil.copy(image_processor, directory)
         (directory / "README.md").write_text(card)
 
     write_whole(run.output, write)
-    if tokenizer is None:
+    if tokenizer is None and image_processor is None:
         console.print(f"{run.path} has no tokenizer, so {run.output} has none", highlight=False)
     for line in budget_lines(model):
         console.print(line, highlight=False)

@@ -1,0 +1,95 @@
+"""What TransNeXt refuses: images, labels, sizes and presets that do not fit."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
+
+SIZES = {
+    "image_size": 20, "patch_size": 2, "hidden_sizes": (10, 18, 30), "depths": (1, 2, 1),
+    "num_heads": (2, 3, 5), "mlp_ratios": (3, 2, 2.5), "sr_ratios": (3, 2, 1), "num_labels": 7,
+    "shared_heads": (2, 0, 2), "active_heads": (2, 1, 3),
+}  # fmt: skip
+
+
+def model() -> TransNeXtForImageClassification:
+    return TransNeXtForImageClassification(TransNeXtConfig(**SIZES))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 20, 20), "has shape [2, 1, 20, 20]; it must be [B, 3 (num_channels)"),
+        ((3, 20, 20), "has shape [3, 20, 20]"),
+        ((2, 3, 20, 4), "size of pixel_values is 20 × 4; with patch_size 2 and sr_ratios "
+                        "[3, 2, 1] no side may be below 5"),
+    ],
+)  # fmt: skip
+def test_images_that_do_not_fit_are_refused(shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model()(torch.zeros(shape))
+
+
+def test_images_in_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"pixel_values has dtype torch\.uint8; it must be"):
+        model()(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 7, 1]), r"labels has 7; classes are 0\.\.6 \(num_labels\)"),
+        (torch.tensor([0, -1, 1]), r"labels has -1"),
+        (torch.tensor([0, 1]), r"labels has shape \[2\]; it must be \[3\], or \[3, 7\]"),
+        (torch.ones(3, 5), r"labels has shape \[3, 5\]"),
+        (torch.tensor([0, 1, 1]).int(), "labels has dtype torch.int32; it must be int64"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        model()(torch.zeros(3, 3, 20, 20), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depths": (1, 2)}, "depths has 2 entries and hidden_sizes 3"),
+        ({"depths": 2}, "depths is 2; it must have an entry for each stage"),
+        ({"hidden_sizes": ()}, r"hidden_sizes is \(\); it must have an entry"),
+        ({"sr_ratios": (3, 0, 1)}, r"sr_ratios is \[3, 0, 1\]; its entries must be positive"),
+        (
+            {"depths": (1, 2, 2.5)},
+            r"depths is \[1, 2, 2\.5\]; its entries must be positive and whole",
+        ),
+        ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
+        ({"num_heads": (2, 4, 5)}, r"num_heads\[1\] is 4; it must divide hidden_sizes\[1\] = 18"),
+        ({"window_size": 4}, "window_size is 4; it must be odd"),
+        ({"patch_size": 0}, "patch_size is 0; it must be at least 1"),
+        ({"image_size": 4}, "image_size is 4; .* no side may be below 5"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate is 1\.0; it must lie in 0\.\.1, below 1"),
+        ({"balance_coefficient": -1}, "balance_coefficient is -1; it must be at least 0"),
+        ({"initializer_range": math.nan}, "initializer_range is nan; it must be at least 0"),
+        ({"active_heads": None}, r"active_heads is None; give both, or neither"),
+        ({"active_heads": (2, 1)}, "active_heads has 2 entries and hidden_sizes 3"),
+        ({"active_heads": (2, 4, 3)}, r"active_heads\[1\] is 4; it must lie in 1\.\.3"),
+        ({"shared_heads": (2, 0, 4)}, r"shared_heads\[2\] is 4, more than active_heads\[2\] = 3"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransNeXtConfig(**SIZES | changes)
+
+
+def test_an_unknown_preset_has_a_neighbour():
+    with pytest.raises(
+        ValueError, match="unknown preset 'moh-vit-b75'; did you mean 'moh-vit-b-75'"
+    ):
+        TransNeXtConfig.preset("moh-vit-b75")
+    with pytest.raises(ValueError, match="unknown field 'patch_sise'; did you mean 'patch_size'"):
+        TransNeXtConfig.preset("test", patch_sise=3)
+    assert TransNeXtConfig.preset("test", num_labels=3).num_labels == 3
+    assert TransNeXtConfig.preset("test", id2label={0: "a", 1: "b"}).num_labels == 2
+    assert TransNeXtConfig.preset("moh-vit-s-75").num_labels == 1000
