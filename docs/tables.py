@@ -10,7 +10,7 @@ from headwise.recipes.figure import draw_comparison
 from headwise.recipes.studies import STUDIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md")
+PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md", "docs/vision.md")
 # Tables whose rows are in a file of another name.
 SOURCES = {"speed": "performance"}
 TABLES = {
@@ -19,7 +19,7 @@ TABLES = {
     "speed": performance.summary,
     "stories260k": recovery.markdown,
     "smollm2": harness_table.markdown,
-} | dict.fromkeys(STUDIES, lm.markdown)
+} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm.markdown)
 
 
 def main() -> None:

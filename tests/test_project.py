@@ -30,7 +30,7 @@ MARKDOWN = {
     "speed": speed_summary,
     "smollm2": harness_markdown,
     "stories260k": recovery_markdown,
-} | dict.fromkeys(STUDIES, lm_markdown)
+} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm_markdown)
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = (
     "matplotlib", "headwise.ops.head_attention.triton", "diffusers", "kornia", "sklearn", "timm",
@@ -48,7 +48,13 @@ TINY = shlex.split(
 
 
 SMALLER = {
-    "train": TINY,
+    "train lm": TINY,
+    "train vit": shlex.split("--steps 2 --warmup-steps 0 --batch-size 8"),
+    # The classifier is what the line before it trained.
+    "train dit": shlex.split(
+        "--steps 2 --warmup-steps 0 --batch-size 8 --samples 1 --sampling-steps 2 "
+        "--classifier runs/vit/models/dense-seed0"
+    ),
     "tune": shlex.split(
         "--data text.txt --routed.steps 1 --routed.warmup-steps 0 --sequence-length 16 "
         "--batch-size 2 --eval-blocks 2"
@@ -120,7 +126,8 @@ def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
     for command in commands():
-        main([*command, *SMALLER.get(command[0], [])])
+        kind = " ".join(command[: 1 + (command[0] == "train")])
+        main([*command, *SMALLER.get(kind, [])])
         assert capsys.readouterr().out
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
