@@ -9,7 +9,7 @@ demo: $(VENV)/core  ## train five small models on real text, compare them, draw 
 	$(BIN)/headwise train lm --output runs/demo --overwrite
 
 test: $(VENV)/dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/dev  ## style, types, import contracts
 	$(BIN)/ruff check
