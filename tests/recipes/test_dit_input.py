@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,16 +23,9 @@ SIDE = 6
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Bright and dark squares of 6 × 6 pixels, grey: two classes."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, low in (("bright", 150), ("dark", 0)):
-        (root / name).mkdir()
-        for i in range(11):
-            pixels = generator.integers(low, low + 100, (SIDE, SIDE), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+def pictures(bright_and_dark):
+    """Grey images of 6 × 6 pixels."""
+    return bright_and_dark(11, SIDE, SIDE)
 
 
 @pytest.fixture(autouse=True)

@@ -27,16 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Bright and dark squares of 8 × 8 pixels, grey: two classes."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, low in (("bright", 150), ("dark", 0)):
-        (root / name).mkdir()
-        for i in range(40):
-            pixels = generator.integers(low, low + 100, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+def pictures(bright_and_dark):
+    """Grey images of 8 × 8 pixels."""
+    return bright_and_dark(40, 8, 8)
 
 
 @pytest.fixture(scope="module")

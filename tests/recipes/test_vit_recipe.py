@@ -21,16 +21,9 @@ pytest.importorskip("kornia", reason="kornia is not installed")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Bright and dark squares of 8 × 8 pixels, in colour: two classes."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, low in (("bright", 150), ("dark", 0)):
-        (root / name).mkdir()
-        for i in range(40):
-            pixels = generator.integers(low, low + 100, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+def pictures(bright_and_dark):
+    """Images of 8 × 8 pixels, in colour."""
+    return bright_and_dark(40, 8, 8, 3)
 
 
 def run_of(output, pictures, **changes):

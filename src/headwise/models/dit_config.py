@@ -1,12 +1,11 @@
 """Sizes of diffusion transformers: their configuration, and those that are published."""
 
-from dataclasses import fields
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
+from headwise.models.presets import preset_fields
 from headwise.nn import Budget, HeadBudget
-from headwise.ops.choice import look_up
 
 PerLayer = list[Any] | tuple[Any, ...]
 
@@ -137,13 +136,7 @@ class DiTConfig(PreTrainedConfig):
         Raises:
             ValueError: If there is no such preset or field, with the nearest name.
         """
-        known = {field.name: field for field in fields(cls)} | {"num_labels": None}
-        for field in changes:
-            look_up("field", field, known)
-        preset = {"num_labels": 1000} | look_up("preset", name, PRESETS)
-        if "id2label" in changes:
-            del preset["num_labels"]
-        return cls(**preset | changes)
+        return cls(**preset_fields(cls, PRESETS, name, changes))
 
     def _per_layer(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)

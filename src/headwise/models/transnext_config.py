@@ -1,13 +1,12 @@
 """Sizes of a TransNeXt and of a MoH-ViT: checked, and the published ones by name."""
 
-from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from headwise.models.presets import preset_fields
 from headwise.nn import HeadBudget
-from headwise.ops.choice import look_up
 
 _TINY = {"hidden_sizes": (72, 144, 288, 576), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.25}
 _SMALL = _TINY | {"depths": (5, 5, 22, 5), "drop_path_rate": 0.45}
@@ -124,14 +123,8 @@ class TransNeXtConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: If there is no such preset or field, with the nearest name, or the changes
                 do not fit.
         """
-        of_base = ("num_labels", "id2label", "label2id", "out_features", "out_indices")
-        known = {field.name: field for field in fields(cls)} | dict.fromkeys(of_base)
-        for field in changes:
-            look_up("field", field, known)
-        preset = {"num_labels": 1000} | look_up("preset", name, PRESETS)
-        if "id2label" in changes:
-            del preset["num_labels"]
-        return cls(**preset | changes)
+        also = ("out_features", "out_indices")
+        return cls(**preset_fields(cls, PRESETS, name, changes, also))
 
     @property
     def num_stages(self) -> int:
