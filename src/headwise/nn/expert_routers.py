@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from headwise.nn.buffers import KeepsBuffers
-from headwise.nn.routers import Router, wide_linear
+from headwise.nn.routers import Router
 from headwise.ops import Routing, count_choices, route_tokens
 from headwise.ops.choice import check_choice
+from headwise.ops.logits import router_logits
 from headwise.ops.processes import sum_over_processes
 from headwise.ops.scores import TokenScores
 
@@ -89,7 +90,7 @@ class LinearRouter(ExpertRouter):
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Routing:
         """Route every row of x; padding (mask False) goes nowhere."""
-        return self.route(wide_linear(x, self.weight), mask)
+        return self.route(router_logits(x, self.weight), mask)
 
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape
@@ -123,10 +124,10 @@ class CosineRouter(ExpertRouter):
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Routing:
         """Route every row of x; padding (mask False) goes nowhere."""
-        projected = normalize(wide_linear(x, self.projection), dim=-1)
+        projected = normalize(router_logits(x, self.projection), dim=-1)
         embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
         temperature = self.log_temperature.to(projected.dtype).exp()
-        return self.route(wide_linear(projected, embedding) / temperature, mask)
+        return self.route(router_logits(projected, embedding) / temperature, mask)
 
     def extra_repr(self) -> str:
         num_experts, projection_dim = self.embedding.shape

@@ -4,15 +4,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm
+from headwise.ops.logits import router_logits
 from headwise.ops.routing import HeadMode, arrange_gates
 from headwise.ops.scores import HeadScores
-
-# Of the outputs of a matrix product: a cache line of float32.
-_FAST_MULTIPLE = 16
 
 
 class Router(nn.Module):
@@ -97,11 +94,8 @@ class TwoStageRouter(HeadRouter):
         even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=_wide(x))
         if not maps:
             return even, even[..., :0], None
-        # One product for all maps: reading x costs more than the scores. Without the rows of zeros,
-        # it would take up to twice as long.
-        rows = [len(m) for m in maps]
-        weight = pad(torch.cat(maps), (0, 0, 0, -sum(rows) % _FAST_MULTIPLE))
-        scores = iter(wide_linear(x, weight)[..., : sum(rows)].split(rows, dim=-1))
+        # One product for all maps: reading x costs more than the scores.
+        scores = iter(router_logits(x, torch.cat(maps)).split([len(m) for m in maps], dim=-1))
         shared = even if self.shared is None else next(scores)
         routed = even[..., :0] if self.routed is None else next(scores)
         return shared, routed, None if self.stage is None else next(scores)
@@ -146,7 +140,7 @@ class OneStageRouter(HeadRouter):
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
         none = x.new_zeros(*x.shape[:-1], 0, dtype=_wide(x))
-        logits = none if self.routed is None else wide_linear(x, self.routed())
+        logits = none if self.routed is None else router_logits(x, self.routed())
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
         always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))
@@ -193,13 +187,6 @@ def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
     if budget.heads_per_group == 1:
         return routing
     return routing._replace(weights=routing.weights.repeat_interleave(budget.heads_per_group, -1))
-
-
-def wide_linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) -> Tensor:
-    """The product x Wᵀ in float32 or wider."""
-    # Autocast would bring the scores back to bfloat16, where a quarter of the tokens tie.
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(_wide(x)), weight.to(_wide(x)))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@
 #include "attention_forward.h"
 #include "decode.h"
 #include "experts.h"
+#include "logits.h"
 #include "projection.h"
 #include "routing.h"
 
@@ -128,6 +129,12 @@ Tensor merged(
   return (half ? merge_heads<BFloat16> : merge_heads<float>)(heads, weight, bias, gate);
 }
 
+Tensor logits(const Tensor& x, const Tensor& weight) {
+  Tensor y = at::empty({x.size(0), round_up(weight.size(0), LANES)}, x.options().dtype(at::kFloat));
+  wide_product(x, weight, y);
+  return y.narrow(1, 0, weight.size(0)).contiguous();
+}
+
 std::tuple<Tensor, Tensor, Tensor> route_heads(
     const Tensor& shared, const Tensor& routed, const Tensor& stage, int64_t top_k, bool paper) {
   const HeadLogits z{Logits(shared), Logits(routed), Logits(stage), top_k, paper};
@@ -177,6 +184,7 @@ TORCH_LIBRARY(headwise_native, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
+  m.def("logits(Tensor x, Tensor weight) -> Tensor");
   m.def("merge_heads(Tensor heads, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
   m.def("project_heads(Tensor x, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
   m.def(
@@ -194,6 +202,7 @@ TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("attention_backward", &headwise::attention_backward);
   m.impl("decode_attention", &headwise::decode_attention);
   m.impl("expert_mlp", &headwise::expert_mlp);
+  m.impl("logits", &headwise::logits);
   m.impl("merge_heads", &headwise::merged);
   m.impl("project_heads", &headwise::projected);
   m.impl("route_heads", &headwise::route_heads);

@@ -1,0 +1,53 @@
+"""Logits of routers: products in float32 or wider, whatever the dtype of what they read."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear, pad
+from torch.utils.flop_counter import register_flop_formula
+
+from headwise.ops import native
+from headwise.ops.gradients import learns
+
+# Of the outputs of a matrix product: a cache line of float32.
+_FAST_MULTIPLE = 16
+
+
+def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) -> Tensor:
+    """x Wᵀ [*batch, K] in float32 or wider.
+
+    Products of bfloat16 are exact in float32; sums and results would not be in bfloat16, where a
+    quarter of the tokens tie. On CPUs a kernel (native/kernels/logits.h) reads bfloat16 as it is.
+    """
+    if _kernel_takes(x, weight):
+        rows = x.reshape(-1, x.shape[-1])
+        return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Without the rows of zeros, the product would take up to twice as long.
+    padded = pad(weight, (0, 0, 0, -len(weight) % _FAST_MULTIPLE))
+    # Autocast would bring the logits back to bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(wide), padded.to(wide))[..., : len(weight)]
+
+
+def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
+    return narrow and x.device.type == "cpu" and not learns(x, weight) and native.is_built()
+
+
+@torch.library.custom_op("headwise::native_logits", mutates_args=())
+def native_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """[N, K] in float32 of x [N, D] and weight [K, D] in bfloat16."""
+    return native.kernels().logits(x.contiguous(), weight.contiguous())
+
+
+@native_logits.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.headwise.native_logits)
+def _flops(x: Any, weight: Any, **_: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
