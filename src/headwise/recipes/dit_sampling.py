@@ -1,5 +1,6 @@
 """Drawing images with a trained DiT: schedulers, VAE, a grid of what was drawn."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,6 @@ import tyro
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from headwise.models import DiT, DiTConfig
@@ -21,6 +21,7 @@ from headwise.recipes.loading import check_holds_model
 from headwise.recipes.vae import load_vae
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
+_AT_A_TIME = 100  # images
 _GAP = 2  # pixels between the images of a grid
 
 
@@ -84,14 +85,8 @@ def sample(run: SampleRun) -> None:
     classes = [number_of(x, model) for x in run.classes] or range(model.config.num_labels)
     pipeline = pipeline_of(model, run.scheduler, vae)
     wanted = [label for label in classes for _ in range(run.per_class)]
-    images = pipeline(
-        wanted,
-        guidance_scale=run.guidance_scale,
-        num_inference_steps=run.steps,
-        seeds=range(run.seed, run.seed + len(wanted)),
-        output_type="pt",
-    ).images
-    grid = in_grid(uint8(images), columns=run.per_class, scale=run.scale)
+    parts = draw_images(pipeline, wanted, run.seed, run.guidance_scale, run.steps)
+    grid = in_grid(np.concatenate(list(parts)), columns=run.per_class, scale=run.scale)
     write_whole(run.output, lambda partial: grid.save(partial, format="PNG"))
     print(run.output)
 
@@ -158,9 +153,23 @@ def pipeline_of(model: DiT, scheduler: SchedulerName, vae: Any) -> Any:
     return RoutedDiTPipeline(model, kind(**options, **clip), vae)
 
 
-def uint8(images: Tensor) -> NDArray[np.uint8]:
-    """0..1 to 0..255."""
-    return (255 * images.clamp(0, 1)).round().to(torch.uint8).cpu().numpy()
+def draw_images(
+    pipeline: Any, classes: Sequence[int], seed: int, guidance_scale: float, steps: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Images [N, C, S, S] of the classes in 0..255, in parts that fit into memory.
+
+    `seed` is that of the first image; the others count on from it.
+    """
+    for start in range(0, len(classes), _AT_A_TIME):
+        part = classes[start : start + _AT_A_TIME]
+        images = pipeline(
+            part,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            seeds=range(seed + start, seed + start + len(part)),
+            output_type="pt",
+        ).images
+        yield (255 * images.clamp(0, 1)).round().to(torch.uint8).cpu().numpy()
 
 
 def in_grid(images: NDArray[np.uint8], *, columns: int, scale: int) -> Image.Image:

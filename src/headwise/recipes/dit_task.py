@@ -24,7 +24,7 @@ from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.dit import DiffusionRun
-from headwise.recipes.dit_sampling import check_steps, pipeline_of, schedule, uint8
+from headwise.recipes.dit_sampling import check_steps, draw_images, pipeline_of, schedule
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.pictures import routed_images, sample_grid
 from headwise.recipes.task import Examples, Scores, Task
@@ -206,21 +206,12 @@ class DiffusionTask(Task):
         """The images in parts; those that the page shows join `shown`."""
         pipeline = pipeline_of(model, "ddim", self.vae)
         pipeline.set_progress_bar_config(disable=True)
-        classes = self._wanted()
-        for start in range(0, len(classes), _AT_A_TIME):
-            part = classes[start : start + _AT_A_TIME]
-            images = pipeline(
-                part,
-                guidance_scale=self.run.guidance_scale,
-                num_inference_steps=self.run.sampling_steps,
-                seeds=range(start, start + len(part)),
-                output_type="pt",
-            ).images
-            pixels, count = uint8(images), self.run.samples
-            places = [
-                i for i in range(len(part)) if (start + i) % count < _COLUMNS and part[i] < _ROWS
-            ]
-            shown.append(pixels[places])
+        classes, count, run = self._wanted(), self.run.samples, self.run
+        seen = 0
+        for pixels in draw_images(pipeline, classes, 0, run.guidance_scale, run.sampling_steps):
+            places = range(seen, seen + len(pixels))
+            shown.append(pixels[[i % count < _COLUMNS and classes[i] < _ROWS for i in places]])
+            seen += len(pixels)
             yield in_floats(pixels).to(model.device)
 
     @torch.no_grad()
