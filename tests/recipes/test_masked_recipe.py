@@ -189,6 +189,7 @@ def test_mixtures_have_the_first_papers_parity():
         ({"models": ("moh",)}, "models is 'moh'; it must be one of dense, moe, x_moe, mh_moe"),
         ({"seeds": (1, 1)}, "seeds is (1, 1); each entry may occur once"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"image_size": 0}, "image_size is 0; it must be at least 1"),
         ({"vocab_size": 257}, "vocab_size is 257; it must be at least 258"),
         ({"mask_text": 0.0}, "mask_text is 0.0; it must lie between 0 and 1"),
         ({"mask_image": 1.0}, "mask_image is 1.0; it must lie between 0 and 1"),

@@ -61,6 +61,8 @@ class MaskedRun(LayeredRun):
     def __post_init__(self) -> None:
         for name in ("patch_size", "text_length", "eval_pairs", "eval_masks"):
             check_at_least(1, name, getattr(self, name))
+        if self.image_size is not None:
+            check_at_least(1, "image_size", self.image_size)
         check_at_least(258, "vocab_size", self.vocab_size)  # every byte, padding and mask
         for name in ("mask_text", "mask_image"):
             if not 0 < getattr(self, name) < 1:
