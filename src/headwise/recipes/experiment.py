@@ -149,7 +149,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 
 
 def tiny(study: str) -> StudyRun:
-    """At most 20 minutes on 2 cores, with three seeds."""
+    """Minutes on 2 cores, 40 at most, with three seeds."""
     subject = STUDIES[study].subject
     fields: dict[str, Any] = {
         "study": study,

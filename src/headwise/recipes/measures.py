@@ -33,7 +33,7 @@ _QUARTILES = ("_q1", "_q3")
 _IMAGES = [
     Measure("top1", "top-1 (%) ↑", "", "Top-1 accuracy (%)"),
     Measure("top5", "top-5 (%) ↑", "", "Top-5 accuracy (%)"),
-    Measure("recognised", "recognised (%) ↑", "", "Samples recognised as their class (%)"),
+    Measure("recognised", "recognised (%) ↑", "", "Samples recognised (%)"),
     Measure("fid", "FID ↓", "", "Fréchet distance of features"),
     Measure("sfid", "sFID ↓", "", "Fréchet distance of spatial features", minor=True),
     Measure("inception_score", "IS ↑", "", "Inception Score"),

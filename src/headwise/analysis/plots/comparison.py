@@ -57,7 +57,7 @@ def _rows(axes: Axes, panel: Panel) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"{panel.quantity} (a marker a seed, a bar at the mean)")
+    axes.set_xlabel(f"{panel.quantity}\n(a marker a seed, a bar at the mean)")
 
 
 def _line(axes: Axes, panel: Panel, axis: str) -> None:
@@ -75,8 +75,8 @@ def _line(axes: Axes, panel: Panel, axis: str) -> None:
         axes.axhspan(min(values), max(values), color=INK, alpha=0.08, linewidth=0)
     axes.plot(at, [mean(by_position[x]) for x in at], "o-", color=VARIANTS[1], markersize=4.5)
     low, high = ([end(by_position[x]) for x in at] for end in (min, max))
-    axes.fill_between(at, low, high, color=VARIANTS[1], alpha=0.18, linewidth=0)
+    label = "range over seeds"
+    axes.fill_between(at, low, high, color=VARIANTS[1], alpha=0.18, linewidth=0, label=label)
     axes.set_xlabel(axis)
-    axes.set_ylabel(f"{panel.quantity} (band: range over seeds)")
-    if levels:
-        axes.legend()
+    axes.set_ylabel(panel.quantity)
+    axes.legend()
