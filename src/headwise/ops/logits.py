@@ -5,14 +5,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.gradients import learns
-
-# Of the outputs of a matrix product: a cache line of float32.
-_FAST_MULTIPLE = 16
 
 
 def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) -> Tensor:
@@ -25,11 +22,9 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
-    # Without the rows of zeros, the product would take up to twice as long.
-    padded = pad(weight, (0, 0, 0, -len(weight) % _FAST_MULTIPLE))
     # Autocast would bring the logits back to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(wide), padded.to(wide))[..., : len(weight)]
+        return linear(x.to(wide), weight.to(wide))
 
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
