@@ -96,7 +96,11 @@ def models(tmp_path_factory, pictures):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 5}, "patch_size is 2; it must divide input_size = 5"),
+        ({"image_size": 5}, "image_size is 5, and images are 5 × 5; patches of 2 × 2 must divide"),
+        (
+            {"batch_size": 1000},
+            r"batch_size is 1000; it must be at most \d+, the examples",
+        ),
         ({"sampling_steps": 1001}, "sampling_steps is 1001; it must be at most 1000"),
         ({"samples": 1}, "samples is 1, which makes 2 images of 2 classes; it takes 4 or more"),
         ({"active_heads": 0.01}, "active_heads"),
@@ -117,7 +121,7 @@ def models(tmp_path_factory, pictures):
 def test_what_cannot_be_trained_is_refused_at_once(changes, message, models, pictures, tmp_path):
     kinds = {"vae": str, "classifier": Path}
     places = {n: kinds[n](models / v) for n, v in changes.items() if n in kinds}
-    run = dataclasses.replace(dit(), output=tmp_path / "run", data=str(pictures))
+    run = dataclasses.replace(dit(), output=tmp_path / "run", data=str(pictures), batch_size=8)
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(run, **changes | places))
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +179,11 @@ def test_directories_that_cannot_be_drawn_with_are_refused(directory, message, m
     [
         ({"scheduler": "dmp"}, "scheduler is 'dmp'; it must be one of 'ddim', 'ddpm', 'dpm'"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"guidance_scale": float("inf")}, "guidance_scale is inf; it must be finite"),
+        (
+            {"guidance_scale": float("inf")},
+            "guidance_scale is inf; it must be at least 0",
+        ),
+        ({"guidance_scale": -3.0}, "guidance_scale is -3.0; it must be at least 0"),
         ({"seed": -1}, r"seed is -1; it must lie in 0\.\.4294967295"),
         ({"output": "there.png"}, "output is .*there.png, which exists; choose another"),
         ({"output": "directory.png"}, "output is .*directory.png, which exists"),

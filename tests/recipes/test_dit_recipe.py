@@ -183,6 +183,7 @@ def test_grid_by_hand():
         ({"size": "xs"}, "unknown size 'xs'; did you mean 's'|did you mean 'xl'"),
         ({"averaging": 1.0}, "averaging is 1.0; it must lie in 0..1, below 1"),
         ({"class_dropout": 0.0}, "guidance_scale is 1.5; with class_dropout 0 it must be 1"),
+        ({"guidance_scale": -3.0}, "guidance_scale is -3.0; it must be at least 0"),
         ({"samples": 0}, "samples is 0; it must be at least 1"),
         ({"flip": -1.0}, "flip is -1.0; it must lie in 0..1"),
     ],

@@ -60,7 +60,7 @@ def test_a_model_classifies_pictures_as_people_have_them(finished, pictures):
             inputs = processor(image, return_tensors="pt")
         with torch.no_grad():
             label = model(**inputs).logits.argmax().item()
-        assert model.config.id2label[label] == name
+        assert (model.config.id2label[label], model.config.label2id[name]) == (name, label)
 
 
 def test_loads_are_counted_for_each_class(finished, pictures):
@@ -137,6 +137,11 @@ def test_patches_follow_the_images(pictures, tmp_path):
 def test_wrong_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(vit(), **changes)
+
+
+def test_a_batch_that_would_repeat_images_is_refused(tmp_path, pictures):
+    with pytest.raises(ValueError, match=r"batch_size is 73; it must be at most 72, the examples"):
+        read_images(run_of(tmp_path / "run", pictures, batch_size=73))
 
 
 def test_a_class_without_images_is_refused(tmp_path, pictures):

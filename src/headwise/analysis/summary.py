@@ -159,8 +159,10 @@ def _heads_on(heads: HeadLoads | None) -> str:
     layers = [layer for loads in heads.by_domain.values() for layer in loads] if heads else []
     if not layers:
         return "–"
-    on, total = sum(map(sum, layers)) / len(layers), sum(map(len, layers)) / len(layers)
-    return f"{on:.3g} of {total:.3g}"
+    on, total = sum(map(sum, layers)), sum(map(len, layers))
+    if len(set(map(len, layers))) > 1:
+        return f"{on / total:.0%}"
+    return f"{on / len(layers):.3g} of {total / len(layers):.3g}"
 
 
 def _never_used(experts: ExpertLoads) -> list[int]:

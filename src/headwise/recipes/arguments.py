@@ -65,10 +65,18 @@ def check_at_least(least: int, name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises ValueError if the field of that name is infinite or not a number."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it must be finite")
+def check_guidance(scale: float) -> None:
+    """Raises ValueError if a guidance_scale is below 0, infinite or not a number."""
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"guidance_scale is {scale}; it must be at least 0 and finite")
+
+
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Raises ValueError if a step would see examples twice."""
+    if batch_size > examples:
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be at most {examples}, the examples to train on"
+        )
 
 
 def check_seed(name: str, value: int) -> None:

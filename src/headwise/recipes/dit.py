@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from headwise.recipes.arguments import check_at_least, check_finite
+from headwise.recipes.arguments import check_at_least, check_guidance
 from headwise.recipes.image_run import ImageRun
 from headwise.recipes.task import Task
 
@@ -26,11 +26,12 @@ class DiffusionRun(ImageRun):
         class_dropout: Share of labels that training leaves out, for guidance.
         averaging: Share that the averaged weights keep of themselves in a step, at most; at first
             it is less.
-        guidance_scale: Of the samples that are measured; 1 is none.
+        guidance_scale: Of the samples that are measured, 0 or more; 1 is none.
         sampling_steps: Of DDIM, for each of these.
         samples: How many images of each class are measured.
         classifier: Directory of a classifier of these images (`headwise train vit` makes one),
             whose features FID and its like compare; None trains a small one first.
+        learning_rate: Reached after warmup_steps, then constant.
     """
 
     sizes: ClassVar = {name: f"dit-{name}" for name in ("test", "s", "b", "l", "xl")}
@@ -62,7 +63,7 @@ class DiffusionRun(ImageRun):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; with class_dropout 0 it must be 1"
             )
-        check_finite("guidance_scale", self.guidance_scale)
+        check_guidance(self.guidance_scale)
         for name in ("sampling_steps", "samples"):
             check_at_least(1, name, getattr(self, name))
         super().__post_init__()

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from headwise.models import DiT, DiTConfig
 from headwise.ops.choice import check_choice, look_up
-from headwise.recipes.arguments import check_at_least, check_finite, check_seed
+from headwise.recipes.arguments import check_at_least, check_guidance, check_seed
 from headwise.recipes.directory import check_parents, write_whole
 from headwise.recipes.loading import check_holds_model
 from headwise.recipes.vae import load_vae
@@ -55,7 +55,7 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         check_choice("scheduler", self.scheduler, SchedulerName)
-        check_finite("guidance_scale", self.guidance_scale)
+        check_guidance(self.guidance_scale)
         for name in ("per_class", "steps", "scale"):
             check_at_least(1, name, getattr(self, name))
         check_seed("seed", self.seed)

@@ -20,6 +20,7 @@ from headwise.hf import record_routing
 from headwise.hf.trainer import SafeTrainer
 from headwise.models import DiT, DiTConfig
 from headwise.parity import count_flops
+from headwise.recipes.arguments import check_batch_size
 from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
@@ -51,6 +52,7 @@ def read_images(run: DiffusionRun) -> "DiffusionTask":
     training, validation = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
     _check_measurable(run, training)
+    check_batch_size(run.batch_size, len(training))
     vae = None
     if run.vae is not None:
         vae = load_vae(run.vae)
@@ -126,11 +128,18 @@ class DiffusionTask(Task):
     def config(self, variant: Variant) -> DiTConfig:
         """Sizes of a variant."""
         _, channels, size, _ = self.values[0].shape
+        if size % (patch := DiTConfig.preset(self.run.preset).patch_size):
+            what = "images" if self.vae is None else "latents"
+            raise ValueError(
+                f"image_size is {self.run.image_size}, and {what} are {size} × {size}; patches of "
+                f"{patch} × {patch} must divide them"
+            )
         changes: dict[str, Any] = {
             "input_size": size,
             "in_channels": channels,
             "num_labels": len(self.training.classes),
             "id2label": dict(enumerate(self.training.classes)),
+            "label2id": {name: i for i, name in enumerate(self.training.classes)},
             "class_dropout": self.run.class_dropout,
         }
         if variant.attention is not None:

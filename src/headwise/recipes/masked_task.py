@@ -20,6 +20,7 @@ from headwise.models import MaskedConfig, MaskedModel
 from headwise.models.masked import summed_nats
 from headwise.ops import Routing
 from headwise.parity import count_flops
+from headwise.recipes.arguments import check_batch_size
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
 from headwise.recipes.evaluation import RoutingStatistics
@@ -46,6 +47,7 @@ def read_pairs(run: MaskedRun) -> "MaskedTask":
     size = training.pixels.shape[-1]
     if size % run.patch_size:
         raise ValueError(f"patch_size is {run.patch_size}; it must divide the image size, {size}")
+    check_batch_size(run.batch_size, len(training))
     PartialState().print(
         "Training a tokenizer on the captions, a codebook on the patches", flush=True
     )

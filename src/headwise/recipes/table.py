@@ -150,9 +150,10 @@ def for_terminal(rows: Sequence[Row], title: str) -> Table:
     crowded = bool(minor) or any(_PUBLISHED in column for column in columns)
     left_out = ["active (M)", "counted", *minor] if crowded else []
     shown = [i for i, column in enumerate(columns) if column not in left_out]
+    more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
     table = Table(
         title=title,
-        caption=legend(rows).replace(_PUBLISHED.strip(), "†"),
+        caption=legend(rows).replace(_PUBLISHED.strip(), "†") + more,
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,

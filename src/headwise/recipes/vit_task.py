@@ -20,6 +20,7 @@ from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.nn import HeadBudget
 from headwise.ops import Routing
 from headwise.parity import count_flops
+from headwise.recipes.arguments import check_batch_size
 from headwise.recipes.classification import count_hits
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import fingerprint
@@ -39,6 +40,7 @@ def read_images(run: VisionRun) -> "VisionTask":
     """
     training, validation = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
+    check_batch_size(run.batch_size, len(training))
     picks = np.linspace(0, len(validation) - 1, min(run.eval_images, len(validation)))
     return VisionTask(run, training, validation.take(picks.round().astype(int).tolist()))
 
@@ -95,6 +97,7 @@ class VisionTask(Task):
             "patch_size": run.patch_size or max(1, min(dense.patch_size, size // 8)),
             "num_labels": len(self.training.classes),
             "id2label": dict(enumerate(self.training.classes)),
+            "label2id": {name: i for i, name in enumerate(self.training.classes)},
         }
         if run.drop_path is not None:
             changes["drop_path_rate"] = run.drop_path

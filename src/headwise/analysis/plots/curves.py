@@ -29,7 +29,7 @@ def loss_curves(record: RunRecord) -> Figure:
     """Loss against steps, a colour for each variant, mean over its seeds.
 
     Thin lines are training, markers validation, the band the range of validation over seeds. The
-    loss axis ends where the validation was after a tenth of the steps.
+    loss axis ends where the validation was after a tenth of the steps, or training at its end.
     """
     figure, axes = new_figure(4.6, 3.6)
     tops = []
@@ -59,7 +59,7 @@ def loss_curves(record: RunRecord) -> Figure:
             for step, loss in zip(mean.steps, mean.losses, strict=True)
             if step * 10 >= mean.steps[-1] and math.isfinite(loss)
         ]
-        tops += settled[:1]
+        tops += settled[:1] + [loss for loss in training.losses[-1:] if math.isfinite(loss)]
     if tops:
         # The first tenth falls from far above; what tells variants apart lies below it.
         axes.set_ylim(top=max(tops) * 1.03)
@@ -100,7 +100,7 @@ def final_losses(record: RunRecord) -> Figure:
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title("Validation loss at the end")
-    axes.set_xlabel(f"Loss ({record.loss_unit}), axis does not start at 0")
+    axes.set_xlabel(f"Loss ({record.loss_unit})\naxis does not start at 0")
     axes.set_ylabel("Variant")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
