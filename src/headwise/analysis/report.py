@@ -91,7 +91,8 @@ def _losses(record: RunRecord) -> str:
     if any(model.validation.losses for model in record.models):
         drawn.append(("final", plots.final_losses(record)))
     intro = (
-        "Thin lines are the training loss and markers the validation loss, averaged over the "
+        "Thin lines are the training loss, with balance losses where heads or experts are "
+        "routed; markers are the validation loss without them; both are averaged over the "
         "seeds of a variant; a band is their range. The other chart shows every run by itself."
     )
     return section("Losses", intro, charts(drawn, "pair"))
