@@ -1,6 +1,8 @@
 """The command `headwise`: parse, call, print."""
 
 import logging
+import os
+import select
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -29,26 +31,37 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   bench          measure speed on this machine        headwise bench --help
 """
 
+_CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other commands
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Wrong input ends with a message and status 2, a failed run with 1."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(_USAGE, end="")
-        return
-    if command == "--version":
-        from headwise import __version__
-
-        print(f"headwise {__version__}")
-        return
     try:
-        look_up("command", command, _COMMANDS)(rest)
+        try:
+            _run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
         _fail(2, error)
     except (FloatingPointError, OSError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_unread():
+            # Python would flush again at its end, and say that it cannot.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(_CLOSED_PIPE) from None
         _fail(1, error)
     except KeyboardInterrupt:
         _fail(130, "interrupted; the same command with --resume goes on from the last checkpoint")
+
+
+def _run(command: str, *rest: str) -> None:
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+    elif command == "--version":
+        from headwise import __version__
+
+        print(f"headwise {__version__}")
+    else:
+        look_up("command", command, _COMMANDS)(list(rest))
 
 
 def _train(argv: list[str]) -> None:
@@ -258,6 +271,13 @@ def _quiet_transformers() -> None:
     set_verbosity_error()
     # Without a network it retries, and says so each time.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _stdout_is_unread() -> bool:
+    """Whether stdout is a pipe whose reader, such as head, has read enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _fail(status: int, message: object) -> NoReturn:

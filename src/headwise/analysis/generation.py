@@ -63,13 +63,20 @@ def sample_quality(real: Features, generated: Features) -> SampleQuality:
         real, generated: Of the same network; `collect_features` makes them of batches of images.
 
     Raises:
-        ValueError: If one has spatial features and the other has none, or a measure refuses them.
+        ValueError: If one is no `Features`, one has spatial features and the other has none, or a
+            measure refuses them.
 
     Example:
         >>> network = load_inception("weights-inception-2015-12-05-6726825d.pth")
         >>> real = collect_features(batches_of_the_data, network)  # once for many models
         >>> sample_quality(real, collect_features(batches_of_samples, network)).fid
     """
+    for name, features in (("real", real), ("generated", generated)):
+        if not isinstance(features, Features):
+            raise ValueError(
+                f"{name} is a {type(features).__name__}; it must be Features, which "
+                "collect_features makes of batches of images"
+            )
     if (real.spatial is None) != (generated.spatial is None):
         raise ValueError("only one of real and generated has spatial features; use one network")
     sfid = None

@@ -161,7 +161,10 @@ def _open(file: Path) -> Image.Image:
         with Image.open(file) as image:
             image.load()
     except Exception as error:  # each format breaks in its own way
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+        raise ValueError(
+            f"{file} cannot be read as an image: {error}; mend or remove it (only hidden files are "
+            "passed over)"
+        ) from None
     return image
 
 
@@ -173,7 +176,10 @@ def _parquet(path: Path) -> Any:
     try:
         return Dataset(parquet.read_table(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a Parquet file: {error}") from None
+        raise ValueError(
+            f"{path} cannot be read as a Parquet file; images come as one, as a directory with a "
+            "directory for each class, or by the name of a Hugging Face dataset"
+        ) from error
 
 
 def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:

@@ -24,8 +24,8 @@ def stacked(images: Iterable[tuple[str, Image.Image]], size: int | None) -> NDAr
         side = prepared[0].width
         if image.size != (side, side) and size is None:
             raise ValueError(
-                f"{where} has {image.width}×{image.height} pixels, not {side}×{side}; give "
-                "image_size to bring all images to one size"
+                f"{where} has {image.width}×{image.height} pixels; all must be squares as wide as "
+                f"the first image, {side}×{side}; image_size (--image-size) makes them so"
             )
     if not prepared:
         return np.zeros((0, 1, 1, 1), dtype=np.uint8)

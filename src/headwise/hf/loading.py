@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import repo_exists, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel
 
 from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
@@ -23,8 +24,11 @@ def check_place(path: str) -> None:
     try:
         kept = isinstance(try_to_load_from_cache(path, "config.json"), str)
         found = kept or repo_exists(path)
-    # A name can be wrong, and a network fail, in as many ways as there are kinds of errors.
-    except Exception as error:
+    except HFValidationError as error:
+        raise ValueError(
+            "there is no such directory, and no model on the Hugging Face hub can have this name"
+        ) from error
+    except Exception as error:  # a network fails in as many ways as there are kinds of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"there is no such directory, and the Hugging Face hub cannot be asked ({reason})"
@@ -33,6 +37,11 @@ def check_place(path: str) -> None:
         raise ValueError(
             "there is no such directory, and no such model on the Hugging Face hub that you may see"
         )
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says: after it transformers lists all classes that it has."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
@@ -64,8 +73,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
             raise ValueError(f"transformers has no class {architecture or 'for it'}")
         model, _ = load_strictly(model_class.from_pretrained, name, surplus_allowed=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} holds no model that can be converted: {reason}") from error
+        raise ValueError(f"{name} holds no model that can be converted: {reason(error)}") from error
     return model
 
 

@@ -2,15 +2,14 @@
 
 from typing import Any, Self
 
-from transformers import PreTrainedConfig
-
+from headwise.models.own_config import OwnConfig
 from headwise.models.presets import preset_fields
 from headwise.nn import Budget, HeadBudget
 
 PerLayer = list[Any] | tuple[Any, ...]
 
 
-class DiTConfig(PreTrainedConfig):
+class DiTConfig(OwnConfig):
     """Sizes of a `DiT`. The defaults are those of the dense DiT-S/2.
 
     Attributes:

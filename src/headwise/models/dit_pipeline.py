@@ -29,6 +29,7 @@ except ImportError:
     ) from None
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+_GUIDED = 3  # channels, as the model was published
 OnStepEnd = Callable[["RoutedDiTPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -74,7 +75,7 @@ class RoutedDiTPipeline(DiffusionPipeline):
         classes: Sequence[int],
         *,
         guidance_scale: float = 4.0,
-        guidance_channels: int | None = 3,
+        guidance_channels: int | None = _GUIDED,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seeds: Sequence[int] | None = None,
@@ -86,7 +87,8 @@ class RoutedDiTPipeline(DiffusionPipeline):
         Args:
             classes: 0..num_labels - 1, one for each image.
             guidance_scale: 1 is no guidance, 0 samples without a class.
-            guidance_channels: How many channels of the noise are guided; None for all.
+            guidance_channels: How many channels of the noise are guided, 1 to in_channels; None for
+                all. The default guides all where there are fewer.
             num_inference_steps: Steps of the scheduler.
             generator: Draws all noise; or one for each image. Default: torch's own.
             seeds: Instead of a generator, a seed for each image, which is then the same whatever
@@ -101,10 +103,12 @@ class RoutedDiTPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: If the model is in training mode, a class is out of range, guidance is asked
-                of a model without a null class, seeds and a generator are both given or too few, or
-                the scheduler, the VAE or the output type do not suit the model.
+                of a model without a null class or of channels that it has not, seeds and a
+                generator are both given or too few, or the scheduler, the VAE or the output type do
+                not suit the model.
         """
-        self._check(classes, num_inference_steps, guidance_scale, generator, seeds, output_type)
+        self._check(classes, num_inference_steps, generator, seeds, output_type)
+        self._check_guidance(guidance_scale, guidance_channels)
         config, device = self.transformer.config, self._execution_device
         if seeds is not None:
             generator = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -162,7 +166,6 @@ class RoutedDiTPipeline(DiffusionPipeline):
         self,
         classes: Sequence[int],
         num_inference_steps: int,
-        guidance_scale: float,
         generator: Any,
         seeds: Sequence[int] | None,
         output_type: str,
@@ -171,20 +174,15 @@ class RoutedDiTPipeline(DiffusionPipeline):
         if self.transformer.training:
             raise ValueError("transformer is in training mode, where it drops classes; call eval()")
         known = range(config.num_labels)
-        if len(classes) == 0 or not all(isinstance(x, Integral) and x in known for x in classes):
+        is_list = isinstance(classes, Sequence) or getattr(classes, "ndim", 0) == 1
+        given = list(classes) if is_list else []
+        if not given or not all(isinstance(x, Integral) and x in known for x in given):
             raise ValueError(
-                f"classes is {list(classes)}; there must be one for each image, in "
+                f"classes is {given or classes!r}; it must be a list, one for each image, in "
                 f"0..{config.num_labels - 1}"
             )
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
-        if guidance_scale != 1 and config.class_dropout == 0:
-            raise ValueError(
-                f"guidance_scale is {guidance_scale}; a model trained with class_dropout 0 has no "
-                "null class, so it must be 1"
-            )
         if seeds is not None and (generator is not None or len(seeds) != len(classes)):
             raise ValueError(
                 f"seeds is {list(seeds)}; there must be one for each of the {len(classes)} images, "
@@ -207,6 +205,23 @@ class RoutedDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"output_type is 'pil', but what is sampled has {channels} channels; give a vae, "
                 "or take 'pt'"
+            )
+
+    def _check_guidance(self, scale: float, channels: int | None) -> None:
+        config = self.transformer.config
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {scale}; it must be finite")
+        if scale != 1 and config.class_dropout == 0:
+            raise ValueError(
+                f"guidance_scale is {scale}; a model trained with class_dropout 0 has no null "
+                "class, so it must be 1"
+            )
+        if channels in (None, _GUIDED):
+            return
+        if not isinstance(channels, Integral) or not 1 <= channels <= config.in_channels:
+            raise ValueError(
+                f"guidance_channels is {channels!r}; it must lie in 1..{config.in_channels} "
+                "(in_channels), or be None for all"
             )
 
     def _check_scheduler(self) -> None:

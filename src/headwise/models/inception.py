@@ -8,6 +8,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +29,12 @@ def load_inception(path: str | os.PathLike[str]) -> "Inception":
             metrics (inception-2015-12-05.pt), which holds code, is refused.
 
     Raises:
-        ValueError: If the file holds anything but tensors, or a tensor is missing, left over or
-            misshapen.
+        ValueError: If there is no file, it holds anything but tensors, or a tensor is missing, left
+            over or misshapen.
         OSError: If the file cannot be read.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"path is {os.fspath(path)}, where there is no file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # says that a file is TorchScript before it refuses it

@@ -29,12 +29,33 @@ def preset_fields(
         also: Names that changes may have beside the class's fields and its classes.
 
     Raises:
-        ValueError: If there is no such preset or field, with the nearest name.
+        ValueError: If there is no such preset or field, with the nearest name, and all presets; or
+            with the class whose preset it is.
     """
     known = dict.fromkeys([*(field.name for field in fields(config)), *_OF_CLASSES, *also])
     for field in changes:
         look_up("field", field, known)
-    preset = {"num_labels": _CLASSES} | dict(look_up("preset", name, presets))
+    preset = {"num_labels": _CLASSES} | dict(_preset(config, presets, name))
     if "id2label" in changes:
         del preset["num_labels"]
     return preset | dict(changes)
+
+
+def _preset(
+    config: type[PreTrainedConfig], presets: Mapping[str, Mapping[str, Any]], name: str
+) -> Mapping[str, Any]:
+    # Not above: they import this module.
+    from headwise.models import dit_config, transnext_config
+
+    others = {
+        "DiTConfig": dit_config.PRESETS,
+        "TransNeXtConfig": transnext_config.PRESETS,
+    }
+    for other, known in others.items():
+        if name in known and name not in presets:
+            raise ValueError(f"{config.__name__} has no preset {name!r}; {other} has one")
+    try:
+        return look_up("preset", name, presets)
+    except ValueError as error:
+        listed = "" if "there are" in str(error) else f" There are {', '.join(presets)}"
+        raise ValueError(f"{error}{listed}") from None

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from headwise.models.own_config import OwnConfig
 from headwise.models.presets import preset_fields
 from headwise.nn import HeadBudget
 
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Sizes by name, for `TransNeXtConfig.preset`; of 1000 classes unless they say otherwise."""
 
 
-class TransNeXtConfig(BackboneConfigMixin, PreTrainedConfig):
+class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
     """Sizes of a TransNeXt or MoH-ViT. The defaults are those of "transnext-micro".
 
     Tuples have an entry for each stage; there may be any number of stages. Stage i, from 0, sees a

@@ -16,8 +16,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from headwise.data.images import ImageSet, load_all_images, load_images
 from headwise.hf import record_routing
 from headwise.hf.auto import load_strictly
+from headwise.hf.loading import reason
 from headwise.recipes.evaluation import RoutingStatistics
-from headwise.recipes.loading import is_image_classifier, load_config
+from headwise.recipes.loading import load_config
 from headwise.recipes.results import environment
 from headwise.recipes.scoring import EvalRun
 from headwise.recipes.table import Row
@@ -91,10 +92,7 @@ def _chosen(name: str, split: str | None, size: int | None) -> tuple[ImageSet, s
 
 def _load(run: EvalRun, path: str, images: ImageSet) -> _Classifier:
     """A model that takes the images, as one of them shows."""
-    config = load_config(path)
-    if not is_image_classifier(config):
-        kind = ", ".join(config.architectures or ()) or config.model_type
-        raise ValueError(f"models names {path}, no image classifier but {kind}; give tasks")
+    config = load_config(path, "image classifier")
     numbers = class_numbers(path, config, images.classes)
     try:
         processor = AutoImageProcessor.from_pretrained(path)
@@ -106,18 +104,16 @@ def _load(run: EvalRun, path: str, images: ImageSet) -> _Classifier:
         load = AutoModelForImageClassification.from_pretrained
         model, _ = load_strictly(load, path, surplus_allowed=True, dtype=run.dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"models names {path}, which cannot be loaded: {reason}") from error
+        raise ValueError(f"models names {path}, which cannot be loaded: {reason(error)}") from error
     classifier = _Classifier(path, model.eval(), processor, numbers)
     try:
         _logits(classifier, images.pixels[:1])
     except (ValueError, RuntimeError) as error:
         _, channels, size, _ = images.pixels.shape
         takes = getattr(config, "num_channels", "other")
-        reason = str(error).splitlines()[0]
         raise ValueError(
             f"models names {path}, which takes {takes} channels; images of {channels} channels and "
-            f"{size} × {size} pixels it does not take: {reason}"
+            f"{size} × {size} pixels it does not take: {reason(error)}"
         ) from error
     return classifier
 

@@ -4,13 +4,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoModelForImageClassification, TrainingArguments, default_data_collator
+from transformers import TrainingArguments, default_data_collator
 
 from headwise.data.images import ImageSet
 from headwise.data.text import draw
 from headwise.hf.auto import load_strictly
-from headwise.models import TransNeXtForImageClassification
-from headwise.recipes.loading import check_holds_model
+from headwise.hf.loading import reason
+from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
+from headwise.recipes.loading import described, kind_of, load_config
 from headwise.recipes.vit import VisionRun
 from headwise.recipes.vit_task import LabelledImages, VisionTask, labels_of
 
@@ -57,23 +58,25 @@ def load_classifier(path: Path, images: ImageSet) -> TransNeXtForImageClassifica
         ValueError: If there is none, or it knows other classes or takes other images.
     """
     try:
-        check_holds_model(path)
-        model, _ = load_strictly(AutoModelForImageClassification.from_pretrained, path)
-    except Exception as error:  # a directory can be wrong in as many ways as there are models
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"classifier {path} holds no classifier: {reason}") from error
-    if not isinstance(model, TransNeXtForImageClassification):
+        config = load_config(path)
+    except ValueError as error:
+        raise ValueError(f"classifier: {error}") from error
+    if not isinstance(config, TransNeXtConfig) or kind_of(config) != "image classifier":
         raise ValueError(
-            f"classifier {path} holds a {type(model).__name__}; it must be a "
-            "TransNeXtForImageClassification, as `headwise train vit` makes one"
+            f"classifier {path} holds {described(config)}; it must be a TransNeXt that classifies "
+            "images, as `headwise train vit` makes one"
         )
-    classes = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    try:
+        model, _ = load_strictly(TransNeXtForImageClassification.from_pretrained, path)
+    except Exception as error:  # a directory can be wrong in as many ways as there are models
+        raise ValueError(f"classifier {path} cannot be loaded: {reason(error)}") from error
+    classes = tuple(config.id2label[i] for i in range(config.num_labels))
     if classes != images.classes:
         raise ValueError(
             f"classifier {path} knows the classes {_first(classes)}; the images have "
             f"{_first(images.classes)}, and both must be the same in the same order"
         )
-    config, (_, channels, size, _) = model.config, images.pixels.shape
+    _, channels, size, _ = images.pixels.shape
     if (config.num_channels, config.image_size) != (channels, size):
         raise ValueError(
             f"classifier {path} takes images of {config.num_channels} channels and side "

@@ -23,7 +23,13 @@ from headwise.nn.moh import HeadRouterName
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss, Tokens
-from headwise.recipes.loading import load_tokenizer, longest_sequence
+from headwise.recipes.loading import (
+    check_holds_model,
+    described,
+    kind_of,
+    load_tokenizer,
+    longest_sequence,
+)
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
 
 _PIECE = 256  # tokens
@@ -85,9 +91,12 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         OSError: If the directory cannot be written.
     """
     console = Console()
+    if Path(run.path).is_dir():
+        check_holds_model(Path(run.path))
     model, tokenizer = load_original(run.path), load_tokenizer(run.path)
     attention, perplexities = run.attention(), {}
     if run.calibrate is not None:
+        _check_reads_text(run, model)
         pieces = _pieces(run.calibrate, tokenizer, model, run.path)
         batches = _batches(pieces[:_MOST_PIECES], model)
         kept = -(-len(batches) // 4)
@@ -127,6 +136,15 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         console.print(line, highlight=False)
     console.print(f"saved in {run.output}", highlight=False)
     return model
+
+
+def _check_reads_text(run: ConversionRun, model: Any) -> None:
+    if kind_of(model.config) != "language model":
+        raise ValueError(
+            f"calibrate is {run.calibrate}, and {run.path} holds {described(model.config)}, not a "
+            "language model; headwise.calibrate(model, batches, config) in Python takes batches of "
+            "any kind"
+        )
 
 
 def _pieces(

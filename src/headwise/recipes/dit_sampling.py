@@ -11,13 +11,13 @@ import tyro
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import PreTrainedConfig
 
-from headwise.models import DiT, DiTConfig
+from headwise.hf.loading import reason
+from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
 from headwise.recipes.arguments import check_at_least, check_guidance, check_seed
 from headwise.recipes.directory import check_parents, write_whole
-from headwise.recipes.loading import check_holds_model
+from headwise.recipes.loading import load_config
 from headwise.recipes.vae import load_vae
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
@@ -120,15 +120,11 @@ def load_dit(directory: Path) -> DiT:
     Raises:
         ValueError: If there is none.
     """
-    check_holds_model(directory)
+    load_config(directory, "DiT")
     try:
-        kind = PreTrainedConfig.get_config_dict(directory)[0].get("model_type")
-        if kind != DiTConfig.model_type:
-            raise ValueError(f"it is of model_type {kind!r}, not {DiTConfig.model_type!r}")
         return DiT.from_pretrained(directory).eval()
     except Exception as error:  # a directory can be wrong in as many ways as there are models
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{directory} holds no DiT that can be loaded: {reason}") from error
+        raise ValueError(f"{directory} holds no DiT that can be loaded: {reason(error)}") from error
 
 
 def schedule() -> Any:

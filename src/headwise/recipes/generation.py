@@ -3,23 +3,19 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from headwise.recipes.loading import check_holds_model, load_tokenizer
+from headwise.recipes.loading import load_causal_lm, load_tokenizer
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model and tokenizer of a directory that a run or `save_pretrained` left.
 
     Raises:
-        ValueError: If the directory holds no model, or a broken one.
+        ValueError: If the directory holds no model, a broken one or none of language.
     """
-    check_holds_model(directory)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory)
-    except Exception as error:
-        raise ValueError(f"the model in {directory} cannot be loaded: {error}") from error
+    model = load_causal_lm(directory)
     tokenizer = load_tokenizer(str(directory))
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, and text needs one; save one beside it")

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from headwise.recipes.harness_tasks import load_tasks, wanted_tasks
-from headwise.recipes.loading import is_image_classifier, load_config, load_tokenizer
+from headwise.recipes.loading import load_causal_lm, load_config, load_tokenizer
 from headwise.recipes.results import environment
 from headwise.recipes.scoring import EvalRun
 from headwise.recipes.table import Row
@@ -40,8 +40,7 @@ def score_on_tasks(run: EvalRun, console: Console) -> list[Row]:
 
 
 def _check_model(path: str) -> None:
-    if is_image_classifier(load_config(path)):
-        raise ValueError(f"models names {path}, an image classifier; give images, not tasks")
+    load_config(path, "language model")
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise ValueError(f"models names {path}, which has no tokenizer; save one beside it")
@@ -58,7 +57,7 @@ def _evaluate(run: EvalRun, path: str, tasks: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=run.dtype).to(device)
+    model = load_causal_lm(path, dtype=run.dtype).to(device)
     harness_model = HFLM(
         pretrained=model,
         tokenizer=AutoTokenizer.from_pretrained(path),

@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,44 +14,77 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from headwise.hf.loading import check_place
+from headwise.hf.auto import MODEL_TYPE
+from headwise.hf.loading import check_place, reason
+from headwise.models import DiTConfig
+
+Kind = Literal["language model", "image classifier", "DiT"]
+_USES: dict[Kind, str] = {
+    "language model": "`headwise eval --tasks` scores it",
+    "image classifier": "`headwise eval --images` scores it",
+    "DiT": "`headwise sample` draws with it",
+}
 
 
-def load_causal_lm(path: str, **options: Any) -> Any:
+def load_causal_lm(path: str | Path, **options: Any) -> Any:
     """The model; options are those of `from_pretrained`.
 
     Raises:
-        ValueError: If there is none that can be loaded.
+        ValueError: If there is none that can be loaded, or it is none of language.
     """
+    load_config(path, "language model")
     try:
-        check_place(path)
         return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no model that can be loaded: {reason}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no model that can be loaded: {reason(error)}") from error
 
 
-def load_config(path: str) -> PreTrainedConfig:
-    """The config of a model that `models` names.
+def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
+    """The config of the model in a directory, or of that name on the Hugging Face hub.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or the model is of another kind than the one given.
     """
+    # A name on the hub is no Path.
+    if isinstance(path, Path) or Path(path).is_dir():
+        check_holds_model(Path(path))
     try:
-        check_place(path)
-        return AutoConfig.from_pretrained(path)
+        check_place(str(path))
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"models names {path}, which has no model: {reason}") from error
+        raise ValueError(f"{path} holds no model that can be loaded: {reason(error)}") from error
+    if kind is not None and (found := kind_of(config)) != kind:
+        use = f"; {_USES[found]}" if found else ""
+        raise ValueError(f"{path} holds {described(config)}, not {_with_article(kind)}{use}")
+    return config
 
 
-def is_image_classifier(config: PreTrainedConfig) -> bool:
-    """Whether the model is one, by the name of its class."""
-    return any("ForImageClassification" in name for name in config.architectures or ())
+def kind_of(config: PreTrainedConfig) -> Kind | None:
+    """What the model is, of what commands take."""
+    if isinstance(config, DiTConfig):
+        return "DiT"
+    if any("ForImageClassification" in name for name in config.architectures or ()):
+        return "image classifier"
+    return "language model" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
+def described(config: PreTrainedConfig) -> str:
+    """What the model is, in words, and its model_type: of a converted one the original's."""
+    kind, name = kind_of(config), config.model_type
+    converted = name == MODEL_TYPE
+    which = f"model_type {config.base_model_type if converted else name!r}"
+    which += ", converted" * converted
+    return f"{_with_article(kind)} ({which})" if kind else f"a model of {which}"
+
+
+def _with_article(kind: Kind) -> str:
+    return f"an {kind}" if kind[0] == "i" else f"a {kind}"
 
 
 def check_holds_model(directory: Path) -> None:
     """Raises ValueError if no model was saved there, with those of the run that may be there."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} holds no model: there is no such directory")
     if not (directory / "config.json").is_file():
         inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
         hint = f"; the run in it has {', '.join(inside)}" if inside else ""
