@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 import headwise
 from headwise.cli import main
+from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
 from headwise.recipes import RECIPES
 
 
@@ -115,9 +116,35 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
 
 def test_broken_model_is_named(fails, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert f"the model in {tmp_path} cannot be loaded" in fails(
+    assert f"{tmp_path} holds no model that can be loaded: " in fails(
         2, "generate", tmp_path, "--prompt", "x"
     )
+
+
+def test_what_is_no_language_model_is_named_by_what_it_is(fails, capsys, tmp_path):
+    TransNeXtForImageClassification(TransNeXtConfig.preset("test")).save_pretrained(tmp_path / "a")
+    DiT(DiTConfig.preset("dit-test")).save_pretrained(tmp_path / "b")
+    capsys.readouterr()  # transformers' bars
+    what = {
+        "a": "an image classifier (model_type 'headwise_transnext')",
+        "b": "a DiT (model_type 'headwise_dit')",
+    }
+    use = {"a": "`headwise eval --images` scores it", "b": "`headwise sample` draws with it"}
+    for name in "ab":
+        path, new = tmp_path / name, tmp_path / "new.parquet"
+        said = f"headwise: {path} holds {what[name]}, not a language model; {use[name]}"
+        assert fails(2, "generate", path, "--prompt", "x") == said
+        assert fails(2, "samples", path, "-o", new) == said
+        assert fails(2, "tune", path, "-o", new) == said
+        assert not new.exists()
+
+
+def test_output_that_nobody_reads_ends_the_command_silently():
+    command = [sys.executable, "-m", "headwise", "bench", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json"])

@@ -204,3 +204,11 @@ def test_real_digits_are_told_from_noise():
     assert min(good.precision, good.recall) > 0.6
     assert (bad.precision, bad.recall) == (0, 0)
     assert bad.inception_score < 7 < good.inception_score < 10
+
+
+def test_what_is_no_features_is_refused():
+    features = Features(torch.randn(5, 3), torch.randn(5, 2))
+    for given, name in (((features.pooled, features), "real"), ((features, [1]), "generated")):
+        kind = type(given[name == "generated"]).__name__
+        with pytest.raises(ValueError, match=f"{name} is a {kind}; .*collect_features makes"):
+            sample_quality(*given)

@@ -176,7 +176,7 @@ def broken(tmp_path, **columns) -> str:
         ({"image": [picture(1)] * 2, "label": [0, None]}, "row 1 of .* has label None"),
         (
             {"image": [picture(1), picture(1, (5, 4))], "caption": ["x", "y"]},
-            "row 1 of .* has 5×4 pixels, not 5×5; give image_size",
+            r"has 5×4 pixels; .* wide as the first image, 5×5; image_size \(--image-size\) makes",
         ),
         (
             {"image": [picture(1, mode="F")] * 2, "caption": ["x", "y"]},
@@ -191,12 +191,18 @@ def test_tables_that_do_not_do_are_refused(tmp_path, columns, message):
 
 def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "text.parquet").write_text("no table")
-    with pytest.raises(ValueError, match=r"text\.parquet cannot be read as a Parquet file"):
+    with pytest.raises(ValueError, match=r"parquet cannot be read as a Parquet file; images come"):
         load_images(str(tmp_path / "text.parquet"))
     folder = tmp_path / "folder"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
+    with pytest.raises(
+        ValueError, match=r"notes\.txt cannot be read as an image.*; mend or remove"
+    ):
+        load_images(str(folder))
+    (folder / "a" / "notes.txt").rename(folder / "a" / ".notes.txt")
+    picture(1, (5, 4)).save(folder / "a" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has 5×4 pixels; all must be squares"):
         load_images(str(folder))
     picture(1).save(folder / "beside.png")
     with pytest.raises(ValueError, match=r"beside\.png is a file; .* must be directories, each"):

@@ -101,11 +101,13 @@ def test_a_model_that_is_kept_from_the_hub_is_found_without_it(tmp_path, monkeyp
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     check_place("someone/model")
+    with pytest.raises(ValueError, match=r"no model on the Hugging Face hub can have this name$"):
+        check_place("no/such/dir")
 
 
 def test_a_directory_without_a_model(original, tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", r"path is .*empty, which holds no model: config\.json is missing")
+    refuse(tmp_path / "empty", r"empty holds no model \(no config\.json\)$")
     (original / "model.safetensors").unlink()
     refuse(original, r"holds no model that can be converted: .*no file named model\.safetensors")
     with pytest.raises(ValueError, match=r"path is .*none, where there is no directory"):

@@ -236,9 +236,18 @@ def test_a_bfloat16_model_is_sampled_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": [1, 7, 0]}, "classes is [1, 7, 0]; there must be one for each image, in 0..6"),
+        (
+            {"classes": [1, 7, 0]},
+            "[1, 7, 0]; it must be a list, one for each image, in 0..6",
+        ),
         ({"classes": []}, "classes is []"),
-        ({"classes": [1, 2.0, 0]}, "classes is [1, 2.0, 0]; there must be one for each image"),
+        ({"classes": [1, 2.0, 0]}, "classes is [1, 2.0, 0]; it must be a list, one for each"),
+        ({"classes": 3}, "classes is 3; it must be a list, one for each image, in 0..6"),
+        ({"classes": torch.tensor(3)}, "classes is tensor(3); it must be a list"),
+        ({"guidance_channels": 0}, "guidance_channels is 0; it must lie in 1..4 (in_channels), or"),
+        ({"guidance_channels": -1}, "guidance_channels is -1; it must lie in 1..4"),
+        ({"guidance_channels": 5}, "guidance_channels is 5; it must lie in 1..4"),
+        ({"guidance_channels": 1.5}, "guidance_channels is 1.5; it must lie in 1..4"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan; it must be finite"),
         (
@@ -305,3 +314,11 @@ def test_what_ddim_clips_leaves_no_noise_behind():
             (a * (1 - b)) ** 0.5 - (b * (1 - a)) ** 0.5
         )
         assert 0.99 < image.abs().max() < 1.001
+
+
+def test_guidance_of_three_channels_is_of_all_where_there_are_fewer():
+    few, many = pipeline(channels=1), pipeline()
+    assert torch.equal(sample(few), sample(few, guidance_channels=None))
+    assert not torch.equal(sample(many), sample(many, guidance_channels=None))
+    with pytest.raises(ValueError, match=r"guidance_channels is 2; it must lie in 1\.\.1"):
+        sample(few, guidance_channels=2)

@@ -122,5 +122,5 @@ def test_bad_files(tmp_path):
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"(?s)does not fit Inception.*Conv2d_1a.*\[1008, 2048\]"):
         load_inception(tmp_path / "other.pth")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"path is .*nowhere\.pth, where there is no file"):
         load_inception(tmp_path / "nowhere.pth")

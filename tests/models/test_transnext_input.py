@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
+from transformers import ViTConfig
 
-from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
+from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
 
 SIZES = {
     "image_size": 20, "patch_size": 2, "hidden_sizes": (10, 18, 30), "depths": (1, 2, 1),
@@ -84,12 +85,36 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 
 def test_an_unknown_preset_has_a_neighbour():
-    with pytest.raises(
-        ValueError, match="unknown preset 'moh-vit-b75'; did you mean 'moh-vit-b-75'"
-    ):
+    near = r"unknown preset 'moh-vit-b75'; did you mean 'moh-vit-b-75'\? There are .*, moh-test$"
+    with pytest.raises(ValueError, match=near):
         TransNeXtConfig.preset("moh-vit-b75")
+    with pytest.raises(ValueError, match=r"unknown preset '%'; there are [^;]*, moh-test$"):
+        TransNeXtConfig.preset("%")
+    for ours, other, name in (
+        (TransNeXtConfig, DiTConfig, "dit-s"), (DiTConfig, TransNeXtConfig, "moh-test"),
+    ):  # fmt: skip
+        known = f"^{ours.__name__} has no preset '{name}'; {other.__name__} has one$"
+        with pytest.raises(ValueError, match=known):
+            ours.preset(name)
     with pytest.raises(ValueError, match="unknown field 'patch_sise'; did you mean 'patch_size'"):
         TransNeXtConfig.preset("test", patch_sise=3)
     assert TransNeXtConfig.preset("test", num_labels=3).num_labels == 3
     assert TransNeXtConfig.preset("test", id2label={0: "a", 1: "b"}).num_labels == 2
     assert TransNeXtConfig.preset("moh-vit-s-75").num_labels == 1000
+
+
+def test_another_models_directory_is_refused_without_a_warning(tmp_path, caplog):
+    classes = (DiT, TransNeXtForImageClassification)
+    for kind, preset in zip(classes, ("dit-test", "test"), strict=True):
+        kind(kind.config_class.preset(preset)).save_pretrained(tmp_path / kind.__name__)
+    ViTConfig().save_pretrained(tmp_path / "ViT")
+    types = {"DiT": "headwise_dit", "TransNeXtForImageClassification": "headwise_transnext"}
+    for kind in classes:
+        own = types[kind.__name__]
+        assert type(kind.from_pretrained(tmp_path / kind.__name__)) is kind
+        for name, found in (types | {"ViT": "vit"}).items():
+            if name != kind.__name__:
+                message = f"{name} holds a model of model_type '{found}', not '{own}'$"
+                with pytest.raises(ValueError, match=message):
+                    kind.from_pretrained(tmp_path / name)
+    assert caplog.records == []

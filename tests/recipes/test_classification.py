@@ -23,6 +23,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from headwise import MoHConfig, convert
 from headwise.cli import main
 from headwise.data.images import load_images
+from headwise.models import DiT, DiTConfig
 from headwise.recipes import vit
 from headwise.recipes.classification import class_numbers, count_hits
 from headwise.recipes.scoring import EvalRun, score_models
@@ -232,7 +233,16 @@ def test_wrong_models_are_refused(models, pictures, tmp_path, capsys):
     def message(directory, *arguments):
         return refusal(capsys, directory, *(arguments or ("--images", pictures)))
 
-    assert "which has no model" in message(tmp_path / "none")
+    assert "no/such/dir holds no model that can be loaded: there is" in message("no/such/dir")
+    (tmp_path / "run" / "models").mkdir(parents=True)
+    (tmp_path / "run" / "models" / "moh-seed0").symlink_to(models / "half")
+    assert "the run in it has" in message(tmp_path / "run")
+    DiT(DiTConfig.preset("dit-test")).save_pretrained(tmp_path / "dit")
+    said = message(tmp_path / "dit")
+    assert (
+        "dit holds a DiT (model_type 'headwise_dit'), not an image classifier; `headwise sample`"
+        in said
+    )
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=5, hidden_size=8, intermediate_size=7, num_hidden_layers=1,
@@ -240,9 +250,9 @@ def test_wrong_models_are_refused(models, pictures, tmp_path, capsys):
         )
     ).save_pretrained(tmp_path / "text")  # fmt: skip
     said = message(tmp_path / "text")
-    assert "text, no image classifier but LlamaForCausalLM; give tasks" in said
+    assert "text holds a language model (model_type 'llama'), not an image classifier" in said
     said = message(models / "half", "--tasks", "piqa")
-    assert "half, an image classifier; give images, not tasks" in said
+    assert "half holds an image classifier (model_type 'vit', converted), not a language" in said
     model = AutoModelForImageClassification.from_pretrained(models / "half")
     model.save_pretrained(tmp_path / "alone")
     assert "alone, which has no image processor; save one beside it" in message(tmp_path / "alone")

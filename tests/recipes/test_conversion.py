@@ -115,6 +115,13 @@ def test_an_image_classifier_keeps_its_processor(tmp_path, capsys):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     convert_directory(ConversionRun(path=str(tmp_path / "vit"), output=tmp_path / "new"))
     assert "has no tokenizer" not in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text(TEXT)
+    message = refusal(
+        capsys, tmp_path / "vit", "-o", tmp_path / "no", "--calibrate", tmp_path / "text.txt"
+    )
+    assert "vit holds an image classifier (model_type 'vit'), not a language model" in message
+    assert "headwise.calibrate(model, batches, config) in Python takes" in message
+    assert not (tmp_path / "no").exists()
     assert AutoImageProcessor.from_pretrained(tmp_path / "new").size["height"] == 8
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "new").conversion
 

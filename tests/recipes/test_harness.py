@@ -267,9 +267,9 @@ def test_wrong_tasks_are_refused(models, tmp_path, capsys):
 
 
 def test_wrong_models_are_refused(models, task, tmp_path, capsys):
-    assert "which has no model" in refusal(capsys, tmp_path / "none", "--tasks", task)
+    assert "none holds no model" in refusal(capsys, tmp_path / "none", "--tasks", task)
     (tmp_path / "empty").mkdir()
-    assert "which has no model" in refusal(capsys, tmp_path / "empty", "--tasks", task)
+    assert "empty holds no model" in refusal(capsys, tmp_path / "empty", "--tasks", task)
     AutoModelForCausalLM.from_pretrained(models / "dense").save_pretrained(tmp_path / "alone")
     message = refusal(capsys, models / "dense", tmp_path / "alone", "--tasks", task)
     assert "alone, which has no tokenizer; save one" in message

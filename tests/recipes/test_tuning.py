@@ -187,7 +187,7 @@ def test_wrong_input_is_refused_before_anything_is_written(converted, original, 
         ({"original": str(other)}, "original is .*, whose tokenizer is not that of"),
         ({"path": bare}, "has no tokenizer, and text needs one"),
         ({"sequence_length": 9999}, "sequence_length is 9999; the model in .* takes at most"),
-        ({"path": tmp_path}, "holds no model that can be loaded"),
+        ({"path": tmp_path}, r"holds no model \(no config\.json\)"),
         ({"report_to": ("paper",)}, "report_to names 'paper'"),
         ({"device_batch_size": 3}, "device_batch_size is 3; it must divide"),
     ]:

@@ -11,6 +11,16 @@ from transformers import AutoConfig, PreTrainedModel
 from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
 
 
+def check_holds_model(directory: Path) -> None:
+    """Raises ValueError if no model was saved there, with those of the run that may be there."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} holds no model: there is no such directory")
+    if not (directory / "config.json").is_file():
+        inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
+        hint = f"; the run in it has {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{directory} holds no model (no config.json){hint}")
+
+
 def check_place(path: str) -> None:
     """Whether there is such a directory, or a model of that name on the hub or kept from there.
 
@@ -59,8 +69,8 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     named_as_one = not isinstance(path, str) or name.startswith((".", "/", "~"))
     if named_as_one and not directory.is_dir():
         raise ValueError(f"path is {name}, where there is no directory")
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        raise ValueError(f"path is {name}, which holds no model: config.json is missing")
+    if directory.is_dir():
+        check_holds_model(directory)
     try:
         check_place(name)
         _refuse_diffusers(directory)

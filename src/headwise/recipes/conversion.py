@@ -23,13 +23,7 @@ from headwise.nn.moh import HeadRouterName
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss, Tokens
-from headwise.recipes.loading import (
-    check_holds_model,
-    described,
-    kind_of,
-    load_tokenizer,
-    longest_sequence,
-)
+from headwise.recipes.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
 
 _PIECE = 256  # tokens
@@ -91,8 +85,6 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         OSError: If the directory cannot be written.
     """
     console = Console()
-    if Path(run.path).is_dir():
-        check_holds_model(Path(run.path))
     model, tokenizer = load_original(run.path), load_tokenizer(run.path)
     attention, perplexities = run.attention(), {}
     if run.calibrate is not None:

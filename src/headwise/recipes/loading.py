@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from headwise.hf.auto import MODEL_TYPE
-from headwise.hf.loading import check_place, reason
+from headwise.hf.loading import check_holds_model, check_place, reason
 from headwise.models import DiTConfig
 
 Kind = Literal["language model", "image classifier", "DiT"]
@@ -79,16 +79,6 @@ def described(config: PreTrainedConfig) -> str:
 
 def _with_article(kind: Kind) -> str:
     return f"an {kind}" if kind[0] == "i" else f"a {kind}"
-
-
-def check_holds_model(directory: Path) -> None:
-    """Raises ValueError if no model was saved there, with those of the run that may be there."""
-    if not directory.is_dir():
-        raise ValueError(f"{directory} holds no model: there is no such directory")
-    if not (directory / "config.json").is_file():
-        inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
-        hint = f"; the run in it has {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{directory} holds no model (no config.json){hint}")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
