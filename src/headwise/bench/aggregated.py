@@ -57,7 +57,7 @@ def against_dense(effort: Effort, dtype: torch.dtype, share: float, backward: bo
 
     return Comparison(
         "aggregated",
-        f"core{', forward and backward' if backward else ''}",
+        f"TransNeXt core{', forward and backward' if backward else ''}",
         f"batch {batch}, {side}×{side}, {HEADS}×{CHANNELS}, window {WINDOW}",
         dtype,
         share,

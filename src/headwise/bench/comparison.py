@@ -20,10 +20,15 @@ Builder = Callable[[], "Comparison"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: `quick` takes fewer shapes, and fewer rounds of them."""
+    """How long to measure: `quick` takes fewer shapes, and fewer rounds of them.
+
+    Attributes:
+        rounds, seconds: At least so many, for at least so long.
+    """
 
     device: torch.device
     rounds: int
+    seconds: float
     warmups: int
     quick: bool
     toy: bool = False
@@ -69,7 +74,13 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
     passed = error <= LARGEST_ERROR_RATIO
     candidates = {"ours": comparison.ours, **comparison.rivals}
     times = (
-        interleaved(candidates, rounds=effort.rounds, warmups=effort.warmups, device=effort.device)
+        interleaved(
+            candidates,
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            warmups=effort.warmups,
+            device=effort.device,
+        )
         if passed
         else dict.fromkeys(candidates, None)
     )

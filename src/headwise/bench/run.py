@@ -41,7 +41,8 @@ class BenchRun:
         output: Directory for performance.csv, performance.png and performance.html.
         device: cpu or cuda; the default is cuda where there is one.
         threads: CPU threads; the default is torch's.
-        rounds: Timed runs of each candidate, of which the median counts.
+        rounds: Timed runs of each candidate at least, of which the median counts; where they are
+            short there are more, for three seconds.
     """
 
     which: Benchmark = "all"
@@ -70,8 +71,8 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rounds = run.rounds or (3 if run.quick else 7)
-    effort = Effort(device, rounds, 1 if run.quick else 2, run.quick, toy)
+    rounds, seconds, warmups = (3, 0.0, 1) if run.quick or toy else (7, 3.0, 2)
+    effort = Effort(device, run.rounds or rounds, seconds, warmups, run.quick, toy)
     names = [*BENCHMARKS] if run.which == "all" else [run.which]
     console = Console()
     rows = [row for name in names for row in _rows(name, effort, console)]

@@ -10,19 +10,35 @@ from torch import Tensor
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int, device: torch.device
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float,
+    warmups: int,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Median milliseconds of each candidate, run as A B C A B C …, after some warm-ups."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(warmups + rounds):
-        for name, run in candidates.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if turn >= warmups:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+    """Median milliseconds of each candidate, run as A B C A B C …, after some warm-ups.
+
+    There are as many rounds as asked for, and more until they have taken so many seconds.
+    """
+    for _ in range(warmups):
+        _round(candidates, device)
+    times: list[list[float]] = []
+    while len(times) < rounds or sum(map(sum, times)) < seconds:
+        times.append(_round(candidates, device))
+    medians = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
+    return dict(zip(candidates, medians, strict=True))
+
+
+def _round(candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> list[float]:
+    seconds = []
+    for run in candidates.values():
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def synchronize(device: torch.device) -> None:
