@@ -1,11 +1,13 @@
 """Every benchmark at toy size: its correctness gates pass and its rows are whole. No speed here."""
 
 import csv
+import time
 
 import pytest
 
 from headwise.bench import BENCHMARKS, BenchRun, bench
 from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, measure
+from headwise.bench.timing import interleaved
 
 
 @pytest.mark.parametrize("which", BENCHMARKS)
@@ -32,8 +34,23 @@ def test_no_speed_without_correctness():
         "attention", "core", "T=3", torch.float32, 0.5, never, {"SDPA": never},
         lambda: ([wrong], [right.float()], [right]),
     )  # fmt: skip
-    effort = Effort(torch.device("cpu"), rounds=1, warmups=0, quick=True)
+    effort = Effort(torch.device("cpu"), rounds=1, seconds=0.0, warmups=0, quick=True)
     (row,) = measure(comparison, effort)
     assert not row["correct"]
     assert row["ours_ms"] is None
     assert row["ratio"] is None
+
+
+@pytest.mark.parametrize(("rounds", "seconds", "least"), [(5, 0.0, 5), (1, 0.05, 2)])
+def test_rounds_and_seconds_are_least_ones(rounds, seconds, least):
+    import torch
+
+    turns = []
+    candidates = {name: lambda name=name: (time.sleep(0.01), turns.append(name)) for name in "ab"}
+    times = interleaved(
+        candidates, rounds=rounds, seconds=seconds, warmups=1, device=torch.device("cpu")
+    )
+    assert turns == ["a", "b"] * (len(turns) // 2)
+    assert least <= len(turns) // 2 - 1 <= 5
+    assert list(times) == ["a", "b"]
+    assert min(times.values()) >= 10
