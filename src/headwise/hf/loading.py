@@ -39,9 +39,9 @@ def check_place(path: str) -> None:
             "there is no such directory, and no model on the Hugging Face hub can have this name"
         ) from error
     except Exception as error:  # a network fails in as many ways as there are kinds of errors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"there is no such directory, and the Hugging Face hub cannot be asked ({reason})"
+            f"there is no such directory, and the Hugging Face hub cannot be asked ({why})"
         ) from error
     if not found:
         raise ValueError(

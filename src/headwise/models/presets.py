@@ -54,8 +54,4 @@ def _preset(
     for other, known in others.items():
         if name in known and name not in presets:
             raise ValueError(f"{config.__name__} has no preset {name!r}; {other} has one")
-    try:
-        return look_up("preset", name, presets)
-    except ValueError as error:
-        listed = "" if "there are" in str(error) else f" There are {', '.join(presets)}"
-        raise ValueError(f"{error}{listed}") from None
+    return look_up("preset", name, presets, listed=True)

@@ -17,6 +17,7 @@ from torch.nn.functional import (
 from headwise.models.transnext_config import TransNeXtConfig
 from headwise.nn import TwoStageRouter
 from headwise.ops import aggregated_attention, head_attention
+from headwise.ops.dtypes import wide_dtype
 
 # Width of the MLP of positions, in all published models.
 _POSITION_HIDDEN = 512
@@ -59,7 +60,7 @@ class Geometry(NamedTuple):
             pooled,
             torch.cartesian_prod(rows, columns).to(x),
             places.flatten().to(x.device),
-            (near.flatten() + math.prod(pooled)).double().log().to(_wide(x)).to(x.device),
+            (near.flatten() + math.prod(pooled)).double().log().to(wide_dtype(x)).to(x.device),
         )
 
 
@@ -82,10 +83,6 @@ def _seen(length: int, window: int) -> Tensor:
     positions = torch.arange(length, device="cpu")
     first, last = positions - window // 2, positions + (window - 1) // 2
     return last.clamp(max=length - 1) - first.clamp(min=0) + 1
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class PositionBias(nn.Module):

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm
+from headwise.ops.dtypes import wide_dtype
 from headwise.ops.logits import router_logits
 from headwise.ops.routing import HeadMode, arrange_gates
 from headwise.ops.scores import HeadScores
@@ -95,7 +96,7 @@ class TwoStageRouter(HeadRouter):
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of shared groups, routed ones and the stages; even where there is no choice to make."""
         maps = [m() for m in (self.shared, self.routed, self.stage) if m is not None]
-        even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=_wide(x))
+        even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=wide_dtype(x))
         if not maps:
             return even, even[..., :0], None
         # One product for all maps: reading x costs more than the scores. Without the rows of zeros,
@@ -146,7 +147,7 @@ class OneStageRouter(HeadRouter):
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
-        none = x.new_zeros(*x.shape[:-1], 0, dtype=_wide(x))
+        none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
         logits = none if self.routed is None else router_logits(x, self.routed())
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
@@ -194,7 +195,3 @@ def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
     if budget.heads_per_group == 1:
         return routing
     return routing._replace(weights=routing.weights.repeat_interleave(budget.heads_per_group, -1))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -18,14 +18,16 @@ def check_choice(field: str, value: object, choices: Any) -> None:
         raise ValueError(f"{field} is {value!r}; it must be one of {known}")
 
 
-def look_up(kind: str, name: str, known: Mapping[str, T]) -> T:
+def look_up(kind: str, name: str, known: Mapping[str, T], *, listed: bool = False) -> T:
     """What goes by that name.
 
     Raises:
-        ValueError: If nothing does, with the nearest name that something goes by.
+        ValueError: If nothing does, with the nearest name that something goes by; with all of them
+            where none is near, or they are to be `listed`.
     """
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"unknown {kind} {name!r}; {hint}")
+    near, names = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4), ", ".join(known)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {names}"
+    more = f" There are {names}" if near and listed else ""
+    raise ValueError(f"unknown {kind} {name!r}; {hint}{more}")

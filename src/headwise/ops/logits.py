@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
+from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gradients import learns
 
 
@@ -21,10 +22,10 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
     if _kernel_takes(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     # Autocast would bring the logits back to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(wide), weight.to(wide))
+        return linear(x.to(dtype), weight.to(dtype))
 
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gradients import learns
 
 _LARGEST_LEVEL = 127
@@ -50,7 +51,7 @@ def quantize_weight(weight: Float[Tensor, "*matrices O D"]) -> Quantized:
     Example (worked by hand): [[4, -1], [0, 3]] has s = 2, so 4/2 and 3/2 are 1, -1/2 and 0 are 0
     (halves go to the even number): [[1, 0], [0, 1]] · 2.
     """
-    wide = weight.to(_wide(weight))
+    wide = weight.to(wide_dtype(weight))
     scale = wide.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
     levels = _round(wide / scale, bound=1)
     return Quantized(levels.to(weight.dtype), scale.squeeze((-2, -1)))
@@ -65,7 +66,7 @@ def quantize_activations(x: Float[Tensor, "*rows D"]) -> Quantized:
 
     Example (worked by hand): [254, -3, 100] has s = 2: [127, -2, 50] (-1.5 goes to the even -2).
     """
-    wide = x.to(_wide(x))
+    wide = x.to(wide_dtype(x))
     scale = wide.detach().abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST) / _LARGEST_LEVEL
     levels = _round(wide / scale, bound=_LARGEST_LEVEL)
     return Quantized(levels.to(x.dtype), scale)
@@ -76,7 +77,7 @@ def rms_norm(x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
 
     Example (worked by hand): [3, -4] has the mean square 12.5, so it becomes [0.849, -1.131].
     """
-    return functional.rms_norm(x.to(_wide(x)), x.shape[-1:], eps=_NORM_EPSILON)
+    return functional.rms_norm(x.to(wide_dtype(x)), x.shape[-1:], eps=_NORM_EPSILON)
 
 
 def ternary_linear(
@@ -114,7 +115,7 @@ def rescale(product: Tensor, scale: Tensor) -> Tensor:
     """
     if product.dtype == torch.float16:
         raise ValueError("the dtype is torch.float16; ternary layers take bfloat16 or float32")
-    return product.to(_wide(product)) * scale
+    return product.to(wide_dtype(product)) * scale
 
 
 def pack(levels: Float[Tensor, "*rows D"]) -> UInt8[Tensor, "*rows bytes"]:
@@ -156,7 +157,3 @@ def _round(x: Tensor, *, bound: int) -> Tensor:
     levels = x.detach().round().clamp(-bound, bound)
     # x less itself is exactly 0: the levels stay whole, and the gradient passes.
     return levels + (x - x.detach()) if learns(x) else levels
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -30,7 +30,7 @@ from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.pictures import routed_images, sample_grid
 from headwise.recipes.task import Examples, Scores, Task
 from headwise.recipes.vae import encoded, images_for, load_vae
-from headwise.recipes.vit_task import LabelledImages, check_classes, labels_of, only
+from headwise.recipes.vit_task import LabelledImages, check_classes, class_fields, labels_of, only
 
 _CURVE_IMAGES = 256
 _AT_A_TIME = 100
@@ -137,9 +137,7 @@ class DiffusionTask(Task):
         changes: dict[str, Any] = {
             "input_size": size,
             "in_channels": channels,
-            "num_labels": len(self.training.classes),
-            "id2label": dict(enumerate(self.training.classes)),
-            "label2id": {name: i for i, name in enumerate(self.training.classes)},
+            **class_fields(self.training),
             "class_dropout": self.run.class_dropout,
         }
         if variant.attention is not None:

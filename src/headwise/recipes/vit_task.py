@@ -95,9 +95,7 @@ class VisionTask(Task):
             "pretrain_size": size,
             "num_channels": channels,
             "patch_size": run.patch_size or max(1, min(dense.patch_size, size // 8)),
-            "num_labels": len(self.training.classes),
-            "id2label": dict(enumerate(self.training.classes)),
-            "label2id": {name: i for i, name in enumerate(self.training.classes)},
+            **class_fields(self.training),
         }
         if run.drop_path is not None:
             changes["drop_path_rate"] = run.drop_path
@@ -242,6 +240,15 @@ def check_classes(data: str | None, images: ImageSet) -> None:
             f"data {data!r} has no image to train on of {', '.join(empty[:5])}"
             f"{' and others' if len(empty) > 5 else ''}; each class needs some, or must go"
         )
+
+
+def class_fields(images: ImageSet) -> dict[str, Any]:
+    """The fields of a config that name the images' classes."""
+    return {
+        "num_labels": len(images.classes),
+        "id2label": dict(enumerate(images.classes)),
+        "label2id": {name: i for i, name in enumerate(images.classes)},
+    }
 
 
 def in_model_range(images: Tensor) -> Tensor:

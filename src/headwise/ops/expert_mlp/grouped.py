@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.activations import Activation, activate, activate_backward
+from headwise.ops.dtypes import wide_dtype
 
 # Matrix products compile for each number of rows that they see; multiples of this keep those few.
 _ROW_BLOCK = 16
@@ -45,7 +46,7 @@ def grouped_mlp(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: str
 ) -> Tensor:
     """y [N, D] of `ops.expert_mlp`."""
-    y = x.new_zeros(x.shape, dtype=_wide(x))
+    y = x.new_zeros(x.shape, dtype=wide_dtype(x))
     for run in _runs(weights, indices, up.shape[0]):
         raised = x.index_select(0, run.tokens) @ up[run.expert].T
         hidden = activate(raised, activation, down.shape[2])
@@ -65,8 +66,8 @@ def grouped_mlp_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up and down; 0 for an expert without rows."""
-    dx = x.new_zeros(x.shape, dtype=_wide(x))
-    dweights = x.new_zeros(weights.numel(), dtype=_wide(x))
+    dx = x.new_zeros(x.shape, dtype=wide_dtype(x))
+    dweights = x.new_zeros(weights.numel(), dtype=wide_dtype(x))
     dup, ddown = torch.zeros_like(up), torch.zeros_like(down)
     for run in _runs(weights, indices, up.shape[0]):
         e, size = run.expert, run.size
@@ -75,7 +76,7 @@ def grouped_mlp_backward(
         hidden = activate(raised, activation, down.shape[2])
         # dy·(W h) = (Wᵀ dy)·h: the weight's gradient needs no output of the expert.
         dhidden = dout @ down[e]
-        dweights[run.places[:size]] = (dhidden * hidden).sum(-1, dtype=_wide(x))[:size]
+        dweights[run.places[:size]] = (dhidden * hidden).sum(-1, dtype=wide_dtype(x))[:size]
         # Rows that fill up the block have weight 0, and nothing flows back through them.
         dhidden = (dhidden * run.weights).to(x.dtype)
         torch.mm((dout * run.weights).to(x.dtype).T, hidden, out=ddown[e])
@@ -107,17 +108,13 @@ def _runs(weights: Tensor, indices: Tensor, num_experts: int) -> Iterator[_Run]:
     edges = torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device))
     order = pad(order, (0, _ROW_BLOCK))
     tokens = order // indices.shape[1]
-    weights = weights.flatten().to(_wide(weights)).index_select(0, order).unsqueeze(1)
+    weights = weights.flatten().to(wide_dtype(weights)).index_select(0, order).unsqueeze(1)
     for e, (start, end) in enumerate(pairwise(edges.tolist())):
         if start < end:
             stop = start + -(-(end - start) // _ROW_BLOCK) * _ROW_BLOCK
             own = weights[start:stop].clone()
             own[end - start :] = 0
             yield _Run(e, end - start, order[start:stop], tokens[start:stop], own)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 @grouped_mlp.register_fake
