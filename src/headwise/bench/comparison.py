@@ -49,6 +49,7 @@ class Comparison:
         tensors: Ours, plain PyTorch's in the same dtype and the exact ones, to compare.
         ideal: The time that the arithmetic left over would take, as a share of each rival's.
         targets: The ratio to reach, by rival.
+        launches: Whether launching counts on a GPU, as in a loop of Python; else kernels alone do.
     """
 
     benchmark: str
@@ -61,6 +62,7 @@ class Comparison:
     tensors: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]]
     ideal: Mapping[str, float] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
+    launches: bool = False
 
     @property
     def kind(self) -> str:
@@ -80,6 +82,7 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
             seconds=effort.seconds,
             warmups=effort.warmups,
             device=effort.device,
+            launches=comparison.launches,
         )
         if passed
         else dict.fromkeys(candidates, None)

@@ -80,6 +80,7 @@ def prompt(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comp
         lambda: run(ours),
         {"dense model": lambda: run(dense)},
         lambda: _compared(ours, prompts[0][:, :67]),
+        launches=True,
     )
 
 
@@ -108,6 +109,7 @@ def next_token(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> 
         lambda: run(ours),
         {"dense model": lambda: run(dense)},
         lambda: _compared(ours, ids),
+        launches=True,
     )
 
 

@@ -71,15 +71,23 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rounds, seconds, warmups = (3, 0.0, 1) if run.quick or toy else (7, 3.0, 2)
+    # Kernels on a GPU are short: in half a second there are rounds enough.
+    long = 0.5 if device.type == "cuda" else 3.0
+    rounds, seconds, warmups = (3, 0.0, 1) if run.quick or toy else (7, long, 2)
     effort = Effort(device, run.rounds or rounds, seconds, warmups, run.quick, toy)
     names = [*BENCHMARKS] if run.which == "all" else [run.which]
     console = Console()
-    rows = [row for name in names for row in _rows(name, effort, console)]
+    rows: list[Row] = []
+    for name in names:
+        for row in _rows(name, effort, console):
+            rows.append(row)
+            _keep(run.output, rows)
     if "layer" in names and device.type == "cpu" and not (run.quick or toy):
         rows.append(_memory_row(effort))
+        _keep(run.output, rows)
     for name in names:
-        console.print(table.for_terminal([row for row in rows if row["benchmark"] == name]))
+        if measured := [row for row in rows if row["benchmark"] == name]:
+            console.print(table.for_terminal(measured))
     _write(run.output, rows, console)
     return rows
 
@@ -92,12 +100,16 @@ def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name, total=len(builders))
         for build in builders:
-            comparison = build()
-            progress.update(
-                task,
-                description=f"{name}: {comparison.case}, {comparison.shape}, {comparison.kind}",
-            )
-            yield from measure(comparison, effort)
+            what = name
+            try:
+                comparison = build()
+                what = f"{name}: {comparison.case}, {comparison.shape}, {comparison.kind}"
+                progress.update(task, description=what)
+                yield from measure(comparison, effort)
+            except RuntimeError as error:
+                # A GPU with too little memory for a shape, say, still has others to measure.
+                reason = str(error).strip().partition("\n")[0]
+                console.print(f"not measured: {what}: {reason}", style="red", highlight=False)
             progress.advance(task)
 
 
@@ -113,12 +125,16 @@ def _memory_row(effort: Effort) -> Row:
     }  # fmt: skip
 
 
+def _keep(directory: Path, rows: list[Row]) -> None:
+    """What is measured so far, should the rest never come."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_csv(directory / "performance.csv", rows)
+
+
 def _write(directory: Path, rows: list[Row], console: Console) -> None:
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.plots import time_against_share, to_svg
 
-    directory.mkdir(parents=True, exist_ok=True)
-    write_csv(directory / "performance.csv", rows)
     written = [directory / "performance.csv"]
     if any(row["benchmark"] == "attention" for row in rows):
         figure = time_against_share(rows)

@@ -83,7 +83,7 @@ def _is_shown(row: Row) -> bool:
         length, share = row["shape"].split(",")[0], float(row["share"])
         short = length == "T=512" and "causal" in row["case"]
         long = length == "T=4096" and share >= 0.5 and not ("full" in row["case"] and share != 0.5)
-        return row["rival"] == "SDPA" and plain and (short or long)
+        return row["rival"].startswith("SDPA") and plain and (short or long)
     return row["benchmark"] != "decode" or "B=8" in row["shape"]
 
 

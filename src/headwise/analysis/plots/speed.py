@@ -18,7 +18,9 @@ def time_against_share(rows: Sequence[Mapping[str, Any]]) -> Figure:
     A panel for causal and full, and for each dtype; a line for each length; dotted the ideal.
     """
     rows = [
-        r for r in rows if r["rival"] == "SDPA" and r["case"] in _CORES and "kv" not in r["shape"]
+        r
+        for r in rows
+        if r["rival"].startswith("SDPA") and r["case"] in _CORES and "kv" not in r["shape"]
     ]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(4.4 * len(_CORES), 3.3 * len(dtypes)), layout="constrained")
@@ -48,6 +50,6 @@ def _shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             color=cycle(VARIANTS[1:], index),
             marker=cycle(MARKERS, index),
             markersize=4,
-            label=shape.partition(",")[0],
+            label=shape,
         )
     axes.set_xlim(0, 1.04)

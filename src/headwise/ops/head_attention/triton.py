@@ -5,7 +5,7 @@ gathers their rows straight from q. No size depends on how many there are, so no
 the device: a program whose ranks do not exist leaves at once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import triton
@@ -16,10 +16,12 @@ from headwise.ops.head_attention.gathered import attention_flops
 from headwise.ops.head_attention.triton_backward import keys_kernel, queries_kernel
 from headwise.ops.head_attention.triton_decode import decode_attention
 from headwise.ops.head_attention.triton_forward import forward_kernel
+from headwise.ops.head_attention.triton_ranks import ranked
 from headwise.ops.head_attention.triton_tiles import (
     FUSION,
     adjacent_channels,
     check_operands,
+    described,
     expanded,
 )
 
@@ -35,25 +37,26 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# Forward and backward, by channels. Compiled for sm_80 and sm_90, these keep (nearly) all values in
-# registers; what they cost was not measured on a GPU yet.
+# Forward, backward of queries, backward of keys, by channels: the fastest on an H100 at T = 16,384
+# with half of the heads on (benchmarks/gpu/tiles.py); those of 256 channels were not measured.
 _HALF = {
-    64: (Tiling(128, 64, 4, 3), Tiling(64, 32, 4, 2)),
-    128: (Tiling(128, 64, 8, 2), Tiling(64, 32, 8, 2)),
-    256: (Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2)),
+    64: (Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 2)),
+    128: (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)),
+    256: (Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
 }
 # Exact float32 products run outside the tensor cores and want small tiles.
 _FLOAT = {
-    64: (Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
-    128: (Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 2)),
-    256: (Tiling(16, 16, 8, 2), Tiling(16, 16, 8, 2)),
+    64: (Tiling(32, 32, 8, 2),) * 3,
+    128: (Tiling(32, 16, 8, 2),) * 3,
+    256: (Tiling(16, 16, 8, 2),) * 3,
 }
+Kernel = Literal["forward", "queries", "keys"]
 
 
-def tiling(width: int, dtype: torch.dtype, backward: bool) -> Tiling:
-    """The tiling for heads of `width` channels, padded to a power of two."""
+def tiling(width: int, dtype: torch.dtype, kernel: Kernel) -> Tiling:
+    """The tiling of a kernel for heads of `width` channels, padded to a power of two."""
     table = _FLOAT if dtype == torch.float32 else _HALF
-    return table[max(width, 64)][backward]
+    return table[max(width, 64)][get_args(Kernel).index(kernel)]
 
 
 def head_attention(
@@ -99,16 +102,16 @@ def triton_attention(
     The second is 0 where a head is off or sees no key.
     """
     batch, queries, heads, channels = q.shape
-    q, k, v = adjacent_channels(q, k, v)
-    y, lse = q.new_zeros(q.shape), q.new_zeros(batch, heads, queries, dtype=torch.float32)
-    positions, on_so_far = _ranked(gate)
+    (q,) = adjacent_channels(q)
+    y, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    positions, on_so_far = ranked(gate)
     mask, mask_strides = expanded(mask, q, k)
     width = triton.next_power_of_2(channels)
-    own, step, num_warps, num_stages = tiling(width, q.dtype, False)
+    own, step, num_warps, num_stages = tiling(width, q.dtype, "forward")
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(queries, own) * batch * heads,)](
-            q, k, v, gate, mask, positions, on_so_far, y, lse,
-            q.stride(), k.stride(), v.stride(), gate.stride(), mask_strides, y.stride(),
+            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            on_so_far, y, lse, q.stride(), gate.stride(), mask_strides, y.stride(),
             queries, k.shape[1], heads, heads // k.shape[2], scale,
             C=channels, WIDTH=width, ROWS=own, KEYS=step, CAUSAL=causal,
             num_warps=num_warps, num_stages=num_stages, **FUSION,
@@ -134,38 +137,34 @@ def triton_attention_backward(
     keys, kv_heads = k.shape[1:3]
     dy, q, k, v, y = adjacent_channels(dy, q, k, v, y)
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    dgate, delta = gate.new_zeros(gate.shape), torch.empty_like(lse)
-    positions, on_so_far = _ranked(gate)
+    dgate = gate.new_zeros(gate.shape)
+    # By rank; rows beyond the last that is on are read, too, and must add nothing.
+    packed_q, packed_dy = (
+        q.new_zeros(batch, heads, queries, channels).transpose(1, 2) for _ in range(2)
+    )
+    packed_lse, packed_delta = torch.empty_like(lse), torch.empty_like(lse)
+    positions, on_so_far = ranked(gate)
     mask, mask_strides = expanded(mask, q, k)
     width = triton.next_power_of_2(channels)
-    own, step, num_warps, num_stages = tiling(width, q.dtype, True)
-    launch = {"num_warps": num_warps, "num_stages": num_stages, **FUSION}
-    inputs = (q, k, v, gate, mask, positions, on_so_far, dy, lse, delta)
-    strides = (q.stride(), k.stride(), v.stride(), gate.stride(), mask_strides, dy.stride())
+    shape = {"C": channels, "WIDTH": width, "CAUSAL": causal, **FUSION}
     sizes = (queries, keys, heads, heads // kv_heads, scale)
-    shape = {"C": channels, "WIDTH": width, "CAUSAL": causal}
     with torch.cuda.device_of(q):
+        own, step, num_warps, num_stages = tiling(width, q.dtype, "queries")
         queries_kernel[(triton.cdiv(queries, own) * batch * heads,)](
-            *inputs, y, dq, dgate, *strides, y.stride(), dq.stride(), dgate.stride(), *sizes,
-            **shape, ROWS=own, KEYS=step, **launch,
+            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            on_so_far, dy, y, lse, dq, dgate, packed_q, packed_dy, packed_lse, packed_delta,
+            q.stride(), gate.stride(), mask_strides, dy.stride(), y.stride(), dq.stride(),
+            dgate.stride(), *sizes,
+            **shape, ROWS=own, KEYS=step, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
+        own, step, num_warps, num_stages = tiling(width, q.dtype, "keys")
         keys_kernel[(triton.cdiv(keys, own) * batch * kv_heads,)](
-            *inputs, dk, dv, *strides, dk.stride(), dv.stride(), *sizes,
-            **shape, ROWS=step, KEYS=own, **launch,
+            described(packed_q, step, width), described(packed_dy, step, width), packed_lse,
+            packed_delta, k, v, mask, positions, on_so_far, dk, dv,
+            k.stride(), v.stride(), mask_strides, dk.stride(), dv.stride(), *sizes,
+            **shape, ROWS=step, KEYS=own, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return dq, dk, dv, dgate
-
-
-def _ranked(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Per head [B, H, T]: positions of the tokens that are on, ascending, then of those that are
-    off; and how many are on up to and including each token."""
-    on = (gate != 0).transpose(1, 2).contiguous()
-    on_so_far = on.cumsum(-1, dtype=torch.int32)
-    tokens = torch.arange(on.shape[-1], dtype=torch.int32, device=gate.device)
-    # A place for each token, the off ones at the end: no two writes meet.
-    places = torch.where(on, on_so_far - 1, on_so_far[..., -1:] + tokens - on_so_far)
-    positions = torch.empty_like(on_so_far)
-    return positions.scatter_(-1, places.long(), tokens.expand_as(places)), on_so_far
 
 
 @triton_attention.register_fake

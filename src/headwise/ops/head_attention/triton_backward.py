@@ -3,6 +3,8 @@
 With p the softmax, o = p v and y = gate · o:
 
     dgate = o · dy,  ds = p (gate · dy v − y · dy),  dq = ds k,  dk = ds q,  dv = p gate dy
+
+The first leaves q and gate · dy packed, by rank, so that the second need not gather rows again.
 """
 
 from typing import no_type_check
@@ -14,8 +16,10 @@ from headwise.ops.head_attention.triton_tiles import (
     LOG2E,
     last_key,
     load_tile,
+    longest_first,
     ranked_tokens,
     store_tile,
+    tile_of,
     visible,
     whole_blocks,
 )
@@ -24,18 +28,15 @@ from headwise.ops.head_attention.triton_tiles import (
 @triton.jit
 @no_type_check
 def queries_kernel(
-    q, k, v, gate, mask, positions, on_so_far, dy, lse, delta, y, dq, dgate,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides, dy_strides,
-    y_strides, dq_strides, dgate_strides,
+    q, k, v, gate, mask, positions, on_so_far, dy, y, lse,
+    dq, dgate, packed_q, packed_dy, packed_lse, packed_delta,
+    q_strides, gate_strides, mask_strides, dy_strides, y_strides, dq_strides, dgate_strides,
     T, S, H, GROUP, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq and dgate of ROWS tokens that are on in a head, and delta = y · dy for `keys_kernel`."""
-    blocks = tl.cdiv(T, ROWS)
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
-    count = tl.load(on_so_far + pair * T + T - 1)
+    """dq and dgate of ROWS tokens that are on in a head; their rows, packed, for `keys_kernel`."""
+    pair, start, count = longest_first(on_so_far, T, H, ROWS)
     if start >= count:
         return
     b, h = pair // H, pair % H
@@ -46,27 +47,31 @@ def queries_kernel(
     dy += b * dy_strides[0] + h * dy_strides[2]
     y += b * y_strides[0] + h * y_strides[2]
     gate += b * gate_strides[0] + h * gate_strides[2]
-    k += b * k_strides[0] + h // GROUP * k_strides[2]
-    v += b * v_strides[0] + h // GROUP * v_strides[2]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
-    dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH, True)
+    dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH, True).to(tl.float32)
     y_tile = load_tile(y, rows * y_strides[1], valid, C, WIDTH, True)
     gates = tl.load(gate + rows * gate_strides[1], mask=valid, other=1).to(tl.float32)
     lses = tl.load(lse + pair * T + t, mask=valid, other=0)
-    deltas = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1)
-    tl.store(delta + pair * T + t, deltas, mask=valid)
+    deltas = tl.sum(y_tile.to(tl.float32) * dy_tile, 1)
     dgate += b * dgate_strides[0] + h * dgate_strides[2]
     dgates = (deltas / gates).to(dgate.dtype.element_ty)
     tl.store(dgate + rows * dgate_strides[1], dgates, mask=valid)
-    queries = (q_tile, dy_tile, lses, deltas, gates, last, rows * mask_strides[2])
-    keys = (k, v, mask, k_strides[1], v_strides[1], mask_strides[3], S)
+    dy_tile = (dy_tile * gates[:, None]).to(q_tile.dtype)
+    ranks = pair * T + start + tl.arange(0, ROWS)
+    store_tile(packed_q, ranks * C, valid, q_tile, C, WIDTH)
+    store_tile(packed_dy, ranks * C, valid, dy_tile, C, WIDTH)
+    tl.store(packed_lse + ranks, lses, mask=valid)
+    tl.store(packed_delta + ranks, deltas, mask=valid)
+    queries = (q_tile, dy_tile, lses, deltas, last, rows * mask_strides[2])
+    head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
+    keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
     whole = whole_blocks(tl.min(last, 0) + 1, mask, KEYS)
     end = tl.max(last, 0) + 1
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    sums = _add_queries(sums, queries, keys, 0, whole, scale, C, WIDTH, KEYS, False)
-    sums = _add_queries(sums, queries, keys, whole, end, scale, C, WIDTH, KEYS, True)
+    sums = _add_queries(sums, queries, keys, 0, whole, scale, WIDTH, KEYS, False)
+    sums = _add_queries(sums, queries, keys, whole, end, scale, WIDTH, KEYS, True)
     dq += b * dq_strides[0] + h * dq_strides[2]
     tile = (sums * scale).to(dq.dtype.element_ty)
     store_tile(dq, rows * dq_strides[1], valid, tile, C, WIDTH)
@@ -76,22 +81,21 @@ def queries_kernel(
 @no_type_check
 def _add_queries(
     sums, queries, keys, first, end, scale,
-    C: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of a block of queries, from the keys from first to end."""
-    q, dy, lses, deltas, gates, last, mask_offsets = queries
-    k, v, mask, k_stride, v_stride, mask_stride, S = keys
+    q, dy, lses, deltas, last, mask_offsets = queries
+    k, v, mask, mask_stride = keys
     for start in range(first, end, KEYS):
-        s = start + tl.arange(0, KEYS)
-        rows = s.to(tl.int64)
-        k_tile = load_tile(k, rows * k_stride, s < S, C, WIDTH, CHECKED)
-        v_tile = load_tile(v, rows * v_stride, s < S, C, WIDTH, CHECKED)
+        k_tile = tile_of(k, start, KEYS, WIDTH)
+        v_tile = tile_of(v, start, KEYS, WIDTH)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
-            seen = visible(s[None, :], last[:, None], mask, mask_offsets[:, None], mask_stride)
+            s = (start + tl.arange(0, KEYS))[None, :]
+            seen = visible(s, last[:, None], mask, mask_offsets[:, None], mask_stride)
             scores = tl.where(seen, scores, float("-inf"))
         p = tl.exp2(scores - lses[:, None])
-        dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee") * gates[:, None]
+        dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee")
         ds = p * (dp - deltas[:, None])
         sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
     return sums
@@ -100,27 +104,25 @@ def _add_queries(
 @triton.jit
 @no_type_check
 def keys_kernel(
-    q, k, v, gate, mask, positions, on_so_far, dy, lse, delta, dk, dv,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides, dy_strides,
-    dk_strides, dv_strides,
+    packed_q, packed_dy, packed_lse, packed_delta, k, v, mask, positions, on_so_far, dk, dv,
+    k_strides, v_strides, mask_strides, dk_strides, dv_strides,
     T, S, H, GROUP, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys, over the query heads that share them: 0 where no head is on."""
-    blocks = tl.cdiv(S, KEYS)
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    # Earlier keys are seen by more rows.
-    start = tl.program_id(0) % blocks * KEYS
-    b, g = pair // (H // GROUP), pair % (H // GROUP)
+    # Earlier keys are seen by more rows: those of all heads come first.
+    groups = H // GROUP
+    programs = tl.cdiv(S, KEYS) * groups
+    b, turn = tl.program_id(0) // programs, tl.program_id(0) % programs
+    b, g, start = b.to(tl.int64), (turn % groups).to(tl.int64), turn // groups * KEYS
     s = start + tl.arange(0, KEYS)
     rows = s.to(tl.int64)
     k += b * k_strides[0] + g * k_strides[2]
     v += b * v_strides[0] + g * v_strides[2]
     k_tile = load_tile(k, rows * k_strides[1], s < S, C, WIDTH, True)
     v_tile = load_tile(v, rows * v_strides[1], s < S, C, WIDTH, True)
-    keys = (k_tile, v_tile, s, mask, mask_strides[3], T, S)
-    steps = (q_strides[1], dy_strides[1], gate_strides[1], mask_strides[2])
+    keys = (k_tile, v_tile, s, mask, mask_strides, T, S)
     k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     v_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     for i in range(GROUP):
@@ -133,21 +135,18 @@ def keys_kernel(
         whole = tl.minimum(first + tl.cdiv(whole - first, ROWS) * ROWS, count)
         if mask is not None:
             whole = count
+        place = (b.to(tl.int32), h.to(tl.int32))
         queries = (
-            q + b * q_strides[0] + h * q_strides[2],
-            dy + b * dy_strides[0] + h * dy_strides[2],
-            gate + b * gate_strides[0] + h * gate_strides[2],
-            positions + head, lse + head, delta + head,
+            (packed_q, place[0], place[1]), (packed_dy, place[0], place[1]),
+            packed_lse + head, packed_delta + head, positions + head,
             b * mask_strides[0] + h * mask_strides[1], count,
         )  # fmt: skip
         k_sums, v_sums = _add_keys(
-            k_sums, v_sums, queries, keys, steps, first, whole, scale,
-            C, WIDTH, CAUSAL, ROWS, True,
-        )  # fmt: skip
+            k_sums, v_sums, queries, keys, first, whole, scale, WIDTH, CAUSAL, ROWS, True
+        )
         k_sums, v_sums = _add_keys(
-            k_sums, v_sums, queries, keys, steps, whole, count, scale,
-            C, WIDTH, CAUSAL, ROWS, False,
-        )  # fmt: skip
+            k_sums, v_sums, queries, keys, whole, count, scale, WIDTH, CAUSAL, ROWS, False
+        )
     dk += b * dk_strides[0] + g * dk_strides[2]
     dv += b * dv_strides[0] + g * dv_strides[2]
     tile = (k_sums * scale).to(dk.dtype.element_ty)
@@ -169,36 +168,32 @@ def _rank_seeing(key, on_so_far, T, S, CAUSAL: tl.constexpr):
 @triton.jit
 @no_type_check
 def _add_keys(
-    k_sums, v_sums, queries, keys, steps, first, end, scale,
-    C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, CHECKED: tl.constexpr,
+    k_sums, v_sums, queries, keys, first, end, scale,
+    WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of a block of keys, from the rows of ranks first to end of one head.
 
-    A rank beyond `count` reads zeros, its gate among them, and adds nothing.
+    A rank beyond `count` reads zeros and adds nothing.
     """
-    q, dy, gate, positions, lse, delta, mask_offset, count = queries
-    k_tile, v_tile, s, mask, mask_stride, T, S = keys
+    q, dy, lse, delta, positions, mask_offset, count = queries
+    k_tile, v_tile, s, mask, mask_strides, T, S = keys
     for start in range(first, end, ROWS):
         ranks = start + tl.arange(0, ROWS)
         valid = ranks < count
-        t = tl.load(positions + ranks, mask=valid, other=0)
-        rows = t.to(tl.int64)
-        q_tile = load_tile(q, rows * steps[0], valid, C, WIDTH, True)
-        dy_tile = load_tile(dy, rows * steps[1], valid, C, WIDTH, True)
-        gates = tl.load(gate + rows * steps[2], mask=valid, other=0).to(tl.float32)
-        lses = tl.load(lse + t, mask=valid, other=0)
-        deltas = tl.load(delta + t, mask=valid, other=0)
+        q_tile = tile_of(q, start, ROWS, WIDTH)
+        dy_tile = tile_of(dy, start, ROWS, WIDTH)
+        lses = tl.load(lse + ranks, mask=valid, other=0)
+        deltas = tl.load(delta + ranks, mask=valid, other=0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
+            t = tl.load(positions + ranks, mask=valid, other=0)
             last = last_key(t, T, S, CAUSAL)[None, :]
-            offsets = (mask_offset + rows * steps[3])[None, :]
-            seen = visible(s[:, None], last, mask, offsets, mask_stride)
+            offsets = (mask_offset + t.to(tl.int64) * mask_strides[2])[None, :]
+            seen = visible(s[:, None], last, mask, offsets, mask_strides[3])
             scores = tl.where(seen, scores, float("-inf"))
         p = tl.exp2(scores - lses[None, :])
-        weights = (p * gates[None, :]).to(dy_tile.dtype)
-        v_sums = tl.dot(weights, dy_tile, v_sums, input_precision="ieee")
-        dp = tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") * gates[None, :]
+        v_sums = tl.dot(p.to(dy_tile.dtype), dy_tile, v_sums, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee")
         ds = (p * (dp - deltas[None, :])).to(q_tile.dtype)
         k_sums = tl.dot(ds, q_tile, k_sums, input_precision="ieee")
     return k_sums, v_sums

@@ -19,6 +19,7 @@ from headwise.ops.head_attention.triton_tiles import (
     adjacent_channels,
     attend,
     check_operands,
+    described,
     expanded,
     last_key,
     load_tile,
@@ -81,7 +82,7 @@ def triton_decode(
 ) -> Tensor:
     batch, queries, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
-    q, k, v = adjacent_channels(q, k, v)
+    (q,) = adjacent_channels(q)
     width = triton.next_power_of_2(channels)
     block, group = block_of_keys(width, q.dtype), heads // kv_heads
     splits, keys_each = _splits(keys, batch * kv_heads, block)
@@ -92,8 +93,8 @@ def triton_decode(
     mask, mask_strides = expanded(mask, q, k)
     with torch.cuda.device_of(q):
         _split_kernel[(batch * kv_heads, splits)](
-            q, k, v, gate, mask, *totals, sums,
-            q.stride(), k.stride(), v.stride(), gate.stride(), mask_strides,
+            q, described(k, block, width), described(v, block, width), gate, mask, *totals, sums,
+            q.stride(), gate.stride(), mask_strides,
             queries, keys, heads, keys_each, scale,
             C=channels, WIDTH=width, CAUSAL=causal, GROUP=group,
             ROWS=max(16, triton.next_power_of_2(queries * group)), KEYS=block,
@@ -129,7 +130,7 @@ def _splits(keys: int, groups: int, block: int) -> tuple[int, int]:
 @no_type_check
 def _split_kernel(
     q, k, v, gate, mask, peaks, totals, sums,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides,
+    q_strides, gate_strides, mask_strides,
     T, S, H, keys_each, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -146,16 +147,17 @@ def _split_kernel(
     if tl.max(on.to(tl.int32), 0) == 0:
         return
     q += b * q_strides[0]
-    k += b * k_strides[0] + g * k_strides[2]
-    v += b * v_strides[0] + g * v_strides[2]
     if mask is not None:
         mask += b * mask_strides[0]
     last = tl.where(t < T, last_key(t, T, S, CAUSAL), S - 1)
     q_tile = load_tile(q, rows * q_strides[1] + h * q_strides[2], on, C, WIDTH, True)
     # Of a mask only rows that are on exist; the others look at the first key's.
     mask_offsets = tl.where(on, rows * mask_strides[2] + h * mask_strides[1], 0)
+    q_tile = q_tile if scale >= 0 else -q_tile
+    scale = tl.abs(scale) * LOG2E
     queries = (q_tile, last, mask_offsets)
-    keys = (k, v, mask, k_strides[1], v_strides[1], mask_strides[3], S)
+    head = (b.to(tl.int32), g.to(tl.int32))
+    keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
     first = tl.program_id(1) * keys_each
     end = tl.minimum(first + keys_each, S)
     whole = whole_blocks(tl.minimum(tl.min(last, 0) + 1, end), mask, KEYS)
@@ -164,10 +166,10 @@ def _split_kernel(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     sum_ = tl.zeros([ROWS, WIDTH], tl.float32)
     sum_, peak, total = attend(
-        sum_, peak, total, queries, keys, first, whole, scale * LOG2E, C, WIDTH, KEYS, False
+        sum_, peak, total, queries, keys, first, whole, scale, WIDTH, KEYS, False
     )
     sum_, peak, total = attend(
-        sum_, peak, total, queries, keys, whole, end, scale * LOG2E, C, WIDTH, KEYS, True
+        sum_, peak, total, queries, keys, whole, end, scale, WIDTH, KEYS, True
     )
     place = ((b * H + h) * T + t) * tl.num_programs(1) + tl.program_id(1)
     tl.store(peaks + place, peak, mask=on)

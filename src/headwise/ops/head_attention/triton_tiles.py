@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton decides by this, too, and once: when a kernel is decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -42,6 +43,24 @@ def check_operands(q: Tensor) -> None:
 def adjacent_channels(*tensors: Tensor) -> list[Tensor]:
     """Every other stride is the kernels' to follow: transposed layouts are not copied."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def described(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """[B, S, H, C] as tiles [1, 1, rows, width] of [B, H, S, C], for the GPU's copy engine.
+
+    What lies outside reads as 0: rows beyond S, channels beyond C. The engine steps in units of 16
+    bytes; what does not lie so is copied.
+    """
+    x = x.transpose(1, 2)
+    unit = 16 // x.element_size()
+    sizes, strides = x.shape[:3], x.stride()[:3]
+    steps = [s for n, s in zip(sizes, strides, strict=True) if n > 1]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(s <= 0 or s % unit for s in steps):
+        x = x.contiguous()
+        strides = x.stride()[:3]
+    # Along an axis of one entry nobody steps; the engine still wants a stride that it could.
+    possible = [s if n > 1 else unit for n, s in zip(sizes, strides, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*possible, 1], [1, 1, rows, width])
 
 
 def expanded(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -90,6 +109,23 @@ def visible(keys, last, mask, mask_offsets, mask_stride):
 
 @triton.jit
 @no_type_check
+def longest_first(on_so_far, T, H, ROWS: tl.constexpr):
+    """The head [B·H], the first rank and the number of ranks that a program works on.
+
+    Within a batch entry later tokens of all heads come first: they see most keys, and what starts
+    last must end soon. Programs without a token that is on come at the end.
+    """
+    blocks = tl.cdiv(T, ROWS)
+    b, turn = tl.program_id(0) // (blocks * H), tl.program_id(0) % (blocks * H)
+    pair = (b * H + turn % H).to(tl.int64)
+    count = tl.load(on_so_far + pair * T + T - 1)
+    block, busy = turn // H, tl.cdiv(count, ROWS)
+    block = tl.where(block < busy, busy - 1 - block, block)
+    return pair, block * ROWS, count
+
+
+@triton.jit
+@no_type_check
 def ranked_tokens(positions, start, count, ROWS: tl.constexpr):
     """The tokens of ranks from start, and which ranks exist: the others repeat the first."""
     ranks = start + tl.arange(0, ROWS)
@@ -113,32 +149,43 @@ def whole_blocks(keys, mask, KEYS: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def tile_of(heads, start, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """[KEYS, WIDTH] from row `start`, of a head: (descriptor, b, h)."""
+    descriptor, b, h = heads
+    return descriptor.load([b, h, start, 0]).reshape(KEYS, WIDTH)
+
+
+@triton.jit
+@no_type_check
 def attend(
     sums, peak, total, queries, keys, first, end, scale,
-    C: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a block of queries over the keys from first to end.
 
-    Only CHECKED blocks look at the last key of each row and at the mask. `scale` holds log2(e):
-    powers of 2 are what the hardware computes.
+    Only CHECKED blocks look at the last key of each row and at the mask. `scale` is positive and
+    holds log2(e): powers of 2 are what the hardware computes.
     """
     q, last, mask_offsets = queries
-    k, v, mask, k_stride, v_stride, mask_stride, S = keys
+    k, v, mask, mask_stride = keys
     for start in range(first, end, KEYS):
-        s = start + tl.arange(0, KEYS)
-        rows = s.to(tl.int64)
-        k_tile = load_tile(k, rows * k_stride, s < S, C, WIDTH, CHECKED)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        k_tile = tile_of(k, start, KEYS, WIDTH)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         if CHECKED:
-            seen = visible(s[None, :], last[:, None], mask, mask_offsets[:, None], mask_stride)
-            scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet must not compute inf - inf.
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(scores - base[:, None])
+            s = (start + tl.arange(0, KEYS))[None, :]
+            seen = visible(s, last[:, None], mask, mask_offsets[:, None], mask_stride)
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            highest = tl.maximum(peak, tl.max(scores, 1))
+            # A row that has seen nothing yet must not compute inf - inf.
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            p = tl.exp2(scores - base[:, None])
+        else:
+            highest = tl.maximum(peak, tl.max(scores, 1) * scale)
+            base = highest
+            p = tl.exp2(scores * scale - base[:, None])
         decay = tl.exp2(peak - base)
         total = total * decay + tl.sum(p, 1)
-        v_tile = load_tile(v, rows * v_stride, s < S, C, WIDTH, CHECKED)
+        v_tile = tile_of(v, start, KEYS, WIDTH)
         sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * decay[:, None], input_precision="ieee")
         peak = highest
     return sums, peak, total

@@ -1,0 +1,67 @@
+"""What only a GPU has: attention backends to choose from, and FlexAttention."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from headwise.bench.timing import interleaved
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def best_backend(run: Callable[[], Any], device: torch.device) -> tuple[str, Callable[[], Any]]:
+    """Of torch's attention backends that take these inputs, the fastest: "SDPA (name)", and `run`
+    with it."""
+    candidates = {
+        f"SDPA ({name})": partial(_with_backend, backend, run)
+        for name, backend in _BACKENDS.items()
+    }
+    usable = {name: candidate for name, candidate in candidates.items() if _runs(candidate)}
+    times = interleaved(usable, rounds=5, seconds=0, warmups=2, device=device, launches=False)
+    name = min(times, key=times.__getitem__)
+    return name, usable[name]
+
+
+def _with_backend(backend: SDPBackend, run: Callable[[], Any]) -> Any:
+    with sdpa_kernel(backend):
+        return run()
+
+
+def _runs(candidate: Callable[[], Any]) -> bool:
+    """Whether the backend takes the inputs; torch says no by a RuntimeError, and warns why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            candidate()
+        except RuntimeError:
+            return False
+    return True
+
+
+def causal_flex_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention of q, k, v [B, T, H, C], compiled for causal attention over `length` tokens."""
+    mask = create_block_mask(_sees, None, None, length, length, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = compiled(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            block_mask=mask, enable_gqa=q.shape[2] != k.shape[2],
+        )  # fmt: skip
+        return heads.transpose(1, 2)
+
+    return attend
+
+
+def _sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
