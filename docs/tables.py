@@ -17,6 +17,7 @@ TABLES = {
     "lm": lm.markdown,
     "performance": performance.markdown,
     "speed": performance.summary,
+    "gpu": performance.on_a_gpu,
     "stories260k": recovery.markdown,
     "smollm2": harness_table.markdown,
 } | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm.markdown)

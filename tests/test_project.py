@@ -12,6 +12,7 @@ from transformers.utils import logging
 import headwise
 import headwise.parity
 from headwise.bench.table import markdown as performance_markdown
+from headwise.bench.table import on_a_gpu as gpu_markdown
 from headwise.bench.table import summary as speed_summary
 from headwise.cli import main
 from headwise.recipes.harness_table import markdown as harness_markdown
@@ -28,6 +29,7 @@ MARKDOWN = {
     "lm": lm_markdown,
     "performance": performance_markdown,
     "speed": speed_summary,
+    "gpu": gpu_markdown,
     "smollm2": harness_markdown,
     "stories260k": recovery_markdown,
 } | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm_markdown)

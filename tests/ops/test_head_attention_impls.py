@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.head_attention import gathered, pieces, ragged
+from headwise.ops.head_attention import _torch_is_faster, gathered, pieces, ragged
 
 B, C = 2, 11
 # The share of heads that may be on for "gathered" to gather: always, never, and in small parts.
@@ -264,3 +264,20 @@ def test_flops_count_the_rows_that_are_on(monkeypatch):
             y = head_attention(**leaves, causal=True, impl="gathered")
             y.sum().backward()
         assert counter.get_total_flops() == 4 * C * pairs * 7 // 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "share", "changes", "faster"),
+    [
+        (64, 1.0, {}, False),
+        (128, 0.75, {}, False),
+        (128, 0.8, {}, True),
+        (128, 1.0, {"causal": False}, True),
+        (128, 1.0, {"keys": 11}, False),
+        (128, 1.0, {"mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)}, False),
+    ],
+)
+def test_on_a_gpu_wide_heads_that_are_nearly_all_on_are_torchs(channels, share, changes, faster):
+    options = {"causal": True, "mask": None, "bias": None, "keys": 7} | changes
+    q, k = torch.zeros(1, 7, 2, channels), torch.zeros(1, options.pop("keys"), 2, channels)
+    assert _torch_is_faster(q, k, share_on=share, **options) is faster

@@ -90,7 +90,7 @@ def forward(effort: Effort, core: Core) -> Comparison:
 
     def ours() -> Tensor:
         with torch.no_grad():
-            return head_attention(q, k, v, next(turn), causal=core.causal)
+            return head_attention(q, k, v, next(turn), causal=core.causal, share_on=core.share)
 
     def mask_only() -> Tensor:
         return plain() * next(turn).to(core.dtype).unsqueeze(-1)
@@ -99,7 +99,7 @@ def forward(effort: Effort, core: Core) -> Comparison:
         gate = gates[0]
         rows = _rows_to_check(core, effort.device)
         with torch.no_grad():
-            got = head_attention(q, k, v, gate, causal=core.causal)[:, rows]
+            got = head_attention(q, k, v, gate, causal=core.causal, share_on=core.share)[:, rows]
             usual = (plain() * gate.to(core.dtype).unsqueeze(-1))[:, rows]
             exact = _exact(q, k, v, rows, core.causal) * gate[:, rows].double().unsqueeze(-1)
         return [got], [usual], [exact]
@@ -136,7 +136,7 @@ def step(effort: Effort, core: Core) -> Comparison:
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        return head_attention(q, k, v, gate, causal=core.causal)
+        return head_attention(q, k, v, gate, causal=core.causal, share_on=core.share)
 
     def masked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return _plain(q, k, v, core.causal) * gate.to(q.dtype).unsqueeze(-1)

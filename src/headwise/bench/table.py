@@ -76,6 +76,26 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
 
 
+def on_a_gpu(rows: Sequence[Row]) -> str:
+    """A line for each case and rival, but mask-only MoH, and the ratios by share of heads on."""
+    shown = [row for row in rows if row["rival"] != "mask-only MoH"]
+    cases: dict[tuple[str, ...], dict[float, str]] = {}
+    for row in shown:
+        key = (row["case"], row["shape"], row["rival"])
+        cases.setdefault(key, {})[float(row["share"])] = f"{float(row['ratio']):.2f}{_mark(row)}"
+    shares = sorted({float(row["share"]) for row in shown})
+    columns = ["case", "shape", "rival", *(f"{share:.0%}" for share in shares)]
+    lines = [columns, ["---"] * 3 + ["---:"] * len(shares)]
+    lines += [[*key, *(ratios.get(x, "") for x in shares)] for key, ratios in cases.items()]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    legend = (
+        "By share of the heads that are on: our time over the rival's, below 1 is faster; bfloat16, "
+        "medians of interleaved runs, of kernels alone but for whole models. ✓ or ✗: whether it is "
+        "what headwise set out to reach."
+    )
+    return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+
+
 def _is_shown(row: Row) -> bool:
     """Of attention the shortest and the longest, of decoding the largest batch, of the rest all."""
     if row["benchmark"] == "attention":
@@ -132,7 +152,6 @@ def _cells(row: Row) -> list[str]:
     if row["correct"] not in (True, "True"):
         return [*cells, "wrong result", "", "", "", "", f"error ×{row['error_ratio']}"]
     ratio, target = _number(row["ratio"]), _number(row["target"])
-    mark = "" if ratio is None or target is None else " ✓" if ratio <= target else " ✗"
     ideal, of_ideal = _number(row["ideal"]), _number(row["share_of_ideal"])
     return [
         *cells,
@@ -141,8 +160,14 @@ def _cells(row: Row) -> list[str]:
         f"{ratio:.2f}",
         "" if ideal is None else f"{ideal:.2f}",
         "" if of_ideal is None else f"{of_ideal:.0%}",
-        "" if target is None else f"{target:.2f}{mark}",
+        "" if target is None else f"{target:.2f}{_mark(row)}",
     ]
+
+
+def _mark(row: Row) -> str:
+    """Whether the target is reached, where there is one."""
+    ratio, target = _number(row["ratio"]), _number(row["target"])
+    return "" if ratio is None or target is None else " ✓" if ratio <= target else " ✗"
 
 
 def _number(value: Any) -> float | None:

@@ -70,7 +70,7 @@ def attend(
         ValueError: For `output_attentions`, which has no meaning for heads that are never computed,
             and for what SDPA does not compute: soft caps and sinks.
     """
-    router = getattr(module, "router", None)
+    router: Any = getattr(module, "router", None)
     if router is not None and routing is None:
         routing = router(rearrange(query, "b h t c -> b t h c"))
     if router is not None:
@@ -98,6 +98,7 @@ def attend(
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
         scale=scaling,
+        share_on=router.budget.active_share,
     )
     return heads, None
 

@@ -168,6 +168,7 @@ class MoHAttention(nn.Module):
             routing.weights,
             causal=self.causal,
             mask=None if mask is None else rearrange(mask, "b s -> b 1 1 s"),
+            share_on=self.router.budget.active_share,
             impl=self.impl,
         )
         if skips:
