@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from headwise import MHMoEConfig, MoHConfig, convert, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 
 CONVERSIONS = {
     "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
@@ -82,8 +83,7 @@ def test_lora_trains_only_its_own(tiny, ids, conversion, checkpointing):
     model = convert(tiny(), **conversion)
     before = copy.deepcopy(model.state_dict())
     if checkpointing:
-        options = {"use_reentrant": False}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        checkpoint_activations(model)
     adapted = lora(model).train()
     adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in adapters)

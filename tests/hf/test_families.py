@@ -6,6 +6,7 @@ import transformers
 from torch.testing import assert_close
 
 from headwise import MHMoEConfig, MoHConfig, convert, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
 TEXT = SIZES | {
@@ -173,9 +174,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, router):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpoint_activations(model)
         model(**given).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert_close(*results)

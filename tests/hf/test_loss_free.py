@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from headwise import MHMoEConfig, MoEConfig, convert, record_routing, update_biases
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.ops import count_choices
 
 MLP = MHMoEConfig(
@@ -29,9 +30,7 @@ def routers(model):
 def steps(model, ids, count, checkpointing=False):
     """So many steps of SGD on rows of their own."""
     if checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        checkpoint_activations(model)
     for step in range(count):
         rows = ids.roll(step, 0)[: 1 + step % 2]
         model.zero_grad()
@@ -113,7 +112,7 @@ def train_on_half(rank, path, ids, mask):
     """In one of two processes, under what broadcasts the first one's buffers to the other."""
     together = AutoModelForCausalLM.from_pretrained(path).train()
     apart = copy.deepcopy(together)
-    apart.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(apart)
     apart = DistributedDataParallel(apart)
     for _ in range(2):
         together(input_ids=ids, attention_mask=mask, labels=ids)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from headwise import MHMoE, MHMoEConfig, MoHConfig, convert, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.nn import Router
 
 MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
@@ -112,12 +113,6 @@ def test_any_module_with_routers_can_be_recorded():
     assert routings["router"] is routing
 
 
-def checkpoint(model, *, use_reentrant):
-    model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": use_reentrant}
-    )
-
-
 def step(model, ids, **kwargs):
     """Loss, gradients and recorded routings of one training step."""
     model.zero_grad()
@@ -140,7 +135,7 @@ def test_checkpointing_counts_once_and_changes_no_gradient(model, ids, padded):
     loss, gradients, routings = step(model, ids, attention_mask=mask)
     runs = []
     model.get_submodule(next(iter(routings))).register_forward_hook(lambda *_: runs.append(1))
-    checkpoint(model, use_reentrant=False)
+    checkpoint_activations(model)
     again_loss, again_gradients, again = step(model, ids, attention_mask=mask)
     assert len(runs) == 2, "the layer was not computed again, so this tests nothing"
     assert list(again) == list(routings)
@@ -149,7 +144,7 @@ def test_checkpointing_counts_once_and_changes_no_gradient(model, ids, padded):
 
 
 def test_reentrant_checkpointing_is_refused(model, ids):
-    checkpoint(model.train(), use_reentrant=True)
+    checkpoint_activations(model.train(), use_reentrant=True)
     with pytest.raises(RuntimeError, match=r"layers\.0.*reentrant.*use_reentrant=False"):
         model(input_ids=ids, labels=ids)
     with record_routing(model), pytest.raises(RuntimeError, match="reentrant"):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, bitnet, convert, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.hf.original import original_of
 from headwise.nn.bitlinear import BitLinear, PackedLinear
 from headwise.parity import count_flops, count_parameters
@@ -169,8 +170,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, ids):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            options = {"use_reentrant": False}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+            checkpoint_activations(model)
         model.train().zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 from headwise import balance_loss, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.models import DiT, DiTConfig
 from headwise.models.dit import sin_cos_positions
 from headwise.models.dit_config import PRESETS
@@ -234,9 +235,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
     for checkpointing in (False, True):
         model = tiny(name, class_dropout=0).train()
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpoint_activations(model)
         x, t, y = inputs(2)
         model(x, t, y).square().mean().backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

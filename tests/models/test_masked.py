@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert, record_routing
 from headwise.hf.auto import Routed
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.hf.original import original_of
 from headwise.models import MaskedConfig, MaskedModel
 
@@ -239,9 +240,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
     for checkpointing in (False, True):
         model = tiny(name).train()
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpoint_activations(model)
         model(**inputs(), labels=labels()).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert_close(*results)

@@ -10,13 +10,14 @@ from torch.testing import assert_close
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise import balance_loss, record_routing
+from headwise.hf.checkpointing import checkpoint_activations
 from headwise.models import TransNeXtBackbone, TransNeXtConfig, TransNeXtForImageClassification
 from headwise.models.transnext_config import PRESETS
 from headwise.models.transnext_layers import Geometry, PositionBias
@@ -229,9 +230,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
     for checkpointing in (False, True):
         model = tiny(kind, drop_path_rate=0.5).train()
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpoint_activations(model)
         torch.manual_seed(3)
         model(images(), labels=torch.tensor([0, 6, 3])).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters()})

@@ -11,13 +11,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from headwise import MoHConfig, convert

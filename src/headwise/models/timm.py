@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.hf.checkpointing import checkpoint_activations, keep_activations
 from headwise.models.transnext import TransNeXtForImageClassification
 from headwise.models.transnext_config import PRESETS, TransNeXtConfig
 from headwise.ops.choice import look_up
@@ -82,9 +83,9 @@ class TimmTransNeXt(TransNeXtForImageClassification):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether a backward pass computes blocks again instead of keeping what is in them."""
         if enable:
-            self.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self)
         else:
-            self.activation_checkpointing_disable()
+            keep_activations(self)
 
 
 def _entry_point(preset: str) -> Any:

@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
 )
@@ -17,7 +16,9 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
+from transformers.models.pvt.image_processing_pvt import PvtImageProcessor
 from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2DropPath
 from transformers.utils.generic import can_return_tuple
 
@@ -289,4 +290,8 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 AutoConfig.register(TransNeXtConfig.model_type, TransNeXtConfig)
 AutoBackbone.register(TransNeXtConfig, TransNeXtBackbone)
 AutoModelForImageClassification.register(TransNeXtConfig, TransNeXtForImageClassification)
-AutoImageProcessor.register(TransNeXtConfig, image_processor_classes={"pil": PvtImageProcessorPil})
+# Older versions export an AutoImageProcessor that needs torchvision; the module has it without.
+AutoImageProcessor.register(
+    TransNeXtConfig,
+    image_processor_classes={"pil": PvtImageProcessorPil, "torchvision": PvtImageProcessor},
+)

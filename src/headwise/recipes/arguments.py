@@ -10,6 +10,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from headwise.hf.checkpointing import checkpointing_arguments
 from headwise.ops.choice import check_choice
 from headwise.recipes.directory import RunDirectory
 
@@ -106,8 +107,6 @@ def training_arguments(
         per_device_train_batch_size=at_a_time,
         per_device_eval_batch_size=at_a_time,
         gradient_accumulation_steps=share // at_a_time,
-        activation_checkpointing=getattr(run, "activation_checkpointing", False),
-        activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
         lr_scheduler_type="cosine_with_min_lr",
@@ -132,6 +131,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         seed=seed,
+        **checkpointing_arguments(getattr(run, "activation_checkpointing", False)),
     )
 
 

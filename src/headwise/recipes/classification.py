@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.data.images import ImageSet, load_all_images, load_images
 from headwise.hf import record_routing
