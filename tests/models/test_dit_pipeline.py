@@ -295,7 +295,7 @@ def test_models_and_schedulers_that_do_not_suit_are_refused():
 def test_without_diffusers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "headwise.models.dit_pipeline")
-    with pytest.raises(ValueError, match=r"needs diffusers.*-c constraints\.txt '\.\[diffusion\]'"):
+    with pytest.raises(ValueError, match=r"needs diffusers.*pip install 'headwise\[diffusion\]'"):
         importlib.import_module("headwise.models.dit_pipeline")
 
 

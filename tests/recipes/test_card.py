@@ -34,7 +34,7 @@ def test_the_metadata_of_a_model_from_the_hub():
     for part in (
         "# some-model with",
         "As they were.",
-        "pip install -c constraints.txt .",
+        "pip install headwise",
         "import headwise",
     ):
         assert part in text

@@ -291,4 +291,4 @@ def test_without_the_harness_the_extra_is_named(models, monkeypatch, capsys):
     task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     message = refusal(capsys, models / "dense", "--tasks", "piqa")
-    assert "pip install -c constraints.txt '.[eval]'" in message
+    assert "pip install 'headwise[eval]'" in message

@@ -17,8 +17,8 @@ try:
     from torchmetrics.image.fid import FrechetInceptionDistance
 except ImportError:
     raise ValueError(
-        "measuring generated images needs torchmetrics, which is not installed; in the checkout of "
-        "headwise `pip install -c constraints.txt '.[diffusion]'`"
+        "measuring generated images needs torchmetrics, which is not installed; "
+        "the extra diffusion has it: `pip install 'headwise[diffusion]'`"
     ) from None
 
 # Samples of one Inception Score, as in the evaluator of guided diffusion.

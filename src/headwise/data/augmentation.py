@@ -117,7 +117,7 @@ def _kornia() -> Any:
         import kornia.augmentation
     except ImportError:
         raise ValueError(
-            "images are changed at random by kornia, which is not installed; in the checkout of "
-            "headwise `pip install -c constraints.txt '.[vision]'`"
+            "images are changed at random by kornia, which is not installed; the extra vision has "
+            "it: `pip install 'headwise[vision]'`"
         ) from None
     return kornia.augmentation

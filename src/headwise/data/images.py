@@ -116,7 +116,7 @@ def _digits(image_size: int | None) -> ImageSet:
     except ImportError:
         raise ValueError(
             "data is None, which means scikit-learn's digits, and scikit-learn is not installed; "
-            "give data, or in the checkout of headwise `pip install -c constraints.txt '.[vision]'`"
+            "give data, or install the extra vision: `pip install 'headwise[vision]'`"
         ) from None
     digits = load_digits()
     images = (Image.fromarray(x) for x in (digits.images * (255 / 16)).round().astype(np.uint8))

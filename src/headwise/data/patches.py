@@ -32,8 +32,8 @@ def fit_codebook(patches: NDArray[np.float32], size: int, *, seed: int) -> NDArr
         from threadpoolctl import threadpool_limits
     except ImportError:
         raise ValueError(
-            "a codebook needs scikit-learn, which is not installed; in the checkout of headwise "
-            "`pip install -c constraints.txt '.[vision]'`"
+            "a codebook needs scikit-learn, which is not installed; the extra vision has it: "
+            "`pip install 'headwise[vision]'`"
         ) from None
     drawn = np.random.default_rng(seed).permutation(len(patches))[:_MOST_PATCHES]
     different = len(np.unique(patches[drawn], axis=0))

@@ -24,8 +24,8 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError:
     raise ValueError(
-        "sampling needs diffusers, which is not installed; in the checkout of headwise "
-        "`pip install -c constraints.txt '.[diffusion]'`"
+        "sampling needs diffusers, which is not installed; the extra diffusion has it: "
+        "`pip install 'headwise[diffusion]'`"
     ) from None
 
 OutputType = Literal["pil", "np", "pt", "latent"]

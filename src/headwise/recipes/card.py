@@ -51,7 +51,7 @@ def model_card(model: Any, path: str, name: str, *, weights: str, figures: str =
 
 {listed}
 
-It needs the library headwise, installed from its source (`pip install -c constraints.txt .`).
+It needs the library headwise (`pip install headwise`).
 
 ```python
 from transformers import {auto}

@@ -182,7 +182,7 @@ def _diffusers() -> Any:
         import diffusers
     except ImportError:
         raise ValueError(
-            "drawing images needs diffusers, which is not installed; in the checkout of headwise "
-            "`pip install -c constraints.txt '.[diffusion]'`"
+            "drawing images needs diffusers, which is not installed; the extra diffusion has it: "
+            "`pip install 'headwise[diffusion]'`"
         ) from None
     return diffusers

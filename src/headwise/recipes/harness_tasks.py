@@ -80,8 +80,8 @@ def task_manager() -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
-            "lm-evaluation-harness is not installed; in the checkout of headwise, "
-            "`pip install -c constraints.txt '.[eval]'`"
+            "lm-evaluation-harness is not installed; the extra eval has it: "
+            "`pip install 'headwise[eval]'`"
         ) from error
     return TaskManager()
 
