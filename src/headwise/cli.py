@@ -3,9 +3,9 @@
 import logging
 import os
 import select
-import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -231,20 +231,15 @@ def _compile(argv: list[str]) -> None:
 def compile_kernels() -> None:
     """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
     from headwise.ops import native
+    from headwise.ops.native.build import build
 
     if native.is_built():
         print(f"built already: {native.library()}")
         return
-    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
-    if missing:
-        _fail(1, f"cannot build the kernels: {' and '.join(missing)} not found")
-    print("compiling, about half a minute …", flush=True)
     try:
-        print(native.build())
+        print(build(say=partial(print, flush=True)))
     except (RuntimeError, OSError) as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "error:" in line), lines[0])[:300]
-        _fail(1, f"cannot build the kernels: {reason}")
+        _fail(1, f"cannot build the kernels: {error}; everything works without, more slowly")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
