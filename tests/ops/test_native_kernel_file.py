@@ -1,7 +1,10 @@
 """The library of kernels in the user's cache: found by name, whole, written by nobody else."""
 
+import logging
 import os
 import pwd
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A cache of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.forget()
+    native._say_once.cache_clear()
     directory = tmp_path / "headwise"
     directory.mkdir(mode=0o700)
     yield directory
@@ -129,3 +133,38 @@ def test_it_is_looked_for_once(built, monkeypatch):
     monkeypatch.setattr(native, "find", lambda: looked.append(1) or built)
     assert all(native.is_built() for _ in range(5))
     assert looked == [1]
+
+
+def test_the_first_op_that_would_gain_says_so_once(caplog):
+    attend(300)
+    attend(300)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("headwise.ops.native", logging.WARNING)
+    assert "without its C++ kernels" in record.getMessage()
+    assert "run `headwise compile` once" in record.getMessage()
+
+
+def test_an_op_that_would_not_gain_says_nothing(caplog):
+    attend(20)
+    attend(300, torch.float64)
+    assert caplog.records == []
+
+
+def test_with_kernels_nothing_is_said(built, caplog):
+    assert native.is_ready()
+    assert caplog.records == []
+
+
+def test_a_graph_has_no_place_where_it_is_said():
+    program = """
+import torch
+from headwise import MoHAttention
+layer = MoHAttention(20, num_heads=5, shared_heads=2, active_heads=3)
+compiled = torch.compile(layer, fullgraph=True, backend="eager")
+for tokens in (150, 160, 170):
+    x = torch.randn(1, tokens, 20)
+    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its C++ kernels") == 1

@@ -3,6 +3,7 @@
 The ops have an implementation "native" that calls them; "auto" takes it where they are built.
 """
 
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from headwise.ops.native.kernel_file import NoKernelsError, find
 
 DTYPES = (torch.float32, torch.bfloat16)
+_log = logging.getLogger(__name__)
 
 
 def library() -> Path | None:
@@ -31,6 +33,19 @@ def what_is_missing() -> str:
 def is_built() -> bool:
     """Whether kernels for this source, torch and processor are there, whole, and may be loaded."""
     return library() is not None
+
+
+@torch.compiler.assume_constant_result
+def is_ready() -> bool:
+    """`is_built`, for an op that the kernels would make faster: the first one says that none are.
+
+    It says so once per process, as a warning of the logger "headwise.ops.native". At level INFO
+    nobody would read it who did not ask, and a model several times slower than it could be
+    is what its user wants to know. `logging.getLogger("headwise").setLevel("ERROR")` silences it.
+    """
+    if not is_built():
+        _say_once()
+    return is_built()
 
 
 def forget() -> None:
@@ -58,3 +73,8 @@ def _found() -> Path | str:
         return find()
     except (NoKernelsError, OSError) as error:
         return str(error)
+
+
+@cache
+def _say_once() -> None:
+    _log.warning("headwise computes without its C++ kernels, more slowly: %s", what_is_missing())
