@@ -28,6 +28,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   eval DIR …     score models on tasks or on images   headwise eval --help
   parity         MH-MoE at a sparse MoE's cost        headwise parity --help
   compile        build the CPU kernels, once          headwise compile
+  env            what is installed here, and missing  headwise env
   bench          measure speed on this machine        headwise bench --help
 """
 
@@ -242,6 +243,28 @@ def compile_kernels() -> None:
         _fail(1, f"cannot build the kernels: {error}; everything works without, more slowly")
 
 
+def _env(argv: list[str]) -> None:
+    called(env, argv, "headwise env")
+
+
+def env(json: bool = False) -> None:
+    """Say what there is on this machine, and what would make it faster: for reports of bugs.
+
+    Args:
+        json: Print it as JSON.
+    """
+    import dataclasses
+    from json import dumps
+
+    from headwise.environment import environment, faster, in_words
+
+    here = environment()
+    if json:
+        print(dumps({**dataclasses.asdict(here), "faster": faster(here)}, indent=1))
+    else:
+        print(in_words(here))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "experiment": _experiment,
@@ -255,6 +278,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "parity": _parity,
     "bench": _bench,
     "compile": _compile,
+    "env": _env,
 }
 
 
