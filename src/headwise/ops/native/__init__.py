@@ -32,7 +32,7 @@ def what_is_missing() -> str:
 @torch.compiler.assume_constant_result
 def is_built() -> bool:
     """Whether kernels for this source, torch and processor are there, whole, and may be loaded."""
-    return library() is not None
+    return isinstance(_found(), Path)
 
 
 @torch.compiler.assume_constant_result
