@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\).*/\1/p' pyproject.toml)
+# Kernels in C++ make it faster; where they cannot be built, a line says why.
+KERNELS := $(BIN)/headwise compile || true
 
 .PHONY: demo test lowest latest lint tables clean
 
 demo: $(VENV)/core  ## train five small models on real text, compare them, draw a report
+	@$(KERNELS)
 	$(BIN)/headwise train lm --output runs/demo --overwrite
 
 test: $(VENV)/dev  ## the whole test suite
+	@$(KERNELS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproject.toml allows; the newest
@@ -24,9 +29,13 @@ tables: $(VENV)/core  ## write the tables of README.md again, from results/
 	$(BIN)/python docs/tables.py
 
 $(VENV)/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; oldest = "$(OLDEST)"; \
+	    sys.version_info >= tuple(map(int, oldest.split("."))) or sys.exit( \
+	    "headwise needs Python %s or newer, and $(PYTHON) is %d.%d; another: make PYTHON=python%s" \
+	    % (oldest, sys.version_info[0], sys.version_info[1], oldest))'
 	@echo "Installing into $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compile]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/core

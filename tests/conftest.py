@@ -1,7 +1,6 @@
 """What every test shares: one thread, one seed, a way around the checks of types and shapes."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -52,15 +51,15 @@ def two_processes(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory with kernels built for this machine."""
-    if not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("no C++ compiler or no ninja")
-    home = tmp_path_factory.mktemp("cache")
-    with _cache(home) as native:
-        assert not native.is_built()
-        with pytest.raises(ValueError, match="not built; run `headwise compile` once"):
-            native.kernels()
-        native.build()
+    """A cache directory with kernels built for this machine, once for all processes of a run."""
+    from headwise.ops.native.build import build, missing_tools
+
+    if missing := missing_tools():
+        pytest.skip(f"{' and '.join(missing)} not found")
+    root = tmp_path_factory.getbasetemp()
+    home = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "kernels"
+    with _cache(home):
+        build()
     return home
 
 

@@ -3,9 +3,9 @@
 import logging
 import os
 import select
-import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -28,6 +28,7 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   eval DIR …     score models on tasks or on images   headwise eval --help
   parity         MH-MoE at a sparse MoE's cost        headwise parity --help
   compile        build the CPU kernels, once          headwise compile
+  env            what is installed here, and missing  headwise env
   bench          measure speed on this machine        headwise bench --help
 """
 
@@ -231,20 +232,37 @@ def _compile(argv: list[str]) -> None:
 def compile_kernels() -> None:
     """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
     from headwise.ops import native
+    from headwise.ops.native.build import build
 
     if native.is_built():
         print(f"built already: {native.library()}")
         return
-    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
-    if missing:
-        _fail(1, f"cannot build the kernels: {' and '.join(missing)} not found")
-    print("compiling, about half a minute …", flush=True)
     try:
-        print(native.build())
+        print(build(say=partial(print, flush=True)))
     except (RuntimeError, OSError) as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "error:" in line), lines[0])[:300]
-        _fail(1, f"cannot build the kernels: {reason}")
+        _fail(1, f"cannot build the kernels: {error}; everything works without, more slowly")
+
+
+def _env(argv: list[str]) -> None:
+    called(env, argv, "headwise env")
+
+
+def env(json: bool = False) -> None:
+    """Say what there is on this machine, and what would make it faster: for reports of bugs.
+
+    Args:
+        json: Print it as JSON.
+    """
+    import dataclasses
+    from json import dumps
+
+    from headwise.environment import environment, faster, in_words
+
+    here = environment()
+    if json:
+        print(dumps({**dataclasses.asdict(here), "faster": faster(here)}, indent=1))
+    else:
+        print(in_words(here))
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -260,6 +278,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "parity": _parity,
     "bench": _bench,
     "compile": _compile,
+    "env": _env,
 }
 
 

@@ -17,7 +17,7 @@ def case(tokens, dim, count, dtype=torch.bfloat16):
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    monkeypatch.setattr(native, "is_built", lambda: False)
+    monkeypatch.setattr(native, "is_ready", lambda: False)
 
 
 @pytest.mark.usefixtures("native_kernels")

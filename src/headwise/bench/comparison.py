@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headwise.bench.timing import error_ratio, interleaved
-from headwise.recipes.results import device_name
+from headwise.environment import device_name
 
 # Our error against float64 may be this many times that of plain PyTorch in the same dtype.
 LARGEST_ERROR_RATIO = 2.0

@@ -89,8 +89,8 @@ def on_a_gpu(rows: Sequence[Row]) -> str:
     lines += [[*key, *(ratios.get(x, "") for x in shares)] for key, ratios in cases.items()]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     legend = (
-        "By share of the heads that are on: our time over the rival's, below 1 is faster; bfloat16, "
-        "medians of interleaved runs, of kernels alone but for whole models. ✓ or ✗: whether it is "
+        "By share of the heads that are on: our time over the rival's, faster below 1; bfloat16, "
+        "medians of interleaved runs, kernels alone but for whole models. ✓ or ✗: whether it is "
         "what headwise set out to reach."
     )
     return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"

@@ -34,7 +34,7 @@ def pays(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int, off: in
     if not known or not even or head_dim < _FEWEST_CHANNELS or narrowed or learns(x, weight):
         return False
     enough = x.shape[:-1].numel() * off >= _FEWEST_ROWS[x.dtype] * routed_heads
-    return off > 0 and enough and native.is_built()
+    return off > 0 and enough and native.is_ready()
 
 
 def project_heads(

@@ -30,7 +30,7 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
     narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
-    return narrow and x.device.type == "cpu" and not learns(x, weight) and native.is_built()
+    return narrow and x.device.type == "cpu" and not learns(x, weight) and native.is_ready()
 
 
 @torch.library.custom_op("headwise::native_logits", mutates_args=())

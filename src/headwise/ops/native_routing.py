@@ -15,7 +15,7 @@ from headwise.ops import native
 def takes(logits: Tensor, scores: str) -> bool:
     """Whether the kernel computes this."""
     plain = scores == "softmax" and logits.dtype == torch.float32
-    return plain and logits.device.type == "cpu" and native.is_built()
+    return plain and logits.device.type == "cpu" and native.is_ready()
 
 
 def gates(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from headwise.analysis.experts import expert_use
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
+from headwise.environment import device_name
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_parameters, measure_flops
 from headwise.recipes import table
@@ -89,15 +90,6 @@ def environment(precision: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "headwise")},
     }
-
-
-def device_name(*, cuda: bool) -> str:
-    """The GPU's name, or the processor's."""
-    if cuda:
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def _curve(history: list[dict[str, float]], key: str) -> Curve:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.ops.aggregated_attention import dense, native, reference
 from headwise.ops.choice import check_choice
-from headwise.ops.native import is_built
+from headwise.ops.native import is_ready
 
 Impl = Literal["auto", "reference", "dense", "native"]
 
@@ -106,7 +106,7 @@ def aggregated_attention(
 
 def choose(q: Tensor) -> Impl:
     """The implementation that "auto" stands for: native where it is built for q, else dense."""
-    return "native" if is_built() and native.takes(q) else "dense"
+    return "native" if native.takes(q) and is_ready() else "dense"
 
 
 def _check_map(q: Tensor, size: tuple[int, int], window: int) -> None:

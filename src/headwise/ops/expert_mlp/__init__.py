@@ -14,7 +14,7 @@ from torch import Tensor
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import grouped, grouped_mm, native, reference
-from headwise.ops.native import is_built
+from headwise.ops.native import is_ready
 
 Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
 
@@ -89,4 +89,4 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation) -> Impl:
     """The implementation that "auto" stands for."""
     if x.device.type == "cuda" and grouped_mm.takes(x, down_proj):
         return "grouped_mm"
-    return "native" if native.takes(x, down_proj, activation) and is_built() else "grouped"
+    return "native" if native.takes(x, down_proj, activation) and is_ready() else "grouped"

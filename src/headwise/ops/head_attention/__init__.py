@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.ops.choice import check_choice
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
 from headwise.ops.head_attention.decode import is_decoding
-from headwise.ops.native import is_built
+from headwise.ops.native import is_built, is_ready
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
@@ -136,8 +136,9 @@ def choose(
     if q.device.type != "cpu":
         return "dense"
     decoding = is_decoding(q, k, v, gate)
-    if is_built() and native.takes(q, k, v, gate, mask, bias):
-        return "native" if decoding or k.shape[1] >= _FEWEST_KEYS else "dense"
+    long = decoding or k.shape[1] >= _FEWEST_KEYS
+    if native.takes(q, k, v, gate, mask, bias) and (is_ready() if long else is_built()):
+        return "native" if long else "dense"
     if decoding:
         return "decode" if k.numel() * k.element_size() >= _SMALLEST_CACHE else "dense"
     return "gathered" if gate.numel() * k.shape[1] >= _FEWEST_SCORES else "dense"
