@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
-from headwise.bench.comparison import Builder, Effort, Row, environment, measure
+from headwise.bench.comparison import Builder, Comparison, Effort, Row, environment, measure
+from headwise.progress import followed
 from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
 
@@ -75,7 +75,7 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     effort = Effort(device, run.rounds or rounds, seconds, warmups, run.quick, toy)
     names = [*BENCHMARKS] if run.which == "all" else [run.which]
     console = Console()
-    rows = [row for name in names for row in _rows(name, effort, console)]
+    rows = [row for name in names for row in _rows(name, effort)]
     if "layer" in names and device.type == "cpu" and not (run.quick or toy):
         rows.append(_memory_row(effort))
     for name in names:
@@ -84,21 +84,15 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     return rows
 
 
-def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
+def _rows(name: str, effort: Effort) -> Iterator[Row]:
     builders = list(BENCHMARKS[name](effort))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=len(builders))
-        for build in builders:
-            comparison = build()
-            progress.update(
-                task,
-                description=f"{name}: {comparison.case}, {comparison.shape}, {comparison.kind}",
-            )
-            yield from measure(comparison, effort)
-            progress.advance(task)
+    built = (build() for build in builders)
+    for comparison in followed(built, name, total=len(builders), describe=_in_words):
+        yield from measure(comparison, effort)
+
+
+def _in_words(comparison: Comparison) -> str:
+    return f"{comparison.case}, {comparison.shape}, {comparison.kind}"
 
 
 def _memory_row(effort: Effort) -> Row:
