@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Our error against float64 may be this many times that of plain PyTorch in the same dtype.
+LARGEST_ERROR_RATIO = 2.0
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]],
