@@ -23,6 +23,11 @@ def test_a_line_is_printed_every_ten_seconds(clock, capsys):
     ]
 
 
+def test_no_time_is_told_for_items_that_differ(clock, capsys):
+    assert list(followed("abc", "letters", total=3, alike=False)) == [*"abc"]
+    assert capsys.readouterr().out == "letters  2/3\n"
+
+
 def test_short_steps_and_other_processes_print_nothing(clock, capsys):
     assert list(followed("ab", "letters", total=2)) == [*"ab"]
     assert list(followed("abcdefg", "letters", total=7, shown=False)) == [*"abcdefg"]

@@ -18,6 +18,7 @@ def followed(
     *,
     total: int,
     describe: Callable[[T], str] = lambda _: "",
+    alike: bool = True,
     shown: bool = True,
 ) -> Iterator[T]:
     """The items one by one, while it is shown how many are done.
@@ -27,22 +28,29 @@ def followed(
         title: What is being done.
         total: How many items there are.
         describe: An item in words, shown while it is worked on.
+        alike: Whether items take about equal time, so that the time left can be told.
         shown: False shows nothing, as in all processes but the first.
     """
     console = Console()
     if not shown:
         yield from items
     elif console.is_terminal:
-        yield from _with_bar(items, title, total, describe, console)
+        yield from _with_bar(items, title, total, describe, alike, console)
     else:
-        yield from _with_lines(items, title, total, describe)
+        yield from _with_lines(items, title, total, describe, alike)
 
 
 def _with_bar(
-    items: Iterable[T], title: str, total: int, describe: Callable[[T], str], console: Console
+    items: Iterable[T],
+    title: str,
+    total: int,
+    describe: Callable[[T], str],
+    alike: bool,
+    console: Console,
 ) -> Iterator[T]:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        *([TimeRemainingColumn()] if alike else []),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
@@ -53,7 +61,7 @@ def _with_bar(
 
 
 def _with_lines(
-    items: Iterable[T], title: str, total: int, describe: Callable[[T], str]
+    items: Iterable[T], title: str, total: int, describe: Callable[[T], str], alike: bool
 ) -> Iterator[T]:
     """Steps that end before the first line is due print nothing."""
     began = last = time.monotonic()
@@ -61,7 +69,7 @@ def _with_lines(
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:
             last, left = now, (now - began) / done * (total - done)
-            line = f"{title}  {done}/{total}  {left:.0f} s left"
+            line = f"{title}  {done}/{total}" + (f"  {left:.0f} s left" if alike else "")
             print(_joined(line, describe(item)), flush=True)
         yield item
 

@@ -51,7 +51,11 @@ def time_models(dense: Any, routed: Any, *, contexts: Sequence[int]) -> Timed:
     title = "Timing dense against MoH"
     print(f"{title} at {' and '.join(f'{n:,}' for n in contexts)} tokens: a minute", flush=True)
     shown = followed(
-        cases, title, total=len(cases), describe=lambda case: f"{case[1]} at {case[0]:,} tokens"
+        cases,
+        title,
+        total=len(cases),
+        describe=lambda case: f"{case[1]} at {case[0]:,} tokens",
+        alike=False,
     )
     speeds = [_timed(dense, routed, step, context) for context, step in shown]
     return Timed(speeds, _note(routed, device))
