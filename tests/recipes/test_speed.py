@@ -12,6 +12,7 @@ from headwise.analysis.report import render_report
 from headwise.cli import main
 from headwise.recipes import LanguageModelRun, lm, speed
 from headwise.recipes.speed import filled_cache, read_token, time_models
+from headwise.recipes.timing import interleaved
 from headwise.recipes.train import train
 
 CONTEXTS = (67, 131)
@@ -49,6 +50,14 @@ def test_prompt_and_token_are_timed_at_each_context():
     assert all(s.dense > 0 and s.routed > 0 for s in timed.speeds)
     assert "50% of heads on" in timed.note
     assert "kernels" in timed.note
+
+
+def test_rounds_that_take_too_long_are_three():
+    calls = []
+    options = {"rounds": 7, "seconds": 0.0, "warmups": 2, "device": torch.device("cpu")}
+    interleaved({"a": lambda: calls.append(1)}, **options)
+    interleaved({"a": lambda: calls.append(2)}, **options, most_seconds=0.0)
+    assert (calls.count(1), calls.count(2)) == (2 + 7, 2 + 3)
 
 
 def test_wrong_logits_are_not_timed(monkeypatch):

@@ -1,5 +1,6 @@
 """Times that can be compared: side by side in one run, interleaved, medians."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from torch import Tensor
 
 # Our error against float64 may be this many times that of plain PyTorch in the same dtype.
 LARGEST_ERROR_RATIO = 2.0
+# Where rounds take too long for more.
+_FEWEST_ROUNDS = 3
 
 
 def interleaved(
@@ -19,16 +22,22 @@ def interleaved(
     seconds: float,
     warmups: int,
     device: torch.device,
+    most_seconds: float = math.inf,
 ) -> dict[str, float]:
     """Median milliseconds of each candidate, run as A B C A B C …, after some warm-ups.
 
-    There are as many rounds as asked for, and more until they have taken so many seconds.
+    There are as many rounds as asked for, and more until they have taken so many seconds;
+    but only as many as take `most_seconds`, though never less than three.
     """
     for _ in range(warmups):
         _round(candidates, device)
     times: list[list[float]] = []
-    while len(times) < rounds or sum(map(sum, times)) < seconds:
+    taken = 0.0
+    while len(times) < rounds or taken < seconds:
+        if len(times) >= min(rounds, _FEWEST_ROUNDS) and taken >= most_seconds:
+            break
         times.append(_round(candidates, device))
+        taken += sum(times[-1])
     medians = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
     return dict(zip(candidates, medians, strict=True))
 
