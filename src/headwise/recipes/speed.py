@@ -102,7 +102,7 @@ def _note(routed: Any, device: torch.device) -> str:
     dtype = str(routed.dtype).removeprefix("torch.")
     return (
         f"{sum(shares) / len(shares):.0%} of heads on, one sequence, {dtype}, {kernels}; medians "
-        f"of at least {_ROUNDS} runs in turns, or of 3 where these take over {_MOST_SECONDS:.0f} s; "
+        f"of at least {_ROUNDS} runs in turns, or of 3 where they take over {_MOST_SECONDS:.0f} s; "
         "random tokens and caches. The models cost equal FLOPs at the length they were trained on: "
         "MoH's MLPs are wider by what its heads save."
     )
