@@ -114,6 +114,26 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
     assert message in fails(2, *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "no/such/", "--prompt", "x"],
+        ["sample", "no/such", "-o", "x.png"],
+        ["report", "no/such"],
+    ],
+)
+def test_a_missing_directory_is_refused_before_torch_is_loaded(fails, arguments):
+    script = (
+        "import sys, headwise_command\n"
+        "try: headwise_command.main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.strip() == fails(2, *arguments)
+
+
 def test_broken_model_is_named(fails, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert f"{tmp_path} holds no model that can be loaded: " in fails(

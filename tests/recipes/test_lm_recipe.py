@@ -20,7 +20,7 @@ ON_TEXT = [name for name, recipe in RECIPES.items() if isinstance(recipe(), Text
 TINY = {
     "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
     "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
-    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
+    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1, "speed_contexts": (),
 }  # fmt: skip
 
 

@@ -153,6 +153,27 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """A prompt or the next token, timed on a dense model and on one with routed heads.
+
+    Attributes:
+        step: "prompt" or "next token".
+        context: Tokens of the prompt, or of the cache that the next token reads.
+        dense, routed: Median milliseconds.
+    """
+
+    step: str
+    context: int
+    dense: float
+    routed: float
+
+    @property
+    def ratio(self) -> float:
+        """Time with routed heads over time of the dense model."""
+        return self.routed / self.dense
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A comparison of models.
 
@@ -167,6 +188,8 @@ class RunRecord:
         models: All runs; those of one variant share a name and differ in the seed.
         sample_model, sample_prompt, sample_text: A text that one of the models wrote.
         loss_unit: Unit of all the curves.
+        speeds: Dense against routed heads, at some lengths; empty where nothing was timed.
+        speed_note: How they were measured, or why they were not.
     """
 
     title: str
@@ -179,6 +202,8 @@ class RunRecord:
     sample_prompt: str = ""
     sample_text: str = ""
     loss_unit: str = "nats per token"
+    speeds: list[Speed] = field(default_factory=list)
+    speed_note: str = ""
 
     def __post_init__(self) -> None:
         for index, row in enumerate(self.table_rows):
@@ -210,7 +235,9 @@ def from_json(text: str) -> RunRecord:
     raw = json.loads(text)
     try:
         models = [model_from_dict(fields) for fields in raw["models"]]
-        return RunRecord(**{**raw, "models": models})
+        # Records of earlier versions have no speeds.
+        speeds = [Speed(**speed) for speed in raw.get("speeds", [])]
+        return RunRecord(**{**raw, "models": models, "speeds": speeds})
     except (TypeError, KeyError) as error:
         raise ValueError(f"this is not the record of a run: {error}") from error
 

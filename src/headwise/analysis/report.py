@@ -19,6 +19,7 @@ from headwise.analysis.elements import (
 )
 from headwise.analysis.expert_table import LEGEND, expert_table
 from headwise.analysis.records import ModelRecord, RunRecord
+from headwise.analysis.speeds import speed_table, verdict
 from headwise.analysis.summary import best_cells, headline, representatives, tiles
 
 
@@ -46,6 +47,7 @@ def render_report(record: RunRecord) -> str:
     """The page as text, escaped throughout; the same record gives the same page."""
     sections = (
         _table(record),
+        _speed(record),
         image_sections.samples(record),
         _losses(record),
         _viewer(record),
@@ -82,6 +84,15 @@ def _table(record: RunRecord) -> str:
     )
     body = table("Comparison", record.table_columns, record.table_rows, best)
     return section("Comparison", "", body + legend + sentences(record.notes))
+
+
+def _speed(record: RunRecord) -> str:
+    if not record.speed_note:
+        return ""
+    body = ""
+    if record.speeds:
+        body = table("Speed", *speed_table(record.speeds)) + sentences([verdict(record.speeds)])
+    return section("Speed at long contexts", escaped(record.speed_note), body)
 
 
 def _losses(record: RunRecord) -> str:

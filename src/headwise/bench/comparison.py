@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from headwise.bench.timing import error_ratio, interleaved
 from headwise.environment import device_name
+from headwise.recipes.timing import LARGEST_ERROR_RATIO, error_ratio, interleaved
 
-# Our error against float64 may be this many times that of plain PyTorch in the same dtype.
-LARGEST_ERROR_RATIO = 2.0
 Row = dict[str, Any]
 # Builds a comparison, tensors and all, when its turn comes.
 Builder = Callable[[], "Comparison"]

@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.bench.comparison import Builder, Comparison, Effort
-from headwise.hf import attention
-from headwise.ops import Routing, head_attention
+from headwise.recipes.speed import filled_cache, logits_thrice, read_prompt, read_token
 
 _INPUTS = 3
 
@@ -67,19 +64,15 @@ def prompt(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comp
     prompts = [torch.randint(512, (1, length), device=effort.device) for _ in range(_INPUTS)]
     turn = cycle(prompts)
 
-    def run(model: Any) -> Tensor:
-        with torch.no_grad():
-            return model(next(turn), logits_to_keep=1, use_cache=False).logits
-
     return Comparison(
         "model",
         f"prompt{kind.suffix}",
         f"T={length}, {kind}",
         dtype,
         kind.active / kind.heads,
-        lambda: run(ours),
-        {"dense model": lambda: run(dense)},
-        lambda: _compared(ours, prompts[0][:, :67]),
+        lambda: read_prompt(ours, next(turn)),
+        {"dense model": lambda: read_prompt(dense, next(turn))},
+        lambda: logits_thrice(ours, prompts[0][:, :67]),
         launches=True,
     )
 
@@ -89,26 +82,16 @@ def next_token(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> 
     dense, ours = _models(effort, dtype, length, kind)
     ids = torch.randint(512, (1, 67), device=effort.device)
     turn = cycle(torch.randint(512, (_INPUTS, 1, 1), device=effort.device))
-    cache = DynamicCache(config=dense.config)
-    size = (1, kind.kv_heads, length, kind.dim // kind.heads)
-    for layer in range(dense.config.num_hidden_layers):
-        keys, values = (torch.randn(size, device=effort.device).to(dtype) for _ in range(2))
-        cache.update(keys, values, layer)
-
-    def run(model: Any) -> None:
-        with torch.no_grad():
-            model(next(turn), past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-
+    cache = filled_cache(dense, length)
     return Comparison(
         "model",
         f"next token{kind.suffix}",
         f"S={length}, {kind}",
         dtype,
         kind.active / kind.heads,
-        lambda: run(ours),
-        {"dense model": lambda: run(dense)},
-        lambda: _compared(ours, ids),
+        lambda: read_token(ours, next(turn), cache),
+        {"dense model": lambda: read_token(dense, next(turn), cache)},
+        lambda: logits_thrice(ours, ids),
         launches=True,
     )
 
@@ -127,26 +110,3 @@ def _models(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> tup
         shared=kind.shared, active=kind.active, router="query_norm", route_groups=kind.route_groups
     )
     return models[0], headwise.convert(models[1], attention=routed)
-
-
-def _compared(ours: Any, ids: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Logits, and those of the same model and routing by torch's attention, then in float64."""
-    dtype = next(ours.parameters()).dtype
-    with torch.no_grad():
-        with headwise.record_routing(ours) as routings:
-            got = ours(ids).logits
-        routers = {name: ours.get_submodule(name) for name in routings}
-        try:
-            for name, router in routers.items():
-                router.forward = partial(_decided, routings[name])
-            with patch.object(attention, "head_attention", partial(head_attention, impl="dense")):
-                usual, exact = ours(ids).logits, ours.double()(ids).logits
-        finally:
-            for router in routers.values():
-                del router.forward
-            ours.to(dtype)
-    return [got], [usual], [exact]
-
-
-def _decided(routing: Routing, *_: Any) -> Routing:
-    return routing

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, Row, environment, measure
+from headwise.progress import followed
 from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
 
@@ -93,24 +93,17 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
 
 
 def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
     builders = list(BENCHMARKS[name](effort))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=len(builders))
-        for build in builders:
-            what = name
-            try:
-                comparison = build()
-                what = f"{name}: {comparison.case}, {comparison.shape}, {comparison.kind}"
-                progress.update(task, description=what)
-                yield from measure(comparison, effort)
-            except RuntimeError as error:
-                # A GPU with too little memory for a shape, say, still has others to measure.
-                reason = str(error).strip().partition("\n")[0]
-                console.print(f"not measured: {what}: {reason}", style="red", highlight=False)
-            progress.advance(task)
+    for build in followed(builders, name, total=len(builders), alike=False):
+        what = name
+        try:
+            comparison = build()
+            what = f"{comparison.case}, {comparison.shape}, {comparison.kind}"
+            yield from measure(comparison, effort)
+        except RuntimeError as error:
+            # A GPU with too little memory for a shape, say, still has others to measure.
+            reason = str(error).strip().partition("\n")[0]
+            console.print(f"not measured: {what}: {reason}", style="red", highlight=False)
 
 
 def _memory_row(effort: Effort) -> Row:

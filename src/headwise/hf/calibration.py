@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from headwise.hf.surgery import attention_modules, build_routers
 from headwise.nn import HeadBudget, QueryNormRouter
 from headwise.ops import Routing
 from headwise.ops.choice import check_choice
+from headwise.progress import followed
 
 Measure = Literal["gradient", "loss", "query_norm"]
 Batches = Sequence[Mapping[str, Tensor]]
@@ -93,7 +93,7 @@ def _query_norms(
     routers = [QueryNormRouter(budget, scale_by_std=False) for budget in all_on]
     sums = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     with _routed_by(model, routers), record_routing(model) as routings:
-        for batch in track(batches, "query norms", transient=True):
+        for batch in followed(batches, "query norms", total=len(batches)):
             model(**batch)
             for total, routing in zip(sums, routings.values(), strict=True):
                 norms = routing.logits if routing.mask is None else routing.logits[routing.mask]
@@ -109,7 +109,7 @@ def _rises_of_loss(
     losses = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     heads = [(layer, head) for layer, b in enumerate(budgets) for head in range(b.num_heads)]
     with _routed_by(model, routers):
-        for layer, head in track(heads, "loss without each head", transient=True):
+        for layer, head in followed(heads, "loss without each head", total=len(heads)):
             routers[layer].gates[head] = 0
             losses[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
             routers[layer].gates[head] = 1
@@ -123,7 +123,7 @@ def _slopes_of_loss(
     gates = [router.gates.requires_grad_() for router in routers]
     slopes = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     with _routed_by(model, routers):
-        for batch in track(batches, "gradient of each head", transient=True):
+        for batch in followed(batches, "gradient of each head", total=len(batches)):
             # Only the gates: the gradients of the model's weights stay as they were.
             gradients = torch.autograd.grad(model(**batch).loss, gates)
             for total, gradient in zip(slopes, gradients, strict=True):

@@ -18,6 +18,7 @@ from headwise.data.images import ImageSet, load_all_images, load_images
 from headwise.hf import record_routing
 from headwise.hf.auto import load_strictly
 from headwise.hf.loading import reason
+from headwise.progress import followed
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.loading import load_config
 from headwise.recipes.results import environment
@@ -177,7 +178,8 @@ def _rows(run: EvalRun, classifier: _Classifier, images: ImageSet) -> list[Row]:
     labels = torch.from_numpy(classifier.numbers[images.labels])
     hits = torch.zeros(2, dtype=torch.int64)
     with record_routing(model) as routings:
-        for start in range(0, len(images), run.batch_size):
+        starts = range(0, len(images), run.batch_size)
+        for start in followed(starts, "images", total=len(starts)):
             part = slice(start, start + run.batch_size)
             logits = _logits(classifier, images.pixels[part])
             hits += count_hits(logits, labels[part].to(logits.device))

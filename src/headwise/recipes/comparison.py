@@ -204,6 +204,8 @@ class TextRun(LayeredRun):
         domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
         eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
         sample_prompt: What the best model continues in the report.
+        speed_contexts: Tokens of context at which the dense model and the one with routed heads are
+            timed after training, where the run has both; empty leaves it out.
     """
 
     vocab_size: int = 4096
@@ -211,12 +213,15 @@ class TextRun(LayeredRun):
     domain_exponent: float = 0.5
     eval_blocks_per_file: int = 4
     sample_prompt: str = "def "
+    speed_contexts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
         check_exponent("domain_exponent", self.domain_exponent)
+        for context in self.speed_contexts:
+            check_at_least(1, "speed_contexts", context)
         super().__post_init__()
         if (self.dim // self.num_heads) % 2:
             raise ValueError(

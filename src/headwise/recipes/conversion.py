@@ -20,6 +20,7 @@ from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
+from headwise.progress import followed
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss, Tokens
@@ -189,5 +190,6 @@ def _table(perplexities: dict[str, float]) -> Table:
 def _perplexity(model: Any, batches: Batches) -> float:
     with torch.no_grad():
         tokens = [batch["labels"].numel() - 1 for batch in batches]
-        nats = [model(**b).loss.item() * n for b, n in zip(batches, tokens, strict=True)]
+        shown = followed(batches, "perplexity", total=len(batches))
+        nats = [model(**b).loss.item() * n for b, n in zip(shown, tokens, strict=True)]
     return FileLoss(sum(nats), sum(tokens)).perplexity

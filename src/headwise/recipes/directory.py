@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 RUN_FILE = "run.json"
 MODELS = "models"
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to", "workers"}
+_FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to", "workers", "speed_contexts"}
 
 
 class RunDirectory:

@@ -15,6 +15,7 @@ from PIL import Image
 from headwise.hf.loading import reason
 from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
+from headwise.progress import followed
 from headwise.recipes.arguments import check_at_least, check_guidance, check_seed
 from headwise.recipes.directory import check_parents, write_whole
 from headwise.recipes.loading import load_config
@@ -156,7 +157,8 @@ def draw_images(
 
     `seed` is that of the first image; the others count on from it.
     """
-    for start in range(0, len(classes), _AT_A_TIME):
+    starts = range(0, len(classes), _AT_A_TIME)
+    for start in followed(starts, "drawing images", total=len(starts)):
         part = classes[start : start + _AT_A_TIME]
         images = pipeline(
             part,

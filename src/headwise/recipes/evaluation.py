@@ -16,6 +16,7 @@ from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf import record_routing
 from headwise.nn import HeadRouter
 from headwise.ops import Routing
+from headwise.progress import followed
 
 Tokens = NDArray[np.int32]
 
@@ -116,7 +117,8 @@ def file_losses(
     ]
     sums = np.zeros((len(files), 2))
     with record_routing(model) as routings:
-        for start in range(0, len(blocks), batch_size):
+        starts = range(0, len(blocks), batch_size)
+        for start in followed(starts, "held-out text", total=len(starts)):
             batch = blocks[start : start + batch_size]
             nats = _token_losses(model, [block for _, block in batch])
             for (file, block), row in zip(batch, nats, strict=True):

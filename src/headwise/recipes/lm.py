@@ -25,6 +25,7 @@ class LanguageModelRun(TextRun):
     active_heads: Budget = 0.75
     mh_heads: int = 2
     mh_top_k: int = 2
+    speed_contexts: tuple[int, ...] = (4096, 16384)
 
     def __post_init__(self) -> None:
         HeadBudget.resolve(self.num_heads, shared=self.shared_heads, active=self.active_heads)

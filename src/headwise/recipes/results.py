@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from headwise.analysis.experts import expert_use
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
+from headwise.analysis.speeds import speed_table, verdict
 from headwise.environment import device_name
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_parameters, measure_flops
@@ -19,6 +22,7 @@ from headwise.recipes import table
 from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.directory import RunDirectory, write_whole
 from headwise.recipes.measures import demerit
+from headwise.recipes.speed import Timed
 from headwise.recipes.task import Task
 
 _RESULT_FILE = "result.json"
@@ -113,7 +117,7 @@ def read_result(directory: Path) -> Trained | None:
 
 
 def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
-    """Print the table; write results.csv, experts.csv, figure.png, pictures,
+    """Print the table and the speed; write results.csv, experts.csv, figure.png, pictures,
     record.json, report.html."""
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
@@ -127,6 +131,9 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
     columns, cells = table.comparison(rows)
     best = min(trained, key=lambda result: demerit(result.row)).record
     sample = task.sample(directory.model(best.name, best.seed))
+    console = Console()
+    console.print(table.for_terminal(rows, run.title))
+    timed = task.speed(directory)
     record = RunRecord(
         title=f"headwise: {run.title}",
         facts={**task.facts(), **_facts(run, rows[0])},
@@ -138,12 +145,14 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
         sample_model=f"{best.label}, seed {best.seed}" if sample else "",
         sample_prompt=sample.prompt if sample else "",
         sample_text=sample.text if sample else "",
+        speeds=timed.speeds if timed else [],
+        speed_note=timed.note if timed else "",
     )
     write_whole(directory.root / "record.json", lambda path: path.write_text(to_json(record)))
     page = write_report(record, directory.root / "report.html")
     pictures = draw_pictures(record, directory.root / "pictures")
-    console = Console()
-    console.print(table.for_terminal(rows, run.title))
+    if timed:
+        _print_speed(timed, console)
     if sample:
         console.print(f"\n[bold]{record.sample_model}[/bold] continues {sample.prompt!r}:\n")
         console.print(sample.text, markup=False, highlight=False)
@@ -153,6 +162,19 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
     console.print(
         "", *(f"{what}:\t{directory.root / name}" for what, name in written.items()), sep="\n"
     )
+
+
+def _print_speed(timed: Timed, console: Console) -> None:
+    if timed.speeds:
+        columns, cells = speed_table(timed.speeds)
+        shown = Table(title="Speed at long contexts", box=SIMPLE_HEAD, padding=0, show_edge=False)
+        for index, column in enumerate(columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for line in cells:
+            shown.add_row(*line)
+        console.print("", shown)
+        console.print(verdict(timed.speeds), highlight=False)
+    console.print(timed.note, highlight=False)
 
 
 def _expert_rows(trained: list[Trained]) -> list[table.Row]:

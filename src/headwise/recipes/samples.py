@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import datasets
 import torch
 import tyro
-from rich.progress import track
 from transformers import set_seed
 
+from headwise.progress import followed
 from headwise.recipes.directory import write_whole
 from headwise.recipes.loading import check_length, load_causal_lm
 from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
@@ -61,7 +61,8 @@ def write_samples(run: SamplesRun) -> None:
         raise ValueError(f"{run.path} has no bos_token_id, with which a text would begin")
     set_seed(run.seed)
     rows: list[list[int]] = []
-    for start in track(range(0, run.count, run.batch_size), "sampling"):
+    starts = range(0, run.count, run.batch_size)
+    for start in followed(starts, "sampling", total=len(starts)):
         begun = torch.full((min(run.batch_size, run.count - start), 1), first, device=model.device)
         rows += _continue(model, begun, run.length)
     tokens = datasets.Dataset.from_dict({TOKEN_COLUMN: rows})

@@ -12,6 +12,8 @@ from headwise.analysis.image_records import RoutedImage, SampleGrid
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.comparison import ComparisonRun, Variant
+from headwise.recipes.directory import RunDirectory
+from headwise.recipes.speed import Timed
 
 Examples = Dataset[dict[str, Tensor]] | list[dict[str, Tensor]]
 
@@ -100,6 +102,10 @@ class Task(ABC):
     def trainer(self, **arguments: Any) -> SafeTrainer:
         """What trains a model."""
         return SafeTrainer(**arguments)
+
+    def speed(self, directory: RunDirectory) -> Timed | None:
+        """Dense against routed heads, of the saved models; None where there is nothing to time."""
+        return None
 
     def sample(self, directory: Path) -> Sample | None:
         """What the saved model writes; None where there is nothing to write."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,8 +23,9 @@ from headwise.data.text import (
     tokenize,
     train_tokenizer,
 )
+from headwise.progress import followed
 from headwise.recipes.comparison import TextRun, Variant
-from headwise.recipes.directory import fingerprint
+from headwise.recipes.directory import RunDirectory, fingerprint
 from headwise.recipes.evaluation import (
     RoutingStatistics,
     Tokens,
@@ -34,6 +34,7 @@ from headwise.recipes.evaluation import (
     routed_text,
 )
 from headwise.recipes.generation import continue_text
+from headwise.recipes.speed import Timed, time_models
 from headwise.recipes.task import Examples, Sample, Scores, Task
 from headwise.recipes.variants import build_model, model_flops, model_width
 
@@ -63,8 +64,9 @@ def read_text(run: TextRun) -> "TextTask":
     end = bpe.token_to_id(END_OF_TEXT)
 
     def shown(domain: Domain) -> Iterable[str]:
-        title = f"Tokens of {domain.name}"
-        return track(domain.training.values(), title, disable=not state.is_local_main_process)
+        files = domain.training.values()
+        title, shown = f"Tokens of {domain.name}", state.is_local_main_process
+        return followed(files, title, total=len(files), shown=shown)
 
     return TextTask(
         run,
@@ -210,6 +212,19 @@ class TextTask(Task):
             drawn: ", ".join(f"{name} {n:,}" for name, n in shares.items()),
             "Held-out files": ", ".join(f"{n} {len(f)}" for n, f in self.validation.items()),
         }
+
+    def speed(self, directory: RunDirectory) -> Timed | None:
+        variants, seed = self.run.chosen(), self.run.seeds[0]
+        alike = [v for v in variants if v.mlp is None and not v.ternary]
+        dense = next((v for v in alike if v.attention is None), None)
+        routed = next((v for v in alike if v.attention is not None), None)
+        if dense is None or routed is None or not self.run.speed_contexts:
+            return None
+        models = [
+            AutoModelForCausalLM.from_pretrained(directory.model(v.name, seed)).eval()
+            for v in (dense, routed)
+        ]
+        return time_models(*models, contexts=self.run.speed_contexts)
 
     def sample(self, directory: Path) -> Sample:
         model = AutoModelForCausalLM.from_pretrained(directory)

@@ -1,5 +1,6 @@
 """Times that can be compared: side by side in one run, interleaved, medians."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Our error against float64 may be this many times that of plain PyTorch in the same dtype.
+LARGEST_ERROR_RATIO = 2.0
+# Where rounds take too long for more.
+_FEWEST_ROUNDS = 3
 # Cycles that a GPU waits, a millisecond or two: Python queues a handful of kernels meanwhile.
 _HOLD = 2_000_000
 
@@ -21,11 +26,13 @@ def interleaved(
     warmups: int,
     device: torch.device,
     launches: bool = True,
+    most_seconds: float = math.inf,
 ) -> dict[str, float]:
     """Median milliseconds of each candidate, run as A B C A B C …, after some warm-ups.
 
-    There are as many rounds as asked for, and more until they have taken so many seconds. On a GPU,
-    without `launches`, only the kernels count, not the time that Python takes to launch them.
+    There are as many rounds as asked for, and more until so many seconds have passed; but only as
+    many as take `most_seconds`, though never less than three. On a GPU, without `launches`, only
+    the kernels count, not the time that Python takes to launch them.
     """
     clock = _by_events if device.type == "cuda" and not launches else partial(_by_clock, device)
     for _ in range(warmups):
@@ -33,6 +40,9 @@ def interleaved(
     times: list[list[float]] = []
     start = time.perf_counter()
     while len(times) < rounds or time.perf_counter() - start < seconds:
+        late = time.perf_counter() - start >= most_seconds
+        if late and len(times) >= min(rounds, _FEWEST_ROUNDS):
+            break
         times.append(_round(candidates, clock))
     medians = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
     return dict(zip(candidates, medians, strict=True))

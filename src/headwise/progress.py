@@ -1,0 +1,78 @@
+"""How far a long step is: a bar on a terminal, in a pipe or a log a plain line now and then."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def followed(
+    items: Iterable[T],
+    title: str,
+    *,
+    total: int,
+    describe: Callable[[T], str] = lambda _: "",
+    alike: bool = True,
+    shown: bool = True,
+) -> Iterator[T]:
+    """The items one by one, while it is shown how many are done.
+
+    Args:
+        items: What to go through.
+        title: What is being done.
+        total: How many items there are.
+        describe: An item in words, shown while it is worked on.
+        alike: Whether items take about equal time, so that the time left can be told.
+        shown: False shows nothing, as in all processes but the first.
+    """
+    console = Console()
+    if not shown:
+        yield from items
+    elif console.is_terminal:
+        yield from _with_bar(items, title, total, describe, alike, console)
+    else:
+        yield from _with_lines(items, title, total, describe, alike)
+
+
+def _with_bar(
+    items: Iterable[T],
+    title: str,
+    total: int,
+    describe: Callable[[T], str],
+    alike: bool,
+    console: Console,
+) -> Iterator[T]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        *([TimeRemainingColumn()] if alike else []),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        for item in items:
+            bar.update(task, description=_joined(title, describe(item)))
+            yield item
+            bar.advance(task)
+
+
+def _with_lines(
+    items: Iterable[T], title: str, total: int, describe: Callable[[T], str], alike: bool
+) -> Iterator[T]:
+    """Steps that end before the first line is due print nothing."""
+    began = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= _SECONDS_BETWEEN_LINES:
+            last, left = now, (now - began) / done * (total - done)
+            line = f"{title}  {done}/{total}" + (f"  {left:.0f} s left" if alike else "")
+            print(_joined(line, describe(item)), flush=True)
+        yield item
+
+
+def _joined(title: str, description: str) -> str:
+    return f"{title}  {description}" if description else title
