@@ -9,9 +9,11 @@ import pickle
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headwise.analysis.features import Features, spatial_features
@@ -36,9 +38,7 @@ def load_inception(path: str | os.PathLike[str]) -> "Inception":
     if not Path(path).is_file():
         raise ValueError(f"path is {os.fspath(path)}, where there is no file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # says that a file is TorchScript before it refuses it
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = _tensors(path)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError):
         raise ValueError(
             f"{path} is no state dict of tensors alone; give the file "
@@ -50,6 +50,14 @@ def load_inception(path: str | os.PathLike[str]) -> "Inception":
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit Inception of 2015: {error}") from None
     return model.float().eval().requires_grad_(False)
+
+
+def _tensors(path: str | os.PathLike[str]) -> Any:
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that a file is TorchScript before it refuses it
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Inception(nn.Sequential):
