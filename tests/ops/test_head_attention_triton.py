@@ -164,6 +164,27 @@ def test_strided_operands_and_gates_of_any_dtype(dtype):
     assert gradients[3].dtype == dtype
 
 
+@pytest.mark.parametrize("how", ["odd stride", "odd start", "one batch entry for two"])
+def test_keys_that_the_copy_engine_cannot_read_in_place(how):
+    leaves, options = case(B=2, T=23, S=29, causal=True)
+    k = {
+        "odd stride": torch.randn(2, 29, 2, 33, device=DEVICE)[..., :32],
+        "odd start": torch.randn(2, 29, 2, 36, device=DEVICE)[..., 1:33],
+        "one batch entry for two": torch.randn(1, 29, 2, 32, device=DEVICE).expand(2, -1, -1, -1),
+    }[how]
+    leaves = {**leaves, "k": k.requires_grad_()}
+    assert_equal_to(dense.head_attention, leaves, options)
+
+
+def test_an_off_token_gives_zero_whatever_the_values_of_others_are():
+    leaves, options = case(T=19, S=19, causal=True, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, 1::2] = 0
+        leaves["v"][:, 18] = torch.nan  # the last token sees it, and it shares a tile with others
+        y = kernels.head_attention(**leaves, **options)
+    assert (y[:, 1::2] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_error_is_at_most_twice_that_of_plain_attention(dtype, causal):
