@@ -193,4 +193,6 @@ if __name__ == "__main__":
     # Dynamo looks at .grad of whatever crosses a graph break; inductor imports torch.jit.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")
+    # torch on Python 3.13.0, of which 3.13.1 has the remedy.
+    warnings.filterwarnings("ignore", "Guards may run slower")
     print(json.dumps({case: outcome(case) for case in sys.argv[1:]}))

@@ -1,5 +1,6 @@
 """Compiles the kernels for this machine into the user's cache; checks them before they are kept."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -102,6 +103,8 @@ def _remove_what_is_left(directory: Path) -> None:
 
 def _compile(workshop: Path) -> Path:
     """Run compiler and linker; load what they built."""
+    # It warns where CUDA's compiler lies beside no GPU; kernels for CPUs need neither.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.cpp_extension import load
 
     for file, text in sources().items():
