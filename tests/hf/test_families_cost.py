@@ -1,5 +1,7 @@
 """FLOPs and parameters of every family of models, by formula, against torch's counter."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_families import FAMILIES, SIZES, inputs, tiny
@@ -33,7 +35,15 @@ def measured(model, family):
     del given["labels"]
     given.pop("attention_mask", None)
     with torch.no_grad():
-        return measure_flops(lambda: model(**given)) / (2 * tokens(family))
+        forward = measure_flops(lambda: model(**given))
+        return (forward - angles_of_positions(model, family)) / (2 * tokens(family))
+
+
+def angles_of_positions(model, family):
+    """FLOPs for which older transformers get the angles of rotary embeddings by matrix products."""
+    positions = torch.arange(tokens(family)).unsqueeze(0)
+    rotary = [part for name, part in model.named_modules() if name.endswith("rotary_emb")]
+    return sum(measure_flops(partial(part, torch.empty(1), positions)) for part in rotary)
 
 
 def outside_the_window(family, heads):

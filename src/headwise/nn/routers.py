@@ -90,7 +90,7 @@ class TwoStageRouter(HeadRouter):
         routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
         if self.budget.chosen:
             gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
-            routing = routing._replace(weights=arrange_gates(self.budget.shared_groups, *gates))
+            routing = routing.with_weights(arrange_gates(self.budget.shared_groups, *gates))
         return _gates_of_heads(routing, self.budget).with_mask(mask)
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -153,7 +153,7 @@ class OneStageRouter(HeadRouter):
         routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
         always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))
         gates = arrange_gates(self.budget.shared_groups, always_on, routing.weights)
-        return _gates_of_heads(routing._replace(weights=gates), self.budget).with_mask(mask)
+        return _gates_of_heads(routing.with_weights(gates), self.budget).with_mask(mask)
 
     def extra_repr(self) -> str:
         return f"{self.budget}, mode={self.mode}, scores={self.scores}"
@@ -194,4 +194,4 @@ def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
     """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
     if budget.heads_per_group == 1:
         return routing
-    return routing._replace(weights=routing.weights.repeat_interleave(budget.heads_per_group, -1))
+    return routing.with_weights(routing.weights.repeat_interleave(budget.heads_per_group, -1))

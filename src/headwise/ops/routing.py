@@ -35,16 +35,23 @@ class Routing(NamedTuple):
     logits: Float[Tensor, "*batch E"]
     mask: Bool[Tensor, "*batch"] | None = None
 
+    # Neither uses _replace: torch.compile before 2.13 cannot return what that makes.
+    def with_weights(self, weights: Float[Tensor, "*batch W"]) -> "Routing":
+        """The same routing with other weights."""
+        return Routing(weights, self.indices, self.probabilities, self.logits, self.mask)
+
     def with_mask(self, mask: Bool[Tensor, "*batch"] | None) -> "Routing":
         """The same routing with padding (mask False) switched off and left out of the count."""
         if mask is None:
             return self
         mask = mask.expand(self.indices.shape[:-1])
         padding = ~mask.unsqueeze(-1)
-        return self._replace(
-            weights=self.weights.masked_fill(padding, 0),
-            indices=self.indices.masked_fill(padding, -1),
-            mask=mask,
+        return Routing(
+            self.weights.masked_fill(padding, 0),
+            self.indices.masked_fill(padding, -1),
+            self.probabilities,
+            self.logits,
+            mask,
         )
 
 
