@@ -21,7 +21,8 @@ def head_attention(
 ) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     # One query sees every key; torch's own causal flag is right for square scores only.
-    needs_causal_mask = causal and queries > 1 and (queries != keys or (mask, bias) != (None, None))
+    plain = mask is None and bias is None and queries == keys
+    needs_causal_mask = causal and queries > 1 and not plain
     if needs_causal_mask:
         lower = lower_triangle(q, k)
         mask = lower if mask is None else mask & lower
