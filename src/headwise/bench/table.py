@@ -45,8 +45,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Some of the rows as a Markdown table; results/performance.csv has all."""
     shown = [row for row in rows if _is_shown(row)]
     lines = [COLUMNS, ["---"] * 5 + ["---:"] * 6, *(_cells(row) for row in shown)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+    return f"{_joined(lines)}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -68,12 +67,11 @@ def summary(rows: Sequence[Row]) -> str:
     columns = ["case", "shape", "rival", *dtypes]
     lines = [columns, ["---"] * 3 + ["---:"] * len(dtypes)]
     lines += [[*key, *(ratios.get(dtype, "") for dtype in dtypes)] for key, ratios in cases.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     legend = (
         "Half of the heads on. Our time over the rival's, below 1 is faster; medians of "
         "interleaved runs. ✓ or ✗: whether it is what headwise set out to reach."
     )
-    return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+    return f"{_joined(lines)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
 
 
 def on_a_gpu(rows: Sequence[Row]) -> str:
@@ -87,13 +85,12 @@ def on_a_gpu(rows: Sequence[Row]) -> str:
     columns = ["case", "shape", "rival", *(f"{share:.0%}" for share in shares)]
     lines = [columns, ["---"] * 3 + ["---:"] * len(shares)]
     lines += [[*key, *(ratios.get(x, "") for x in shares)] for key, ratios in cases.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     legend = (
         "By share of the heads that are on: our time over the rival's, faster below 1; bfloat16, "
         "medians of interleaved runs, kernels alone but for whole models. ✓ or ✗: whether it is "
         "what headwise set out to reach."
     )
-    return f"{text}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+    return f"{_joined(lines)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
 
 
 def _is_shown(row: Row) -> bool:
@@ -162,6 +159,10 @@ def _cells(row: Row) -> list[str]:
         "" if of_ideal is None else f"{of_ideal:.0%}",
         "" if target is None else f"{target:.2f}{_mark(row)}",
     ]
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _mark(row: Row) -> str:
