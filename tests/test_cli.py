@@ -114,6 +114,12 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
     assert message in fails(2, *arguments)
 
 
+def test_a_file_is_no_directory_of_a_model(fails):
+    assert f"{__file__} is a file; give the directory" in fails(
+        2, "generate", __file__, "--prompt", "x"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

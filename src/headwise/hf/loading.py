@@ -13,8 +13,10 @@ from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
 
 def check_holds_model(directory: Path) -> None:
     """Raises ValueError if no model was saved there, with those of the run that may be there."""
-    if not directory.is_dir():
+    if not directory.exists():
         raise ValueError(f"{directory} holds no model: there is no such directory")
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is a file; give the directory of a model")
     if not (directory / "config.json").is_file():
         inside = sorted(str(p.parent) for p in directory.glob("models/*/config.json"))
         hint = f"; the run in it has {', '.join(inside)}" if inside else ""

@@ -117,7 +117,8 @@ def read_prompt(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def read_token(model: Any, token: Tensor, cache: DynamicCache) -> None:
     """One token [B, 1] after those in the cache, which is cropped back."""
-    model(token, past_key_values=cache, use_cache=True)
+    # By place: transformers 5.24 renames it from past_key_values to cache.
+    model(token, None, None, cache, use_cache=True)
     cache.crop(-1)
 
 
