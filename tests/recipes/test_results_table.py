@@ -77,3 +77,8 @@ def test_many_domains_leave_no_room_for_quartiles():
     assert comparison([many])[1][0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
     assert "quartiles" not in markdown([many])
     assert "quartiles" in markdown(ROWS)
+
+
+def test_deviations_are_explained_where_there_are_several_seeds():
+    assert "±" in markdown(ROWS)
+    assert "±" not in markdown([row("moh", 0, 10.0), row("dense", 0, 11.0)])

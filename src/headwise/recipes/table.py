@@ -33,8 +33,9 @@ _MEASURED = {
 }
 _COST = (
     "MFLOPs: of a forward, per {}, by formula, without heads that are off; counted: what "
-    "torch's counter saw run. ±: deviation over seeds."
+    "torch's counter saw run."
 )
+_OVER_SEEDS = "±: deviation over seeds."
 _MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
@@ -109,6 +110,8 @@ def legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
     sentences = [_measured(rows), _COST.format(rows[0]["unit"])]
+    if len({row["seed"] for row in rows}) > 1:
+        sentences.append(_OVER_SEEDS)
     if _alone(rows):
         sentences.append(_SPEED.format(rows[0]["unit"]))
     if published := PUBLISHED.get(recipe):
