@@ -34,7 +34,9 @@ class DiffusionRun(ImageRun):
         learning_rate: Reached after warmup_steps, then constant.
     """
 
-    sizes: ClassVar = {name: f"dit-{name}" for name in ("test", "s", "b", "l", "xl")}
+    sizes: ClassVar[dict[str, str]] = {
+        name: f"dit-{name}" for name in ("test", "s", "b", "l", "xl")
+    }
     dense_label = "DiT"
     routed_label = "MoH-DiT"
 

@@ -32,7 +32,7 @@ class VisionRun(ImageRun):
         eval_images: Held-out images that count, at most.
     """
 
-    sizes: ClassVar = {"test": "test"} | {
+    sizes: ClassVar[dict[str, str]] = {"test": "test"} | {
         x: f"transnext-{x}" for x in ("micro", "tiny", "small", "base")
     }
     dense_label = "TransNeXt"
