@@ -11,11 +11,17 @@ BRIEFLY := awk '/Downloading .* [MG]B/; /^Installing collected/ {print "  unpack
 # Kernels in C++ make it faster; where they cannot be built, a line says why.
 KERNELS := $(BIN)/headwise compile || true
 
-.PHONY: demo test lowest latest lint tables clean
+# A demo that was stopped goes on; one that ended is made anew.
+STOPPED = $(and $(wildcard runs/demo/checkpoints),$(if $(wildcard runs/demo/report.html),,yes))
+
+.PHONY: help demo test lowest latest lint tables clean
+
+help:
+	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
 
 demo: $(VENV)/core  ## train five small models on real text, compare them, draw a report
 	@$(KERNELS)
-	$(BIN)/headwise train lm --output runs/demo --overwrite
+	$(BIN)/headwise train lm --output runs/demo $(if $(STOPPED),--resume,--overwrite)
 
 test: $(VENV)/dev  ## the whole test suite
 	@$(KERNELS)
@@ -36,7 +42,7 @@ tables: $(VENV)/core  ## write the tables of README.md again, from results/
 $(VENV)/core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; oldest = "$(OLDEST)"; \
 	    sys.version_info >= tuple(map(int, oldest.split("."))) or sys.exit( \
-	    "headwise needs Python %s or newer, and $(PYTHON) is %d.%d; another: make PYTHON=python%s" \
+	    "headwise needs Python %s or newer, and $(PYTHON) is %d.%d; another: make PYTHON=python%s $(MAKECMDGOALS)" \
 	    % (oldest, sys.version_info[0], sys.version_info[1], oldest))'
 	@echo "Installing into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)

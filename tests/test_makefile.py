@@ -42,7 +42,7 @@ def test_a_python_that_is_too_old_is_named_before_anything_is_written(checkout, 
     shown = ".".join(version.strip("()").split(", ")[:2])
     assert said == (
         f"headwise needs Python 3.11 or newer, and ./old is {shown}; "
-        "another: make PYTHON=python3.11"
+        "another: make PYTHON=python3.11 demo"
     )
     assert all(line.startswith("make") for line in of_make)
     assert done.stdout == ""
@@ -70,3 +70,23 @@ def test_kernels_are_built_first_and_are_no_condition(checkout, target, then):
 
 def test_demo_installs_what_builds_them(checkout):
     assert "-e '.[compile]'" in make(checkout, "--dry-run", "demo").stdout
+
+
+def test_a_demo_that_was_stopped_goes_on_and_one_that_ended_is_made_anew(checkout):
+    def option() -> str:
+        return make(checkout, "--dry-run", "demo").stdout.splitlines()[-1].split()[-1]
+
+    run = checkout / "runs" / "demo"
+    assert option() == "--overwrite"
+    (run / "checkpoints").mkdir(parents=True)
+    assert option() == "--resume"
+    (run / "report.html").touch()
+    assert option() == "--overwrite"
+
+
+def test_make_alone_says_what_there_is_and_does_nothing(checkout):
+    done = make(checkout)
+    assert done.returncode == 0
+    assert "make demo: train five small models" in done.stdout
+    assert "make test: the whole test suite" in done.stdout
+    assert not (checkout / ".venv").exists()
