@@ -12,7 +12,7 @@ BRIEFLY := awk '/Downloading .* [MG]B/; /^Installing collected/ {print "  unpack
 KERNELS := $(BIN)/headwise compile || true
 
 # A demo that was stopped goes on; one that ended is made anew.
-STOPPED = $(and $(wildcard runs/demo/checkpoints),$(if $(wildcard runs/demo/report.html),,yes))
+STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
 .PHONY: help demo test lowest latest lint tables clean
 

@@ -170,7 +170,7 @@ def compared(
             if impl is not None and hasattr(part, "impl"):
                 setattr(part, "impl", impl)  # noqa: B010 (mypy takes it for a tensor)
             if isinstance(part, Router):
-                part.forward = lambda *_: routings[0]._replace(weights=wide)
+                part.forward = lambda *_: routings[0].with_weights(wide)
         return run(twin, dtype)
 
     return again(None, dtype), again("dense", dtype), again("dense", torch.float64)

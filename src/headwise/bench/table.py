@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headwise.bench.comparison import Row
+from headwise.recipes.table import in_markdown
 
 COLUMNS = (
     "case", "shape", "dtype", "heads on", "rival", "ours", "rival's", "ratio", "ideal",
@@ -43,9 +44,8 @@ def for_terminal(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Some of the rows as a Markdown table; results/performance.csv has all."""
-    shown = [row for row in rows if _is_shown(row)]
-    lines = [COLUMNS, ["---"] * 5 + ["---:"] * 6, *(_cells(row) for row in shown)]
-    return f"{_joined(lines)}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
+    table = in_markdown(COLUMNS, [_cells(row) for row in rows if _is_shown(row)], left=5)
+    return f"{table}\n\n{LEGEND}\nMeasured on {measured_on(rows)}.\n"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -65,13 +65,12 @@ def summary(rows: Sequence[Row]) -> str:
         mark = target.partition(" ")[2]
         cases.setdefault(key, {})[row["dtype"]] = f"{ratio} {mark}".strip()
     columns = ["case", "shape", "rival", *dtypes]
-    lines = [columns, ["---"] * 3 + ["---:"] * len(dtypes)]
-    lines += [[*key, *(ratios.get(dtype, "") for dtype in dtypes)] for key, ratios in cases.items()]
+    cells = [[*key, *(ratios.get(dtype, "") for dtype in dtypes)] for key, ratios in cases.items()]
     legend = (
         "Half of the heads on. Our time over the rival's, below 1 is faster; medians of "
         "interleaved runs. ✓ or ✗: whether it is what headwise set out to reach."
     )
-    return f"{_joined(lines)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+    return f"{in_markdown(columns, cells, left=3)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
 
 
 def on_a_gpu(rows: Sequence[Row]) -> str:
@@ -83,14 +82,13 @@ def on_a_gpu(rows: Sequence[Row]) -> str:
         cases.setdefault(key, {})[float(row["share"])] = f"{float(row['ratio']):.2f}{_mark(row)}"
     shares = sorted({float(row["share"]) for row in shown})
     columns = ["case", "shape", "rival", *(f"{share:.0%}" for share in shares)]
-    lines = [columns, ["---"] * 3 + ["---:"] * len(shares)]
-    lines += [[*key, *(ratios.get(x, "") for x in shares)] for key, ratios in cases.items()]
+    cells = [[*key, *(ratios.get(x, "") for x in shares)] for key, ratios in cases.items()]
     legend = (
         "By share of the heads that are on: our time over the rival's, faster below 1; bfloat16, "
         "medians of interleaved runs, kernels alone but for whole models. ✓ or ✗: whether it is "
         "what headwise set out to reach."
     )
-    return f"{_joined(lines)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
+    return f"{in_markdown(columns, cells, left=3)}\n\n{legend}\nMeasured on {measured_on(rows)}.\n"
 
 
 def _is_shown(row: Row) -> bool:
@@ -159,10 +157,6 @@ def _cells(row: Row) -> list[str]:
         "" if of_ideal is None else f"{of_ideal:.0%}",
         "" if target is None else f"{target:.2f}{_mark(row)}",
     ]
-
-
-def _joined(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _mark(row: Row) -> str:

@@ -71,7 +71,7 @@ def sample_grid(images: NDArray[np.uint8], rows: Sequence[str]) -> SampleGrid:
 
 
 def _patch_map(layer: int, routing: Routing, image: int) -> PatchMap:
-    on = heads_on(routing._replace(weights=routing.weights[image]))
+    on = heads_on(routing.with_weights(routing.weights[image]))
     side = math.isqrt(len(on))
     return PatchMap(layer, [side, side], on)
 
