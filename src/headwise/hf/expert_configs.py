@@ -6,12 +6,11 @@ from typing import Any, Literal, Self
 
 import torch
 
-from headwise.hf.head_configs import check_coefficient
 from headwise.nn import MHMoE, MoE
 from headwise.nn.mh_moe import ExpertRouterName
 from headwise.ops.activations import Activation
 from headwise.ops.balance import BalanceForm, BalanceScope
-from headwise.ops.choice import check_choice
+from headwise.ops.fields import Count, Index, Weight, check_fields, checked
 from headwise.ops.scores import TokenScores
 
 ExpertsFrom = Literal["random", "mlp"]
@@ -33,36 +32,28 @@ class MoEConfig:
             arXiv 2406.16554 (slices); sparse upcycling, arXiv 2212.05055.
     """
 
-    num_experts: int
-    top_k: int
-    expert_dim: int
+    num_experts: Count
+    top_k: Count
+    expert_dim: Count
     normalize_top_k: bool = True
-    shared_expert_dim: int | None = None
+    shared_expert_dim: Index | None = None
     inner_residual: bool = False
     activation: Activation = "silu"
     glu: bool = True
     router: ExpertRouterName = "linear"
-    balance_coefficient: float = 0.01
-    z_loss_coefficient: float = 0.0
+    balance_coefficient: Weight = 0.01
+    z_loss_coefficient: Weight = 0.0
     experts_from: ExpertsFrom = "random"
     scores: TokenScores = "softmax"
-    bias_rate: float = 0.0
+    bias_rate: Weight = 0.0
     balance_form: BalanceForm = "scaled"
     balance_scope: BalanceScope = "process"
 
     def __post_init__(self) -> None:
-        for field in ("num_experts", "top_k", "expert_dim"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{field} is {value!r}; it must be an int")
+        check_fields(self)
         # The layer knows what it takes; on the meta device it costs nothing to ask.
         with torch.device("meta"):
             self.build(getattr(self, "num_heads", 1))
-        check_coefficient("balance_coefficient", self.balance_coefficient)
-        check_coefficient("z_loss_coefficient", self.z_loss_coefficient)
-        check_choice("balance_form", self.balance_form, BalanceForm)
-        check_choice("balance_scope", self.balance_scope, BalanceScope)
-        check_choice("experts_from", self.experts_from, ExpertsFrom)
         if self.experts_from == "mlp":
             self._check_is_an_mlp_in_slices()
 
@@ -85,7 +76,8 @@ class MoEConfig:
                 "True, or the sizes of the experts' weights would not be a mean's"
             )
 
-    def fine_grained(self, parts: int) -> Self:
+    @checked
+    def fine_grained(self, parts: Count) -> Self:
         """The same mixture with every expert cut into that many, and as many times the top_k.
 
         Parameters and FLOPs stay, the router's aside; the choice is finer. In `MHMoEConfig` it is
@@ -96,7 +88,7 @@ class MoEConfig:
         Raises:
             ValueError: If parts does not divide expert_dim.
         """
-        if parts < 1 or self.expert_dim % parts:
+        if self.expert_dim % parts:
             raise ValueError(f"parts is {parts}; it must divide expert_dim = {self.expert_dim}")
         return dataclasses.replace(
             self,
@@ -132,7 +124,7 @@ class MHMoEConfig(MoEConfig):
     distillation: perplexity 8.6, from random experts 13.5).
     """
 
-    num_heads: int
+    num_heads: Count
     bias: bool = False
     head_layer: bool = True
     merge_layer: bool = True

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from headwise.nn import Budget, HeadBudget, HeadRouter
 from headwise.nn.moh import HeadRouterName, check_head_router, head_router
+from headwise.ops.fields import Index, Weight, check_fields
 from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores
 
@@ -38,31 +39,26 @@ class MoHConfig:
             were, the first ones chosen; the balance loss then spreads the choice.
     """
 
-    shared: Budget | Sequence[Budget | Sequence[int]] | OfDepth = 0.4
+    shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth = 0.4
     active: Budget | Sequence[Budget] | OfDepth = 0.75
     router: HeadRouterName = "two_stage"
     mode: HeadMode = "released"
-    balance_coefficient: float = 0.01
+    balance_coefficient: Weight = 0.01
     route_groups: bool = False
-    router_std: float = 0.02
+    router_std: Weight = 0.02
     scores: HeadScores = "softmax"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("shared", "active"):
             value: Any = getattr(self, field)
             if isinstance(value, list | tuple):
                 value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
                 object.__setattr__(self, field, value)
-            for budget in value if isinstance(value, tuple) else (value,):
-                named = field == "shared" and isinstance(value, tuple) and isinstance(budget, tuple)
-                if not (named or callable(budget)):
-                    _check_budget(field, budget)
         shared, active = cast(tuple[Any, Any], (self.shared, self.active))
         if type(shared) is type(active) in (int, float) and shared > active:
             raise ValueError(f"shared is {shared}, more than active = {active}")
-        check_head_router(self.router, mode=self.mode, scores=self.scores)
-        check_coefficient("balance_coefficient", self.balance_coefficient)
-        check_coefficient("router_std", self.router_std)
+        check_head_router(self.router, scores=self.scores)
 
     def resolve(self, num_layers: int) -> "MoHConfig":
         """The same with functions of depth evaluated.
@@ -107,18 +103,3 @@ class MoHConfig:
     @staticmethod
     def _of_layer(budget: Any, layer: int) -> Any:
         return budget[layer] if isinstance(budget, tuple) else budget
-
-
-def check_coefficient(field: str, value: float) -> None:
-    """Raises ValueError if the factor of a loss is negative, or none."""
-    if not value >= 0:
-        raise ValueError(f"{field} is {value}; it must be at least 0")
-
-
-def _check_budget(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{field} is {value!r}; it must be a count or a share")
-    if isinstance(value, int) and value < 0:
-        raise ValueError(f"{field} is {value}; a count of heads must be at least 0")
-    if isinstance(value, float) and not 0 <= value <= 1:
-        raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")

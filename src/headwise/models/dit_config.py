@@ -1,12 +1,11 @@
 """Sizes of diffusion transformers: their configuration, and those that are published."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from headwise.models.own_config import OwnConfig
 from headwise.models.presets import preset_fields
 from headwise.nn import Budget, HeadBudget
-
-PerLayer = list[Any] | tuple[Any, ...]
+from headwise.ops.fields import Count, Positive, Range, Weight, check_fields
 
 
 class DiTConfig(OwnConfig):
@@ -38,19 +37,19 @@ class DiTConfig(OwnConfig):
 
     model_type = "headwise_dit"
 
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 384
-    num_heads: int | PerLayer = 6
-    head_dim: int | None = None
-    num_hidden_layers: int = 12
-    mlp_ratio: float = 4.0
-    class_dropout: float = 0.1
+    input_size: Count = 32
+    patch_size: Count = 2
+    in_channels: Count = 4
+    hidden_size: Count = 384
+    num_heads: Count | list[Count] | tuple[Count, ...] = 6
+    head_dim: Count | None = None
+    num_hidden_layers: Count = 12
+    mlp_ratio: Positive = 4.0
+    class_dropout: Annotated[float, Range(0, below=1)] = 0.1
     learn_sigma: bool = True
-    shared_heads: Budget | PerLayer | None = None
-    active_heads: Budget | PerLayer | None = None
-    balance_coefficient: float = 0.01
+    shared_heads: Budget | list[Budget] | tuple[Budget, ...] | None = None
+    active_heads: Budget | list[Budget] | tuple[Budget, ...] | None = None
+    balance_coefficient: Weight = 0.01
 
     def __post_init__(self, **kwargs: Any) -> None:
         # As they come back from JSON.
@@ -63,35 +62,20 @@ class DiTConfig(OwnConfig):
             raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     def _check(self) -> None:
-        counts = ["input_size", "patch_size", "in_channels", "hidden_size", "num_hidden_layers"]
-        if self.head_dim is not None:
-            counts.append("head_dim")
-        for name in counts:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be at least 1 and whole")
+        check_fields(self)
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size is {self.patch_size}; it must divide input_size = {self.input_size}"
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; it must be a multiple of 4")
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"class_dropout is {self.class_dropout}; it must lie in 0..1, below 1")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0")
-        if not self.balance_coefficient >= 0:
-            raise ValueError(
-                f"balance_coefficient is {self.balance_coefficient}; it must be at least 0"
-            )
         if (self.shared_heads is None) != (self.active_heads is None):
             raise ValueError(
                 f"shared_heads is {self.shared_heads} and active_heads {self.active_heads}; give "
                 "both, or neither for the dense model"
             )
         for heads in self._per_layer("num_heads"):
-            whole = isinstance(heads, int) and heads > 0
-            if not whole or (self.head_dim is None and self.hidden_size % heads):
+            if self.head_dim is None and self.hidden_size % heads:
                 raise ValueError(
                     f"num_heads is {heads!r}; it must divide hidden_size = {self.hidden_size}, or "
                     "head_dim be given"

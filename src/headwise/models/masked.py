@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from headwise.data.masked_pairs import IGNORED
 from headwise.data.patches import patches_of
+from headwise.ops.fields import Count, check_fields
 
 
 class MaskedConfig(ViTConfig):
@@ -30,15 +31,16 @@ class MaskedConfig(ViTConfig):
 
     model_type = "headwise_masked"
 
-    image_size: int = 8
-    patch_size: int = 2
-    num_channels: int = 1
-    vocab_size: int = 512
-    max_text_length: int = 32
-    codebook_size: int = 64
+    image_size: Count = 8
+    patch_size: Count = 2
+    num_channels: Count = 1
+    vocab_size: Count = 512
+    max_text_length: Count = 32
+    codebook_size: Count = 64
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        check_fields(self)
+        if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size is {self.patch_size}; it must divide image_size = {self.image_size}"
             )

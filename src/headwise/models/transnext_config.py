@@ -1,12 +1,16 @@
 """Sizes of a TransNeXt and of a MoH-ViT: checked, and the published ones by name."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from transformers.backbone_utils import BackboneConfigMixin
 
 from headwise.models.own_config import OwnConfig
 from headwise.models.presets import preset_fields
 from headwise.nn import HeadBudget
+from headwise.ops.fields import Count, Index, Positive, Range, Weight, check_fields
+
+Counts = tuple[Count, ...] | list[Count]
+Rate = Annotated[float, Range(0, below=1)]
 
 _TINY = {"hidden_sizes": (72, 144, 288, 576), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.25}
 _SMALL = _TINY | {"depths": (5, 5, 22, 5), "drop_path_rate": 0.45}
@@ -81,29 +85,31 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
 
     model_type = "headwise_transnext"
 
-    image_size: int = 224
-    patch_size: int = 4
-    num_channels: int = 3
-    hidden_sizes: tuple[int, ...] | list[int] = (48, 96, 192, 384)
-    depths: tuple[int, ...] | list[int] = (2, 2, 15, 2)
-    num_heads: tuple[int, ...] | list[int] = (2, 4, 8, 16)
-    mlp_ratios: tuple[float, ...] | list[float] = (8, 8, 4, 4)
-    sr_ratios: tuple[int, ...] | list[int] = (8, 4, 2, 1)
-    window_size: int = 3
-    drop_path_rate: float = 0.15
-    hidden_dropout: float = 0.0
-    initializer_range: float = 0.02
-    pretrain_size: int | None = None
-    shared_heads: tuple[int, ...] | list[int] | None = None
-    active_heads: tuple[int, ...] | list[int] | None = None
-    balance_coefficient: float = 0.01
+    image_size: Count = 224
+    patch_size: Count = 4
+    num_channels: Count = 3
+    hidden_sizes: Counts = (48, 96, 192, 384)
+    depths: Counts = (2, 2, 15, 2)
+    num_heads: Counts = (2, 4, 8, 16)
+    mlp_ratios: tuple[Positive, ...] | list[Positive] = (8, 8, 4, 4)
+    sr_ratios: Counts = (8, 4, 2, 1)
+    window_size: Count = 3
+    drop_path_rate: Rate = 0.15
+    hidden_dropout: Rate = 0.0
+    initializer_range: Weight = 0.02
+    pretrain_size: Count | None = None
+    shared_heads: tuple[Index, ...] | list[Index] | None = None
+    active_heads: Counts | None = None
+    balance_coefficient: Weight = 0.01
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         self.pretrain_size = self.image_size if self.pretrain_size is None else self.pretrain_size
+        if self.window_size % 2 == 0:
+            raise ValueError(f"window_size is {self.window_size}; it must be odd")
         self._check_stages()
-        self._check_numbers()
         self._check_heads()
         self.check_image_size("image_size", self.image_size)
         self.stage_names = [f"stage{i + 1}" for i in range(self.num_stages)]
@@ -174,30 +180,14 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
             )
         for field in fields if self.shared_heads is None else [*fields, *_HEADS]:
             values = getattr(self, field)
-            if not isinstance(values, list | tuple) or not values:
+            if not values:
                 raise ValueError(f"{field} is {values!r}; it must have an entry for each stage")
             if len(values) != len(self.hidden_sizes):
                 raise ValueError(
                     f"{field} has {len(values)} entries and hidden_sizes {len(self.hidden_sizes)}; "
                     "both must have one for each stage"
                 )
-            kinds, what = (int | float, "") if field == "mlp_ratios" else (int, " and whole")
-            if field not in _HEADS and not all(isinstance(x, kinds) and x > 0 for x in values):
-                raise ValueError(f"{field} is {list(values)}; its entries must be positive{what}")
             setattr(self, field, tuple(values))
-
-    def _check_numbers(self) -> None:
-        for field in ("image_size", "pretrain_size", "patch_size", "num_channels", "window_size"):
-            if not isinstance(value := getattr(self, field), int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be at least 1 and whole")
-        if self.window_size % 2 == 0:
-            raise ValueError(f"window_size is {self.window_size}; it must be odd")
-        for field in ("drop_path_rate", "hidden_dropout"):
-            if not 0 <= (value := getattr(self, field)) < 1:
-                raise ValueError(f"{field} is {value}; it must lie in 0..1, below 1")
-        for field in ("initializer_range", "balance_coefficient"):
-            if not (value := getattr(self, field)) >= 0:
-                raise ValueError(f"{field} is {value}; it must be at least 0")
 
     def _check_heads(self) -> None:
         for stage, (dim, heads) in enumerate(zip(self.hidden_sizes, self.num_heads, strict=True)):

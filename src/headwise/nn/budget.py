@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-Budget = int | float
+from headwise.ops.fields import Count, Index, Range, check, check_fields
+
+Budget = Annotated[int, Range(0)] | Annotated[float, Range(0, 1)]
 # Which heads are shared, instead of how many of the first ones.
-Heads = tuple[int, ...]
+Heads = tuple[Index, ...]
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,30 @@ class HeadBudget:
         chosen: The shared heads, ascending, where they are not the first ones.
     """
 
-    num_heads: int
-    shared_heads: int
-    active_heads: int
+    num_heads: Count
+    shared_heads: Index
+    active_heads: Count
     rounded: tuple[str, ...] = ()
-    heads_per_group: int = 1
+    heads_per_group: Count = 1
     chosen: Heads = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.shared_heads <= self.active_heads <= self.num_heads:
+            raise ValueError(
+                f"shared_heads is {self.shared_heads}, active_heads {self.active_heads} and "
+                f"num_heads {self.num_heads}; none may exceed the next"
+            )
+        for field in ("num_heads", "shared_heads", "active_heads"):
+            if (count := getattr(self, field)) % self.heads_per_group:
+                raise ValueError(
+                    f"heads_per_group is {self.heads_per_group}; it must divide {field} = {count}"
+                )
+        _checked_heads("chosen", self.chosen, self.num_heads, self.heads_per_group)
+        if self.chosen and len(self.chosen) != self.shared_heads:
+            raise ValueError(
+                f"chosen is {list(self.chosen)}; it must name shared_heads = {self.shared_heads}"
+            )
 
     @classmethod
     def resolve(
@@ -56,13 +77,15 @@ class HeadBudget:
                 active, heads remain that no token could ever switch on, num_groups does not divide
                 num_heads or a count is not of whole groups.
         """
-        if num_heads < 1:
-            raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
+        of_shared, of_active = names
+        check("num_heads", num_heads, Count)
+        check("num_groups", num_groups, Count | None)
+        check(of_shared, shared, Budget | Heads)
+        check(of_active, active, Budget)
         num_groups = num_heads if num_groups is None else num_groups
-        if num_groups < 1 or num_heads % num_groups:
+        if num_heads % num_groups:
             raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
         size = num_heads // num_groups
-        of_shared, of_active = names
         chosen: Heads = ()
         if isinstance(shared, tuple):
             chosen = _checked_heads(of_shared, shared, num_heads, size)
@@ -147,8 +170,6 @@ def _checked_heads(field: str, heads: Heads, num_heads: int, size: int) -> Heads
 
 def _count(field: str, value: Budget, num_heads: int, size: int, *, least: int) -> tuple[int, str]:
     """The count of heads, of whole groups of that size, and what was rounded."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{field} is {value!r}; it must be a count (int) or a share (float)")
     if isinstance(value, int):
         if not least <= value <= num_heads:
             raise ValueError(f"{field} is {value}; it must lie in {least}..{num_heads} (num_heads)")
@@ -158,8 +179,6 @@ def _count(field: str, value: Budget, num_heads: int, size: int, *, least: int) 
                 f"multiple of {size}, such as {value + size - value % size}"
             )
         return value, ""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{field} is {value}; a share must lie in 0.0..1.0")
     exact = value * num_heads
     count = size * math.floor(exact / size + 0.5)
     # 0.7 * 10 is 7.000000000000001: that is whole, not rounded.

@@ -1,6 +1,5 @@
 """Routers of tokens to experts, in float32 or wider, and the biases that balance their loads."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.functional import normalize
 from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.routers import Router
 from headwise.ops import Routing, count_choices, route_tokens
-from headwise.ops.choice import check_choice
+from headwise.ops.fields import Count, Weight, checked
 from headwise.ops.logits import router_logits
 from headwise.ops.processes import sum_over_processes
 from headwise.ops.scores import TokenScores
@@ -36,23 +35,19 @@ class ExpertRouter(KeepsBuffers, Router):
     bias: Tensor | None
     load: Tensor | None
 
+    @checked
     def __init__(
         self,
-        num_experts: int,
+        num_experts: Count,
         *,
-        top_k: int,
+        top_k: Count,
         normalize_top_k: bool = True,
         scores: TokenScores = "softmax",
-        bias_rate: float = 0.0,
+        bias_rate: Weight = 0.0,
     ):
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
-        if not 1 <= top_k <= num_experts:
+        if top_k > num_experts:
             raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")
-        check_choice("scores", scores, TokenScores)
-        if not 0 <= bias_rate < math.inf:
-            raise ValueError(f"bias_rate is {bias_rate}; it must be at least 0 and finite")
         self.top_k, self.normalize_top_k = top_k, normalize_top_k
         self.scores, self.bias_rate = scores, bias_rate
         for name in ("bias", "load"):
@@ -81,7 +76,8 @@ class LinearRouter(ExpertRouter):
     The options are `ExpertRouter`'s.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, top_k: int, **options: Any):
+    @checked
+    def __init__(self, dim: Count, num_experts: Count, *, top_k: Count, **options: Any):
         super().__init__(num_experts, top_k=top_k, **options)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
@@ -109,8 +105,15 @@ class CosineRouter(ExpertRouter):
     sides are normalised, as printed, and τ is the exponential of its parameter, so stays positive.
     """
 
+    @checked
     def __init__(
-        self, dim: int, num_experts: int, *, top_k: int, projection_dim: int = 16, **options: Any
+        self,
+        dim: Count,
+        num_experts: Count,
+        *,
+        top_k: Count,
+        projection_dim: Count = 16,
+        **options: Any,
     ):
         super().__init__(num_experts, top_k=top_k, **options)
         self.projection = nn.Parameter(torch.empty(projection_dim, dim))

@@ -13,8 +13,8 @@ from headwise.nn.expert_routers import CosineRouter, LinearRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
-from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import Impl
+from headwise.ops.fields import Count, Index, Weight, checked
 from headwise.ops.scores import TokenScores
 
 ExpertRouterName = Literal["linear", "cosine"]
@@ -54,39 +54,31 @@ class MHMoE(nn.Module):
         ValueError: For sizes that do not divide or counts out of range.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         *,
-        num_heads: int,
-        num_experts: int,
-        top_k: int,
-        expert_dim: int,
+        num_heads: Count,
+        num_experts: Count,
+        top_k: Count,
+        expert_dim: Count,
         normalize_top_k: bool = True,
-        shared_expert_dim: int | None = None,
+        shared_expert_dim: Index | None = None,
         inner_residual: bool = False,
         bias: bool = False,
         activation: Activation = "silu",
         glu: bool = True,
         router: ExpertRouterName = "linear",
         scores: TokenScores = "softmax",
-        bias_rate: float = 0.0,
+        bias_rate: Weight = 0.0,
         head_layer: bool = True,
         merge_layer: bool = True,
         impl: Impl = "auto",
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}")
-        if expert_dim < 1:
-            raise ValueError(f"expert_dim is {expert_dim}; it must be at least 1")
-        if shared_expert_dim is not None and shared_expert_dim < 0:
-            raise ValueError(
-                f"shared_expert_dim is {shared_expert_dim}; it must be None or above 0"
-            )
-        check_choice("router", router, ExpertRouterName)
-        check_choice("activation", activation, Activation)
-        check_choice("impl", impl, Impl)
         self.dim, self.num_heads = dim, num_heads
         self.num_experts, self.expert_dim = num_experts, expert_dim
         self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
@@ -116,7 +108,8 @@ class MHMoE(nn.Module):
                 if proj.bias is not None:
                     nn.init.zeros_(proj.bias)
 
-    def reset_experts(self, *, std: float) -> None:
+    @checked
+    def reset_experts(self, *, std: Weight) -> None:
         """Normal for all matrices of the experts, the shared one included.
 
         Args:
@@ -179,19 +172,19 @@ class MoE(MHMoE):
 
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         *,
-        num_experts: int,
-        top_k: int,
-        expert_dim: int,
+        num_experts: Count,
+        top_k: Count,
+        expert_dim: Count,
         normalize_top_k: bool = True,
-        shared_expert_dim: int | None = None,
+        shared_expert_dim: Index | None = None,
         inner_residual: bool = False,
         activation: Activation = "silu",
         glu: bool = True,
         router: ExpertRouterName = "linear",
         scores: TokenScores = "softmax",
-        bias_rate: float = 0.0,
+        bias_rate: Weight = 0.0,
         impl: Impl = "auto",
     ):
         super().__init__(
@@ -220,7 +213,8 @@ class ExpertMatrices(nn.Module):
     up_proj [E, 2F, D] holds the gate rows first (glu) or is [E, F, D]; down_proj is [E, D, F].
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, glu: bool):
+    @checked
+    def __init__(self, num_experts: Count, dim: Count, hidden_dim: Count, *, glu: bool):
         super().__init__()
         up_dim = 2 * hidden_dim if glu else hidden_dim
         self.up_proj = nn.Parameter(torch.empty(num_experts, up_dim, dim))

@@ -10,7 +10,7 @@ from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
-from headwise.ops.choice import check_choice
+from headwise.ops.fields import Count, checked
 from headwise.ops.head_attention import Impl
 from headwise.ops.head_projection import merge_heads, pays, project_heads
 from headwise.ops.routing import HeadMode
@@ -19,15 +19,12 @@ from headwise.ops.scores import HeadScores
 HeadRouterName = Literal["two_stage", "one_stage", "query_norm"]
 
 
-def check_head_router(router: str, *, mode: str, scores: str) -> None:
-    """Refuse a router of heads that does not exist.
+def check_head_router(router: HeadRouterName, *, scores: HeadScores) -> None:
+    """Refuse scores that the router has no use for.
 
     Raises:
         ValueError: Naming the field.
     """
-    check_choice("router", router, HeadRouterName)
-    check_choice("mode", mode, HeadMode)
-    check_choice("scores", scores, HeadScores)
     if router == "query_norm" and scores != "softmax":
         raise ValueError(
             f"scores is {scores!r}; with router 'query_norm', whose gates are 0 and 1, it must be "
@@ -48,7 +45,7 @@ def head_router(
 
     Weights of a learned router start normal with deviation `std`.
     """
-    check_head_router(router, mode=mode, scores=scores)
+    check_head_router(router, scores=scores)
     if router == "query_norm":
         return QueryNormRouter(budget)
     kind = TwoStageRouter if router == "two_stage" else OneStageRouter
@@ -89,15 +86,16 @@ class MoHAttention(nn.Module):
             exist.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         *,
-        num_heads: int,
+        num_heads: Count,
         shared_heads: Budget,
         active_heads: Budget,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
+        num_kv_heads: Count | None = None,
+        head_dim: Count | None = None,
         router: HeadRouterName = "two_stage",
         mode: HeadMode = "released",
         scores: HeadScores = "softmax",
@@ -108,7 +106,7 @@ class MoHAttention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}"
             )
@@ -122,7 +120,6 @@ class MoHAttention(nn.Module):
             raise ValueError(
                 f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
             )
-        check_choice("impl", impl, Impl)
         self.dim, self.budget, self.causal, self.impl = dim, budget, causal, impl
         self.head_dim = head_dim if head_dim is not None else dim // num_heads
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)

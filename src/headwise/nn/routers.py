@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from headwise.nn.budget import HeadBudget
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm
 from headwise.ops.dtypes import wide_dtype
+from headwise.ops.fields import Count, Weight, checked
 from headwise.ops.logits import router_logits
 from headwise.ops.routing import HeadMode, arrange_gates
 from headwise.ops.scores import HeadScores
@@ -27,6 +28,7 @@ class HeadRouter(Router):
     `QueryNormRouter` routes by the queries, the others by what the attention gets.
     """
 
+    @checked
     def __init__(self, budget: HeadBudget):
         super().__init__()
         self.budget = budget
@@ -39,7 +41,8 @@ class ScoreMap(nn.Module):
     (offloading) run. No nn.Linear: what adapts or replaces these would have no effect here.
     """
 
-    def __init__(self, dim: int, num_scores: int):
+    @checked
+    def __init__(self, dim: Count, num_scores: Count):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_scores, dim))
 
@@ -63,14 +66,15 @@ class TwoStageRouter(HeadRouter):
     **Deviates**: groups of heads are an extension; the paper routes single heads.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         budget: HeadBudget,
         *,
         mode: HeadMode = "released",
         scores: HeadScores = "softmax",
-        std: float = 0.02,
+        std: Weight = 0.02,
     ):
         super().__init__(budget)
         self.mode, self.scores = mode, scores
@@ -128,14 +132,15 @@ class OneStageRouter(HeadRouter):
     `TwoStageRouter` where the scores of its shared heads and of its stages are even.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         budget: HeadBudget,
         *,
         mode: HeadMode = "released",
         scores: HeadScores = "softmax",
-        std: float = 0.02,
+        std: Weight = 0.02,
     ):
         super().__init__(budget)
         self.mode, self.scores = mode, scores
@@ -169,6 +174,7 @@ class QueryNormRouter(HeadRouter):
     **Deviates**: groups of heads are an extension; the paper routes single heads.
     """
 
+    @checked
     def __init__(self, budget: HeadBudget, *, scale_by_std: bool = True):
         super().__init__(budget)
         self.scale_by_std = scale_by_std

@@ -9,6 +9,7 @@ from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MHMoE
 from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 from headwise.nn.mh_moe import ExpertMatrices
 from headwise.nn.routers import ScoreMap
+from headwise.ops.fields import Count, checked
 
 # What transformers and diffusers call the channels of a head, and their number.
 _HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
@@ -28,11 +29,12 @@ class Reads(NamedTuple):
     keys: float = 0
 
 
+@checked
 def count_flops(
     model: nn.Module,
     *,
-    sequence_length: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    sequence_length: Count | None = None,
+    image_size: Count | tuple[Count, Count] | None = None,
     causal: bool = True,
 ) -> dict[str, float]:
     """FLOPs of a forward per token, or per image, by module, by formula; their sum is the model's.
@@ -80,8 +82,6 @@ def count_flops(
     if sequence_length is None:
         assert image_size is not None
         return _flops_of_image(model, image_size)
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
     _refuse_cross_attention(model)
     once = _ONCE - {"classifier"} if "TokenClassification" in type(model).__name__ else _ONCE
     flops: dict[str, float] = {}

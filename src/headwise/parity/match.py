@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from headwise.parity.mixture import Mixture, check_count, check_heads
+from headwise.ops.fields import Count, checked
+from headwise.parity.mixture import Mixture, check_heads
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,18 @@ class Match:
         return self.found.parameters / self.given.parameters
 
 
+@checked
 def match_sparse_moe(
-    dim: int,
-    num_experts: int,
-    top_k: int,
-    expert_dim: int,
+    dim: Count,
+    num_experts: Count,
+    top_k: Count,
+    expert_dim: Count,
     *,
-    heads: int,
-    top_k_mh: int | None = None,
+    heads: Count,
+    top_k_mh: Count | None = None,
     glu: bool = True,
-    multiple_of: int = 8,
-    experts_multiple_of: int = 1,
+    multiple_of: Count = 8,
+    experts_multiple_of: Count = 1,
 ) -> Match:
     """Width and number of MH-MoE's experts for the FLOPs and parameters of a sparse MoE.
 
@@ -101,7 +103,6 @@ def match_sparse_moe(
     given = Mixture(dim, num_experts, top_k, expert_dim, glu=glu)
     check_heads(heads, dim)
     k = heads * top_k if top_k_mh is None else top_k_mh
-    check_count("top_k_mh", k)
     matrices = 3 if glu else 2
     if matrices * top_k * expert_dim <= 2 * dim:
         raise ValueError(
@@ -117,17 +118,18 @@ def match_sparse_moe(
     return match
 
 
+@checked
 def match_mh_moe(
-    dim: int,
-    num_experts: int,
-    top_k: int,
-    expert_dim: int,
+    dim: Count,
+    num_experts: Count,
+    top_k: Count,
+    expert_dim: Count,
     *,
-    heads: int,
-    top_k_sparse: int = 1,
+    heads: Count,
+    top_k_sparse: Count = 1,
     glu: bool = True,
-    multiple_of: int = 8,
-    experts_multiple_of: int = 1,
+    multiple_of: Count = 8,
+    experts_multiple_of: Count = 1,
 ) -> Match:
     """Width and number of a sparse MoE's experts for the FLOPs and parameters of an MH-MoE.
 
@@ -153,7 +155,6 @@ def match_mh_moe(
             num_experts, or the parameters buy fewer than k0 experts, after rounding.
     """
     given = Mixture(dim, num_experts, top_k, expert_dim, heads, glu)
-    check_count("top_k_sparse", top_k_sparse)
     match = _match(given, None, top_k_sparse, multiple_of, experts_multiple_of)
     if match is None:
         raise ValueError(
@@ -168,8 +169,6 @@ def _match(
     given: Mixture, heads: int | None, top_k: int, multiple_of: int, experts_multiple_of: int
 ) -> Match | None:
     """The mixture that costs what the given one does; None if it has fewer experts than top_k."""
-    check_count("multiple_of", multiple_of)
-    check_count("experts_multiple_of", experts_multiple_of)
     one = Mixture(given.dim, top_k, top_k, 1, heads, given.glu)
     exact_dim = (given.flops - 2 * one.around) / (one.flops - 2 * one.around)
     expert_dim, dim_note = _rounded("expert_dim", exact_dim, multiple_of, 1)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from headwise.ops.fields import Count, check_fields
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -26,16 +28,15 @@ class Mixture:
             divide dim.
     """
 
-    dim: int
-    num_experts: int
-    top_k: int
-    expert_dim: int
-    heads: int | None = None
+    dim: Count
+    num_experts: Count
+    top_k: Count
+    expert_dim: Count
+    heads: Count | None = None
     glu: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("dim", "num_experts", "top_k", "expert_dim"):
-            check_count(field, getattr(self, field))
+        check_fields(self)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)"
@@ -71,12 +72,5 @@ class Mixture:
 
 def check_heads(heads: int, dim: int) -> None:
     """Raises ValueError unless a token of that width can be cut into so many parts."""
-    check_count("heads", heads)
     if dim % heads:
         raise ValueError(f"heads is {heads}; it must divide dim = {dim}")
-
-
-def check_count(field: str, value: object) -> None:
-    """Raises ValueError unless the value is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} is {value!r}; it must be an int of at least 1")
