@@ -10,10 +10,15 @@ from types import ModuleType
 import jaxtyping
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from processes import run_in_two
 
 torch.set_num_threads(1)
+_OF_BOTH = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("default", max_examples=25, derandomize=True, **_OF_BOTH)
+settings.register_profile("campaign", max_examples=600, print_blob=True, **_OF_BOTH)
+settings.load_profile("default")
 # Without a GPU the kernels run in Triton's interpreter, which reads this as triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

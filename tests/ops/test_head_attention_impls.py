@@ -281,3 +281,57 @@ def test_on_a_gpu_wide_heads_that_are_nearly_all_on_are_torchs(channels, share, 
     options = {"causal": True, "mask": None, "bias": None, "keys": 7} | changes
     q, k = torch.zeros(1, 7, 2, channels), torch.zeros(1, options.pop("keys"), 2, channels)
     assert _torch_is_faster(q, k, share_on=share, **options) is faster
+
+
+@pytest.mark.parametrize("on", [0.5, 1])
+def test_large_scores_leave_all_gradients_finite(on):
+    """Rows that fill up a tile once had the log-sum-exp of another row, and overflowed."""
+    q, k, v = (torch.randn(1, 512, 8, 64) for _ in range(3))
+    gate = (torch.rand(1, 512, 8) < on).float()
+    mask = torch.ones(512, 512, dtype=torch.bool).tril()
+    leaves = {"q": q * 60, "k": k, "v": v, "gate": gate}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    _, gradients = value_and_gradients(leaves, {"mask": mask}, "gathered")
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_channels_that_are_apart_in_memory(impl, dtype, causal):
+    """torch's own kernel, asked without its wrapper, takes them to lie side by side."""
+    q, k, v = torch.randn(B, 37, 5, C, 3, dtype=dtype).unbind(-1)
+    gate = (torch.rand(B, 37, 5) < 0.5).to(dtype)
+    apart, together = (
+        {name: x.requires_grad_() for name, x in zip(("q", "k", "v", "gate"), tensors, strict=True)}
+        for tensors in (
+            [x.detach() for x in (q, k, v, gate)],
+            [x.detach().contiguous() for x in (q, k, v, gate.clone())],
+        )
+    )
+    assert_close(
+        value_and_gradients(apart, {"causal": causal}, impl),
+        value_and_gradients(together, {"causal": causal}, impl),
+        rtol=0.02 if dtype == torch.bfloat16 else None,
+        atol=0.02 if dtype == torch.bfloat16 else None,
+    )
+
+
+def test_decoding_from_a_cache_whose_channels_are_apart():
+    k, v = torch.randn(B, 41, 3, C, 2).unbind(-1)
+    q, gate = torch.randn(B, 1, 3, C, 2).unbind(-1)[0], torch.ones(B, 1, 3)
+    got = head_attention(q, k, v, gate, impl="decode")
+    want = head_attention(*(x.contiguous() for x in (q, k, v)), gate, impl="decode")
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_negative_scale(impl, size):
+    leaves, _ = case(T=31, S=37, causal=True)
+    with torch.no_grad():
+        leaves["q"] *= size
+    options = {"causal": True, "scale": -0.7}
+    assert_close(
+        value_and_gradients(leaves, options, impl),
+        value_and_gradients(leaves, options, "reference"),
+        rtol=1e-10, atol=1e-10,
+    )  # fmt: skip

@@ -24,6 +24,7 @@ SIZES = {
     "all on": {"T": 43, "S": 43, "on": 1},
     "few on": {"T": 43, "S": 43, "on": 0.05, "causal": True},
     "scale": {"T": 13, "S": 13, "scale": 0.5},
+    "negative scale": {"T": 67, "S": 67, "scale": -3.0, "causal": True},
 }
 
 

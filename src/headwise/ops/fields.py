@@ -9,6 +9,7 @@
             check_fields(self)
 
 What no annotation says, such as that one field divides another, is checked by hand, afterwards.
+What torch.compile traces is not checked: it cannot follow annotations.
 
     int        Python's own, of 64 bits, and no bool. numpy's and torch's are refused, because JSON
                cannot keep them.
@@ -33,6 +34,8 @@ from typing import (
     get_args,
     get_origin,
 )
+
+from torch.compiler import is_compiling
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,7 +96,7 @@ def check_fields(config: Any) -> None:
         ValueError: Naming the field, the value and what would be right.
     """
     kind: Any = type(config)
-    hints = _hints_of_class(kind)
+    hints = {} if is_compiling() else _hints_of_class(kind)
     for field in fields(config):
         if field.init and field.name in hints:
             check(field.name, getattr(config, field.name), hints[field.name])
@@ -110,7 +113,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = _hints(function)
+        hints = {} if is_compiling() else _hints(function)
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             if name in hints and signature.parameters[name].kind not in several:
                 check(name, value, hints[name])
@@ -125,7 +128,7 @@ def check(field: str, value: object, hint: Any) -> None:
     Raises:
         ValueError: Naming the field, the value and what would be right.
     """
-    if (misfit := next(_misfits(field, value, hint), None)) is not None:
+    if not is_compiling() and (misfit := next(_misfits(field, value, hint), None)):
         name, wrong, right = misfit
         shown = repr(wrong)
         shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.gradients import learns
+from headwise.ops.operands import check_operands, check_same_dtype
 
 # Gathering rows and weights of a head costs what so many rows of it do; see `pays`.
 _FEWEST_ROWS = {torch.float32: 256, torch.bfloat16: 512}
@@ -28,13 +29,18 @@ def pays(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int, off: in
         routed_heads: Heads that are on for some tokens.
         off: How many of these are off for a token.
     """
-    known = x.device.type == "cpu" and x.dtype in native.DTYPES and weight.dtype == x.dtype
-    even = head_dim % 2 == 0 and x.shape[-1] % 2 == 0
+    known = _takes(x, head_dim, x.shape[-1]) and weight.dtype == x.dtype
     narrowed = torch.is_autocast_enabled(x.device.type)
-    if not known or not even or head_dim < _FEWEST_CHANNELS or narrowed or learns(x, weight):
+    if not known or head_dim < _FEWEST_CHANNELS or narrowed or learns(x, weight):
         return False
     enough = x.shape[:-1].numel() * off >= _FEWEST_ROWS[x.dtype] * routed_heads
     return off > 0 and enough and native.is_ready()
+
+
+def _takes(x: Tensor, *widths: int) -> bool:
+    """Whether the kernels compute this: heads' channels and tokens' width are even."""
+    even = all(width % 2 == 0 for width in widths)
+    return x.device.type == "cpu" and x.dtype in native.DTYPES and even
 
 
 def project_heads(
@@ -43,7 +49,12 @@ def project_heads(
     bias: Float[Tensor, " HC"] | None,
     gate: Float[Tensor, "B T H"],
 ) -> Float[Tensor, "B T H C"]:
-    """W_h x + b_h for the heads whose gate is not 0, and 0 for the others."""
+    """W_h x + b_h for the heads whose gate is not 0, and 0 for the others.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not take them.
+    """
+    _check({"x": (x, "B T D"), "weight": (weight, "HC D")}, bias, "HC", gate)
     heads = native_project(x.flatten(0, 1), weight, bias, gate.flatten(0, 1).float())
     return heads.view(*gate.shape, -1)
 
@@ -54,17 +65,45 @@ def merge_heads(
     bias: Float[Tensor, " D"] | None,
     gate: Float[Tensor, "B T H"],
 ) -> Float[Tensor, "B T D"]:
-    """The sum of W_h heads_h over the heads whose gate is not 0, plus b."""
+    """The sum of W_h heads_h over the heads whose gate is not 0, plus b.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not take them.
+    """
+    _check({"heads": (heads, "B T H C"), "weight": (weight, "D HC")}, bias, "D", gate)
     rows = heads.flatten(2).flatten(0, 1)
     y = native_merge(rows, weight, bias, gate.flatten(0, 1).float())
     return y.view(*gate.shape[:2], -1)
+
+
+def _check(
+    operands: dict[str, tuple[Tensor, str]],
+    bias: Tensor | None,
+    of_bias: str,
+    gate: Tensor,
+) -> None:
+    others = {} if bias is None else {"bias": (bias, of_bias)}
+    sizes = check_operands({**operands, **others, "gate": (gate, "B T H")})
+    check_same_dtype(**{name: x for name, (x, _) in {**operands, **others}.items()})
+    channels = sizes["HC"] // max(1, sizes["H"])
+    if sizes["HC"] != sizes["H"] * sizes.get("C", channels):
+        raise ValueError(
+            f"weight has shape {list(operands['weight'][0].shape)}; its HC = {sizes['HC']} must be "
+            f"H = {sizes['H']} heads of {sizes.get('C', 'so many')} channels"
+        )
+    name, (x, _) = next(iter(operands.items()))
+    if not _takes(x, channels, sizes["D"]):
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; the kernels take float32 and "
+            "bfloat16 of even widths, with an even number of channels a head, on CPUs"
+        )
 
 
 @torch.library.custom_op("headwise::native_project", mutates_args=())
 def native_project(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """[N, H·C] of x [N, D] and gate [N, H]."""
     return native.kernels().project_heads(
-        x.contiguous(), weight.contiguous(), bias, gate.contiguous()
+        x.contiguous(), weight.contiguous(), _contiguous(bias), gate.contiguous()
     )
 
 
@@ -72,8 +111,12 @@ def native_project(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor)
 def native_merge(heads: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """[N, D] of heads [N, H·C] and gate [N, H]."""
     return native.kernels().merge_heads(
-        heads.contiguous(), weight.contiguous(), bias, gate.contiguous()
+        heads.contiguous(), weight.contiguous(), _contiguous(bias), gate.contiguous()
     )
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 @native_project.register_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.ops import native
+from headwise.ops.operands import adjacent
 
 
 def takes(logits: Tensor, scores: str) -> bool:
@@ -24,14 +25,10 @@ def gates(
     """Of logits [..., n]: gates, chosen heads and probabilities, as `ops.route_heads` has them."""
     batch = shared.shape[:-1]
     logits = [shared, routed, shared.new_empty(*batch, 0) if stage is None else stage]
-    rows = [_adjacent(x.reshape(batch.numel(), x.shape[-1])) for x in logits]
+    rows = [adjacent(x.reshape(batch.numel(), x.shape[-1])) for x in logits]
     parts = native_route_heads(*rows, top_k, paper)
     weights, indices, probabilities = (x.view(*batch, x.shape[-1]) for x in parts)
     return weights, indices, probabilities
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("headwise::native_route_heads", mutates_args=())

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from headwise.ops import native_routing
 from headwise.ops.choice import check_choice
+from headwise.ops.fields import Index, check
+from headwise.ops.operands import check_operands
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 
 HeadMode = Literal["released", "paper"]
@@ -117,24 +119,33 @@ def route_heads(
         are p / sum(p).
 
     Raises:
-        ValueError: If top_k is out of range, mode or scores is unknown or stage_logits is missing.
+        ValueError: If shapes, dtypes or devices do not fit, top_k is out of range, mode or scores
+            is unknown or stage_logits is missing.
 
     Example (worked by hand): logits 0 for two shared heads, ln 3 and 0 for two routed ones, stage
     logits 0, top_k 1: paper gives [1/4, 1/4, 3/8, 0], released gives [1, 1, 1, 0].
     """
     check_choice("mode", mode, HeadMode)
     check_choice("scores", scores, HeadScores)
-    num_shared, num_routed = shared_logits.shape[-1], routed_logits.shape[-1]
+    logits = {
+        "shared_logits": (shared_logits, "... shared"),
+        "routed_logits": (routed_logits, "... routed"),
+    }
+    stages = {} if stage_logits is None else {"stage_logits": (stage_logits, "... stages")}
+    sizes = check_operands({**logits, **stages}, sizes={"stages": 2})
+    num_shared, num_routed = sizes["shared"], sizes["routed"]
     _check_top_k(top_k, num_routed, lowest=0)
     if num_shared > 0 and num_routed > 0 and stage_logits is None:
         raise ValueError("stage_logits is None; with shared and routed heads it must be given")
-    logits = _wide(routed_logits)
-    if native_routing.takes(logits, scores):
-        wide = _wide(shared_logits), logits, None if stage_logits is None else _wide(stage_logits)
-        weights, indices, p = native_routing.gates(*wide, top_k, mode == "paper")
-        return Routing(weights, indices, p, logits)
+    routed_logits = _wide(routed_logits)
+    if native_routing.takes(routed_logits, scores):
+        stage = None if stage_logits is None else _wide(stage_logits)
+        weights, indices, p = native_routing.gates(
+            _wide(shared_logits), routed_logits, stage, top_k, mode == "paper"
+        )
+        return Routing(weights, indices, p, routed_logits)
     shared = _wide(shared_logits).softmax(-1)
-    p, probabilities = affinities(logits, scores)
+    p, probabilities = affinities(routed_logits, scores)
     indices = top_k_lowest_first(p, top_k)
     routed = p * _multi_hot(indices, p)
     if scores == "sparsemax":
@@ -146,7 +157,7 @@ def route_heads(
     if num_shared > 0 and num_routed > 0 and stage_logits is not None:
         stage = _wide(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
         shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
-    return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, logits)
+    return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, routed_logits)
 
 
 def route_heads_by_query_norm(
@@ -179,13 +190,13 @@ def route_heads_by_query_norm(
         A Routing with weights [B, T, H] of exactly 0 and 1; its indices count the routed heads.
 
     Raises:
-        ValueError: If shared_heads or top_k is out of range.
+        ValueError: If q has another shape or dtype, or shared_heads or top_k is out of range.
     """
-    num_heads = q.shape[-2]
+    check("shared_heads", shared_heads, Index | Sequence[Index])
+    check("scale_by_std", scale_by_std, bool)
+    num_heads = check_operands({"q": (q, "B T H C")})["H"]
     shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
-    known = not isinstance(shared_heads, int) or shared_heads >= 0
-    known = known and set(range(num_heads)).issuperset(shared)
-    if not known or list(shared) != sorted(set(shared)):
+    if not set(range(num_heads)).issuperset(shared) or list(shared) != sorted(set(shared)):
         raise ValueError(
             f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}, or name such heads in "
             "ascending order"
@@ -229,15 +240,20 @@ def route_tokens(
         p / sum(p).
 
     Raises:
-        ValueError: If top_k is out of range or scores is unknown.
+        ValueError: If shapes, dtypes or devices do not fit, top_k is out of range or scores is
+            unknown.
 
     Example (worked by hand): logits ln 1, ln 2, ln 5 with top_k 2 choose experts 2 and 1 with
     weights 5/8 and 2/8 raw, 5/7 and 2/7 normalised. Their sigmoids are 1/2, 2/3 and 5/6: the same
     choice with weights 5/6 and 2/3 raw, 5/9 and 4/9 normalised.
     """
     check_choice("scores", scores, TokenScores)
+    check("normalize", normalize, bool)
+    sizes = check_operands({"logits": (logits, "... E")})
+    if bias is not None:
+        check_operands({"logits": (logits, "... E"), "bias": (bias, "E")})
     logits = _wide(logits)
-    _check_top_k(top_k, logits.shape[-1], lowest=1)
+    _check_top_k(top_k, sizes["E"], lowest=1)
     p, probabilities = affinities(logits, scores)
     indices = top_k_lowest_first(p if bias is None else p.detach() + bias, top_k)
     weights = p.gather(-1, indices)
@@ -285,5 +301,6 @@ def _guarded_std(norms: Tensor) -> Tensor:
 
 
 def _check_top_k(top_k: int, candidates: int, lowest: int) -> None:
+    check("top_k", top_k, int)
     if not lowest <= top_k <= candidates:
         raise ValueError(f"top_k is {top_k}; it must lie in {lowest}..{candidates}")

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.ops.activations import Activation, activate
+from headwise.ops.expert_mlp.choices import known_choices
 from headwise.ops.expert_mlp.grouped import in_autocast
 from headwise.ops.grouped_product import grouped_product
 from headwise.ops.ternary import (
@@ -68,8 +69,7 @@ def ternary_mlp(
     num_experts, _, hidden_dim, _ = up.levels.shape
     top_k = indices.shape[1]
     # Choices that go nowhere come last.
-    choices = indices.flatten()
-    experts, order = torch.sort(choices.masked_fill(choices < 0, num_experts), stable=True)
+    experts, order = torch.sort(known_choices(indices, num_experts), stable=True)
     each = torch.arange(num_experts, device=experts.device)
     ends = torch.searchsorted(experts, each, right=True).to(torch.int32)
     tokens, own = order // top_k, experts.clamp(max=num_experts - 1)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from headwise.ops.aggregated_attention import dense, native, reference
 from headwise.ops.choice import check_choice
+from headwise.ops.fields import Count, check
 from headwise.ops.native import is_ready
+from headwise.ops.operands import check_operands, check_same_dtype
 
 Impl = Literal["auto", "reference", "dense", "native"]
 
@@ -77,23 +79,31 @@ def aggregated_attention(
         The gated heads in q's dtype.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, window is even, or impl is unknown.
+        ValueError: If shapes, dtypes or devices do not fit, window is even, or impl is unknown or
+            does not take this.
 
     Example (worked by hand): a map of 1×2 with values 2 and 4, one pooled value 9, window 3, all
     scores and learned weights 0, gate 1/2: both tokens give 1/2 · (2 + 4 + 9) / 3 = 2.5.
     """
     check_choice("impl", impl, Impl)
-    _check_map(q, size, window)
-    given = {
-        "k": (k, "B T H C"), "v": (v, "B T H C"), "k_pool": (k_pool, "B P H C"),
-        "v_pool": (v_pool, "B P H C"), "unit_q": (unit_q, "B T H C"), "gate": (gate, "B T H"),
+    operands = {
+        "q": (q, "B T H C"), "k": (k, "B T H C"), "v": (v, "B T H C"),
+        "unit_q": (unit_q, "B T H C"),
+        "k_pool": (k_pool, "B P H C"), "v_pool": (v_pool, "B P H C"), "gate": (gate, "B T H"),
         "local_bias": (local_bias, "H w²"), "pool_bias": (pool_bias, "H T P"),
         "learned_tokens": (learned_tokens, "H C w²"), "learned_bias": (learned_bias, "H w²"),
     }  # fmt: skip
-    _check_shapes(given, dict(zip("BTHC", q.shape, strict=True)) | {"w²": window**2})
-    for name in ("k", "v", "k_pool", "v_pool", "unit_q"):
-        if given[name][0].dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {given[name][0].dtype}; it must be q's, {q.dtype}")
+    check("size", tuple(size) if isinstance(size, list) else size, tuple[Count, Count])
+    check("window", window, Count)
+    if window % 2 == 0:
+        raise ValueError(f"window is {window}; it must be odd")
+    sizes = check_operands(operands, sizes={"w²": window**2})
+    check_same_dtype(q=q, k=k, v=v, k_pool=k_pool, v_pool=v_pool, unit_q=unit_q)
+    if size[0] * size[1] != sizes["T"]:
+        raise ValueError(
+            f"size is {size}; it must be height and width of the map, whose product is "
+            f"T = {sizes['T']}"
+        )
     if q.numel() == 0:
         return q.clone()
     compute = _IMPLEMENTATIONS[choose(q) if impl == "auto" else impl]
@@ -107,29 +117,3 @@ def aggregated_attention(
 def choose(q: Tensor) -> Impl:
     """The implementation that "auto" stands for: native where it is built for q, else dense."""
     return "native" if native.takes(q) and is_ready() else "dense"
-
-
-def _check_map(q: Tensor, size: tuple[int, int], window: int) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [B, T, H, C]")
-    if not q.is_floating_point():
-        raise ValueError(f"q has dtype {q.dtype}; it must be floating")
-    if len(size) != 2 or min(size) < 1 or size[0] * size[1] != q.shape[1]:
-        raise ValueError(
-            f"size is {tuple(size)}; it must be height and width of the map, whose product is "
-            f"T = {q.shape[1]}"
-        )
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window is {window}; it must be odd and at least 1")
-
-
-def _check_shapes(given: dict[str, tuple[Tensor, str]], sizes: dict[str, int]) -> None:
-    k_pool, _ = given["k_pool"]
-    sizes["P"] = k_pool.shape[1] if k_pool.ndim == 4 else 0
-    for name, (tensor, axes) in given.items():
-        symbols = axes.split()
-        want = [sizes[symbol] for symbol in symbols]
-        if list(tensor.shape) != want:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; it must be [{', '.join(symbols)}] = {want}"
-            )

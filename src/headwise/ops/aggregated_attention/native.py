@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.aggregated_attention.window import inside
+from headwise.ops.operands import adjacent
 
 
 def aggregated_attention(
@@ -65,7 +66,7 @@ def native_aggregated_attention(
 ) -> Tensor:
     """y [B, T, H, C]."""
     return native.kernels().aggregated_attention(
-        q.contiguous(), *_laid_out(k, v, k_pool, v_pool), gate.contiguous(),
+        q.contiguous(), *map(adjacent, (k, v, k_pool, v_pool)), gate.contiguous(),
         local_bias.contiguous(), pool_bias.contiguous(), unit_q.contiguous(),
         learned_tokens.contiguous(), learned_bias.contiguous(), height, width, window,
     )  # fmt: skip
@@ -91,15 +92,10 @@ def native_aggregated_attention_backward(
 ) -> list[Tensor]:
     """Gradients of all tensors but dy."""
     return native.kernels().aggregated_attention_backward(
-        dy.contiguous(), q.contiguous(), *_laid_out(k, v, k_pool, v_pool), gate.contiguous(),
+        dy.contiguous(), q.contiguous(), *map(adjacent, (k, v, k_pool, v_pool)), gate.contiguous(),
         local_bias.contiguous(), pool_bias.contiguous(), unit_q.contiguous(),
         learned_tokens.contiguous(), learned_bias.contiguous(), height, width, window,
     )  # fmt: skip
-
-
-def _laid_out(*tensors: Tensor) -> list[Tensor]:
-    """Channels side by side; all else may be as it is in a projection of keys and values."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 @native_aggregated_attention.register_fake

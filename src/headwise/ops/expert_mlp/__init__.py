@@ -8,6 +8,7 @@ grouped_mm  torch's grouped matrix product: for GPUs.
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import grouped, grouped_mm, native, reference
 from headwise.ops.native import is_ready
+from headwise.ops.operands import INTEGERS, check_operands, check_same_dtype, check_tensor
 
 Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
 
@@ -47,8 +49,9 @@ def expert_mlp(
 
     Args:
         x: Tokens or sub-tokens.
-        weights: Weight of each choice, in any float dtype.
-        indices: Chosen experts, 0..E-1; -1 sends the choice nowhere (padding).
+        weights: Weight of each choice, in any float dtype; K may be 0.
+        indices: Chosen experts, 0..E-1, in any integer dtype; -1 sends the choice nowhere
+            (padding).
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
@@ -59,28 +62,19 @@ def expert_mlp(
         y in x's dtype; 0 for a token whose choices are all -1.
 
     Raises:
-        ValueError: If shapes do not fit, or activation or impl is unknown.
+        ValueError: If shapes, dtypes or devices do not fit, indices holds something else (on a
+            CUDA device torch's assertion says so later), or activation or impl is unknown or does
+            not take this.
 
     Example (worked by hand): one expert, relu without gate, up 2, down 3, weight 1/2: x = 1 gives
     1/2 · 3 · relu(2) = 3.
     """
     check_choice("impl", impl, Impl)
-    experts, _, hidden = down_proj.shape
-    if (
-        up_proj.shape[0] != experts
-        or up_proj.shape[1] not in (hidden, 2 * hidden)
-        or up_proj.shape[2] != x.shape[1]
-    ):
-        raise ValueError(
-            f"up_proj has shape {list(up_proj.shape)}; with x {list(x.shape)} and down_proj "
-            f"{list(down_proj.shape)} it must be "
-            f"[{experts}, {hidden} or {2 * hidden}, {x.shape[1]}]"
-        )
-    if weights.shape != indices.shape or weights.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"weights and indices have shapes {list(weights.shape)} and {list(indices.shape)}; "
-            f"both must be [{x.shape[0]}, K]"
-        )
+    check_choice("activation", activation, Activation)
+    _check(x, weights, indices, up_proj, down_proj)
+    if x.numel() == 0 or indices.numel() == 0:
+        return x.clone().zero_()
+    indices = indices.long()
     compute = _IMPLEMENTATIONS[choose(x, down_proj, activation) if impl == "auto" else impl]
     return compute(x, weights, indices, up_proj, down_proj, activation=activation)
 
@@ -90,3 +84,28 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation) -> Impl:
     if x.device.type == "cuda" and grouped_mm.takes(x, down_proj):
         return "grouped_mm"
     return "native" if native.takes(x, down_proj, activation) and is_ready() else "grouped"
+
+
+def _check(x: Tensor, weights: Tensor, indices: Tensor, up_proj: Tensor, down_proj: Tensor) -> None:
+    sizes = check_operands(
+        {
+            "x": (x, "N D"),
+            "weights": (weights, "N K"),
+            "up_proj": (up_proj, "E U D"),
+            "down_proj": (down_proj, "E D F"),
+        }
+    )
+    check_tensor("indices", indices, device=x.device, dtypes=INTEGERS)
+    if indices.shape != weights.shape:
+        raise ValueError(
+            f"indices has shape {list(indices.shape)}; it must be that of weights, "
+            f"{list(weights.shape)}"
+        )
+    if not torch.is_autocast_enabled(x.device.type):
+        check_same_dtype(x=x, up_proj=up_proj, down_proj=down_proj)
+    experts, hidden = sizes["E"], sizes["F"]
+    if experts == 0 or hidden == 0 or sizes["U"] not in (hidden, 2 * hidden):
+        raise ValueError(
+            f"up_proj has shape {list(up_proj.shape)}; with down_proj {list(down_proj.shape)} it "
+            f"must be [{experts}, {hidden} or {2 * hidden}, {sizes['D']}], E and F at least 1"
+        )

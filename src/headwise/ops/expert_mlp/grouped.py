@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.activations import Activation, activate, activate_backward
 from headwise.ops.dtypes import wide_dtype
+from headwise.ops.expert_mlp.choices import known_choices
 
 # Matrix products compile for each number of rows that they see; multiples of this keep those few.
 _ROW_BLOCK = 16
@@ -101,10 +102,9 @@ class _Run(NamedTuple):
 
 
 def _runs(weights: Tensor, indices: Tensor, num_experts: int) -> Iterator[_Run]:
-    choices = indices.flatten()
-    if choices.numel() == 0:
+    if indices.numel() == 0:
         return
-    experts, order = torch.sort(choices, stable=True)
+    experts, order = torch.sort(known_choices(indices, num_experts), stable=True)
     edges = torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device))
     order = pad(order, (0, _ROW_BLOCK))
     tokens = order // indices.shape[1]

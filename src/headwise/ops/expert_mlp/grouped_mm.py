@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from headwise.ops.activations import Activation, activate
+from headwise.ops.expert_mlp.choices import known_choices
 from headwise.ops.expert_mlp.grouped import in_autocast
 
 # torch's kernel loads rows in pieces of this many bytes.
@@ -27,8 +28,7 @@ def expert_mlp(
     _check(x, down_proj)
     num_experts, top_k = up_proj.shape[0], indices.shape[1]
     # Choices that go nowhere come last, where the kernel leaves rows as they were.
-    choices = indices.flatten()
-    experts, order = torch.sort(choices.masked_fill(choices < 0, num_experts), stable=True)
+    experts, order = torch.sort(known_choices(indices, num_experts), stable=True)
     each = torch.arange(num_experts, device=experts.device)
     ends = torch.searchsorted(experts, each, right=True).to(torch.int32)
     counts = (experts < num_experts).unsqueeze(1)

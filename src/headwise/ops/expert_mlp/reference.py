@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from headwise.ops.activations import Activation, activate
+from headwise.ops.expert_mlp.choices import known_choices
 
 
 def expert_mlp(
@@ -15,11 +16,13 @@ def expert_mlp(
     *,
     activation: Activation,
 ) -> Tensor:
+    num_experts = len(up_proj)
+    indices = known_choices(indices, num_experts).view(indices.shape)
     rows = []
     for token, token_weights, experts in zip(x, weights, indices, strict=True):
         y = torch.zeros_like(token)
         for weight, e in zip(token_weights, experts.tolist(), strict=True):
-            if e >= 0:
+            if e < num_experts:
                 hidden = activate(up_proj[e] @ token, activation, down_proj.shape[2])
                 y = y + (weight * (down_proj[e] @ hidden)).to(x.dtype)
         rows.append(y)

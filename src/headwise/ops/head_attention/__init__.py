@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
+from headwise.ops.fields import Share, check
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
 from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.native import is_built, is_ready
+from headwise.ops.operands import FLOATS, check_operands, check_same_dtype, check_tensor
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
@@ -84,7 +86,7 @@ def head_attention(
         causal: Token t sees keys up to t + S - T (the last query sees all keys).
         mask: True where a key may be seen; broadcastable to [B, H, T, S].
         bias: Added to the scores; broadcastable to [B, H, T, S].
-        scale: Factor of the scores, 1/√C by default.
+        scale: Factor of the scores, finite; 1/√C by default.
         share_on: Share of the heads that are on, 0 to 1, where the caller knows it from a budget:
             on a GPU "auto" would have to wait for the gates to count them. It changes no result.
         impl: "auto" chooses by device and shape (`choose`); a named one is that one or an error.
@@ -93,15 +95,22 @@ def head_attention(
         The gated heads in q's dtype. A query whose mask is False everywhere gives 0, never NaN.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or impl is unknown.
+        ValueError: If shapes, dtypes or devices do not fit, a number is out of range, or impl is
+            unknown or does not take this.
 
     Example (worked by hand): one head, q = 0, values 2 and 4, gate 1/2: y = 1/2 · (2 + 4)/2 = 1.5.
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
+    check("causal", causal, bool)
+    check("scale", scale, float | None)
+    check("share_on", share_on, Share | None)
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale < 0:
+        # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
+        q, scale = -q, -scale
     mask, bias = _four_dimensional(mask), _four_dimensional(bias)
     if impl == "auto":
         impl = choose(q, k, v, gate, mask, bias, causal=causal, share_on=share_on)
@@ -160,27 +169,31 @@ def _torch_is_faster(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    sizes = check_operands(
+        {
+            "q": (q, "B T H C"),
+            "k": (k, "B S Hkv C"),
+            "v": (v, "B S Hkv C"),
+            "gate": (gate, "B T H"),
+        }
+    )
+    check_same_dtype(q=q, k=k, v=v)
+    if sizes["Hkv"] == 0 or sizes["H"] % sizes["Hkv"]:
         raise ValueError(
-            f"q, k, v have shapes {_shapes(q, k, v)}; they must be [B, T, H, C], [B, S, Hkv, C], "
-            "[B, S, Hkv, C]"
+            f"k has shape {list(k.shape)}; its Hkv = {sizes['Hkv']} heads must divide q's "
+            f"H = {sizes['H']}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q and k have shapes {_shapes(q, k)}; B and C must agree and Hkv must divide H"
-        )
-    if gate.shape != q.shape[:3]:
-        raise ValueError(f"gate has shape {_shapes(gate)}; it must be {list(q.shape[:3])}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must agree")
-    if mask is not None and mask.dtype != torch.bool:
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise ValueError(f"mask has dtype {mask.dtype}; it must be bool (additive ones are `bias`)")
-    scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    for name, tensor in (("mask", mask), ("bias", bias)):
-        if tensor is not None and not _broadcastable(tensor.shape, scores):
+    scores = [sizes[axis] for axis in ("B", "H", "T", "S")]
+    for name, tensor, dtypes in (("mask", mask, (torch.bool,)), ("bias", bias, FLOATS)):
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, device=q.device, dtypes=dtypes)
+        if not _broadcastable(tensor.shape, scores):
             raise ValueError(
-                f"{name} has shape {_shapes(tensor)}; it must be broadcastable to "
-                f"[B, H, T, S] = {list(scores)}"
+                f"{name} has shape {list(tensor.shape)}; it must be broadcastable to "
+                f"[B, H, T, S] = {scores}"
             )
 
 
@@ -188,10 +201,6 @@ def _four_dimensional(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
-def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
+def _broadcastable(shape: torch.Size, to: list[int]) -> bool:
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)
-
-
-def _shapes(*tensors: Tensor) -> str:
-    return ", ".join(str(list(t.shape)) for t in tensors)

@@ -132,7 +132,9 @@ def gathered_attention_backward(
     out = rows.gather(y).div_(torch.where(gates == 0, 1, gates))
     dgate = rows.empty(gate)
     dgate[:-1] = (dout * out).sum(-1, dtype=wide) / torch.where(gates == 0, 1, gates).squeeze(-1)
-    q_rows, lse = rows.gather(q), rows.gather(lse)
+    # Their scores have another row's log-sum-exp, whose exponentials may overflow: inf, as that of
+    # their own, makes them 0.
+    q_rows, lse = rows.gather(q), rows.gather_once(lse, math.inf)
     dq = rows.empty(q, wide).zero_()
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     dbias = q.new_zeros(bias.shape if needs_bias and bias is not None else 0, dtype=wide)

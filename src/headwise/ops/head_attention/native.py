@@ -15,6 +15,7 @@ from headwise.ops.gradients import learns
 from headwise.ops.head_attention import whole
 from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.head_attention.gathered import attention_flops, share_on
+from headwise.ops.operands import adjacent
 
 _MOST_CHANNELS = 1024
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
@@ -69,7 +70,7 @@ def native_attention(
         y, lse = whole.forward(q, k, v, gate, causal, None, None, scale)
         return y, lse.double()
     return native.kernels().attention(
-        q.contiguous(), _adjacent(k), _adjacent(v), gate.contiguous(), causal, scale
+        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale
     )
 
 
@@ -85,7 +86,7 @@ def native_decode(
 ) -> Tensor:
     """y [B, T, H, C] of a few queries; the mask is [B|1, H|1, T|1, S|1]."""
     return native.kernels().decode_attention(
-        q.contiguous(), _adjacent(k), _adjacent(v), gate.contiguous(), causal, scale, mask
+        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale, mask
     )
 
 
@@ -103,13 +104,9 @@ def native_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and gate."""
     return native.kernels().attention_backward(
-        dy.contiguous(), q.contiguous(), _adjacent(k), _adjacent(v), gate.contiguous(), y, lse,
+        dy.contiguous(), q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), y, lse,
         causal, scale,
     )  # fmt: skip
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @native_attention.register_fake

@@ -140,9 +140,9 @@ class Rows:
         """Values [B, T, H, ...] of all rows, tile after tile."""
         return x.reshape(-1, *x.shape[3:]).index_select(0, self._index)
 
-    def gather_once(self, x: Tensor) -> Tensor:
-        """Like `gather`, but 0 for rows that only fill up a tile."""
-        room = x.new_zeros((self.count + 1, *x.shape[3:]))
+    def gather_once(self, x: Tensor, fill: float = 0) -> Tensor:
+        """Like `gather`, but `fill` for rows that only fill up a tile."""
+        room = x.new_full((self.count + 1, *x.shape[3:]), fill)
         return room.index_copy_(0, self._places, x.reshape(-1, *x.shape[3:]))[:-1]
 
     def scatter(self, x: Tensor) -> Tensor:

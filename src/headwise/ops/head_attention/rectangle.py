@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headwise.ops.operands import adjacent
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -37,6 +39,8 @@ def attend(
     There are such rows only if `blind`.
     """
     if q.device.type == "cpu":
+        # torch's kernel takes channels to lie side by side, and does not check it.
+        q, k, v = map(adjacent, (q, k, v))
         out, lse = _flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     else:
         scores = _scores(q, k, added, causal, scale)
@@ -64,6 +68,7 @@ def attend_backward(
     """Gradients through one rectangle, given the output and log-sum-exp over *all* keys."""
     lse = _finite(lse)
     if q.device.type == "cpu" and not scores_gradient:
+        dout, q, k, v, out = map(adjacent, (dout, q, k, v, out))
         return Gradients(
             *_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
         )

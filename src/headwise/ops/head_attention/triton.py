@@ -19,11 +19,11 @@ from headwise.ops.head_attention.triton_forward import forward_kernel
 from headwise.ops.head_attention.triton_ranks import ranked
 from headwise.ops.head_attention.triton_tiles import (
     FUSION,
-    adjacent_channels,
     check_operands,
     described,
     expanded,
 )
+from headwise.ops.operands import adjacent
 
 __all__ = ["decode_attention", "head_attention"]
 
@@ -102,7 +102,7 @@ def triton_attention(
     The second is 0 where a head is off or sees no key.
     """
     batch, queries, heads, channels = q.shape
-    (q,) = adjacent_channels(q)
+    q = adjacent(q)
     y, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
     positions, on_so_far = ranked(gate)
     mask, mask_strides = expanded(mask, q, k)
@@ -135,7 +135,7 @@ def triton_attention_backward(
     """Gradients of q, k, v and gate."""
     batch, queries, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
-    dy, q, k, v, y = adjacent_channels(dy, q, k, v, y)
+    dy, q, k, v, y = map(adjacent, (dy, q, k, v, y))
     dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dgate = gate.new_zeros(gate.shape)
     # By rank; rows beyond the last that is on are read, too, and must add nothing.

@@ -16,7 +16,6 @@ from headwise.ops.head_attention.gathered import attention_flops
 from headwise.ops.head_attention.triton_tiles import (
     FUSION,
     LOG2E,
-    adjacent_channels,
     attend,
     check_operands,
     described,
@@ -25,6 +24,7 @@ from headwise.ops.head_attention.triton_tiles import (
     load_tile,
     whole_blocks,
 )
+from headwise.ops.operands import adjacent
 
 MAX_ROWS = 128
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
@@ -82,7 +82,7 @@ def triton_decode(
 ) -> Tensor:
     batch, queries, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
-    (q,) = adjacent_channels(q)
+    q = adjacent(q)
     width = triton.next_power_of_2(channels)
     block, group = block_of_keys(width, q.dtype), heads // kv_heads
     splits, keys_each = _splits(keys, batch * kv_heads, block)

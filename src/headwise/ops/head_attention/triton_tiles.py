@@ -40,11 +40,6 @@ def check_operands(q: Tensor) -> None:
         )
 
 
-def adjacent_channels(*tensors: Tensor) -> list[Tensor]:
-    """Every other stride is the kernels' to follow: transposed layouts are not copied."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def described(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """[B, S, H, C] as tiles [1, 1, rows, width] of [B, H, S, C], for the GPU's copy engine.
 

@@ -31,8 +31,12 @@ struct Choices {
 
   Choices(const Tensor& indices, int64_t experts) : edges(experts + 1, 0) {
     const int64_t* chosen = indices.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < indices.numel(); ++i)
+    for (int64_t i = 0; i < indices.numel(); ++i) {
+      TORCH_CHECK_VALUE(
+          chosen[i] >= -1 && chosen[i] < experts, "indices holds ", chosen[i],
+          "; it must hold experts, 0..", experts - 1, ", or -1");
       if (chosen[i] >= 0) ++edges[chosen[i] + 1];
+    }
     for (int64_t e = 0; e < experts; ++e) edges[e + 1] += edges[e];
     places.resize(edges[experts]);
     auto next = edges;

@@ -1,0 +1,83 @@
+"""Random calls of the ops, and how far from float64 a result may lie."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels apart", "heads first", "every second", "repeated")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; "repeated": the first entry of the batch for all."""
+    if layout == "channels apart":
+        return torch.stack([x, -x, x + 1], dim=-1).unbind(-1)[0]
+    if layout == "heads first":
+        return x.transpose(1, -2).contiguous().transpose(1, -2)
+    if layout == "every second":
+        return torch.stack([x, -x], dim=1).flatten(0, 1)[::2]
+    if layout == "repeated":
+        return x[:1].expand(x.shape)
+    return x
+
+
+def leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies that want gradients, with the strides of the originals, or in another dtype."""
+    return {
+        name: (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+        for name, x in tensors.items()
+    }
+
+
+def value_and_gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    upstream = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+    # The reference of nothing but padding is no function of anything.
+    total = (y * upstream).sum() + sum(0 * x.sum() for x in tensors.values())
+    gradients = torch.autograd.grad(total, list(tensors.values()))
+    return {"y": y.detach(), **dict(zip(tensors, gradients, strict=True))}
+
+
+def assert_as_near(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], *, largest: float
+) -> None:
+    """Errors at most twice plain PyTorch's, but for the rounding of scores up to `largest`."""
+    for name, true in exact.items():
+        ours, torch_s = (x[name].double() - true for x in (got, plain))
+        size = true.norm() + true.numel() ** 0.5
+        rounding = torch.finfo(got[name].dtype).eps * (8 + largest) * size
+        assert got[name].isfinite().all(), name
+        assert ours.norm() <= 2 * torch_s.norm() + rounding, name
+
+
+def gates(shape: tuple[int, ...], pattern: str) -> Tensor:
+    """Gates of which some are exactly 0; negative ones, too."""
+    gate = torch.rand(shape).add(0.1) * torch.where(torch.rand(shape) < 0.2, -1, 1)
+    if pattern == "none":
+        return torch.zeros(shape)
+    if pattern == "one head":
+        gate[..., torch.arange(shape[-1]) != shape[-1] // 2] = 0
+    elif pattern == "padding":
+        gate[:, shape[1] // 2 :] = 0
+    elif pattern != "all":
+        gate[torch.rand(shape) > {"few": 0.1, "half": 0.5}[pattern]] = 0
+    return gate
+
+
+PATTERNS = st.sampled_from(["half", "half", "few", "all", "none", "one head", "padding"])
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+@st.composite
+def scored(draw: st.DrawFn, sizes: dict[str, int], values: Any) -> Tensor:
+    """Something broadcastable to [B, H, T, S], with strides of several kinds."""
+    shape = [sizes[axis] if draw(st.booleans()) else 1 for axis in "BHTS"]
+    x = values(shape)
+    how = draw(st.sampled_from(["as it is", "transposed", "expanded", "fewer axes"]))
+    if how == "transposed":
+        return values(shape[:2] + shape[:1:-1]).transpose(2, 3)
+    if how == "expanded":
+        return x[..., :1].expand(*shape[:3], sizes["S"])
+    if how == "fewer axes" and shape[0] == shape[1] == 1:
+        return x[0, 0]
+    return x
