@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.routers import Router
+from headwise.nn.tokens import check_rows
 from headwise.ops import Routing, count_choices, route_tokens
 from headwise.ops.fields import Count, Weight, checked
 from headwise.ops.logits import router_logits
@@ -86,6 +87,7 @@ class LinearRouter(ExpertRouter):
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Routing:
         """Route every row of x; padding (mask False) goes nowhere."""
+        check_rows("x", x, ("...", self.weight.shape[1]), mask, weight=self.weight)
         return self.route(router_logits(x, self.weight), mask)
 
     def extra_repr(self) -> str:
@@ -127,6 +129,7 @@ class CosineRouter(ExpertRouter):
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Routing:
         """Route every row of x; padding (mask False) goes nowhere."""
+        check_rows("x", x, ("...", self.projection.shape[1]), mask, weight=self.projection)
         projected = normalize(router_logits(x, self.projection), dim=-1)
         embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
         temperature = self.log_temperature.to(projected.dtype).exp()

@@ -138,7 +138,7 @@ class MHMoE(nn.Module):
         Raises:
             ValueError: If x or mask has another shape or dtype.
         """
-        check_tokens(x, mask, dim=self.dim, dtype=self.experts.up_proj.dtype)
+        check_tokens(x, mask, dim=self.dim, weight=self.experts.up_proj)
         u = x if self.head_proj is None else self.head_proj(x)
         u = rearrange(u, "b t (h s) -> b t h s", h=self.num_heads)
         routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))

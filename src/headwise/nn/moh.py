@@ -145,7 +145,7 @@ class MoHAttention(nn.Module):
         Raises:
             ValueError: If x or mask has another shape or dtype.
         """
-        check_tokens(x, mask, dim=self.dim, dtype=self.q_proj.weight.dtype)
+        check_tokens(x, mask, dim=self.dim, weight=self.q_proj.weight)
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         skips = mask is None and self._skips(x)
         if isinstance(self.router, QueryNormRouter):

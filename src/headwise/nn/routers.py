@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from headwise.nn.budget import HeadBudget
+from headwise.nn.tokens import check_rows
 from headwise.ops import Routing, route_heads, route_heads_by_query_norm
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.fields import Count, Weight, checked
@@ -77,7 +78,7 @@ class TwoStageRouter(HeadRouter):
         std: Weight = 0.02,
     ):
         super().__init__(budget)
-        self.mode, self.scores = mode, scores
+        self.dim, self.mode, self.scores = dim, mode, scores
         shared, routed = len(budget.shared_groups), budget.routed_groups
         self.shared = ScoreMap(dim, shared) if shared > 1 else None
         self.routed = ScoreMap(dim, routed) if routed else None
@@ -89,6 +90,7 @@ class TwoStageRouter(HeadRouter):
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
+        check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
         shared, routed, stage = self._scores(x)
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
@@ -143,7 +145,7 @@ class OneStageRouter(HeadRouter):
         std: Weight = 0.02,
     ):
         super().__init__(budget)
-        self.mode, self.scores = mode, scores
+        self.dim, self.mode, self.scores = dim, mode, scores
         self.routed = ScoreMap(dim, budget.routed_groups) if budget.routed_groups else None
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
@@ -152,6 +154,7 @@ class OneStageRouter(HeadRouter):
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token of x; padding (mask False) has all heads off."""
+        check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
         none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
         logits = none if self.routed is None else router_logits(x, self.routed())
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
@@ -183,6 +186,7 @@ class QueryNormRouter(HeadRouter):
         self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Routing:
         """Route every token by its queries; padding (mask False) has all heads off."""
+        check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
         routing = route_heads_by_query_norm(
             rearrange(q, "b t (g r) c -> b t g (r c)", r=self.budget.heads_per_group),

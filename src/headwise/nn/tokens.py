@@ -1,22 +1,43 @@
 """What every layer asks of its input, before torch would fail on it with less to say."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from headwise.ops.tensors import check_tensor
 
-def check_tokens(x: Tensor, mask: Tensor | None, *, dim: int, dtype: torch.dtype) -> None:
-    """Refuse tokens or a padding mask that a layer of that width and dtype cannot take.
+
+def check_tokens(x: Any, mask: Any, *, dim: int, weight: Tensor) -> None:
+    """Refuse tokens or a padding mask that a layer of that width and with such weights cannot take.
 
     Raises:
-        ValueError: If x is not [B, T, dim] in `dtype` (under autocast any float will do), or the
-            mask not boolean [B, T].
+        ValueError: If x is not [B, T, dim] in the weights' dtype (under autocast any float will do)
+            and on their device, or the mask not boolean [B, T].
     """
-    if x.ndim != 3 or x.shape[-1] != dim:
-        raise ValueError(f"x has shape {list(x.shape)}; it must be [B, T, {dim}]")
-    mixed = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
-    if x.dtype != dtype and dtype.is_floating_point and not mixed:
-        raise ValueError(f"x is {x.dtype}, the layer's weights are {dtype}; they must agree")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-        raise ValueError(
-            f"mask is {mask.dtype} {list(mask.shape)}; it must be torch.bool {list(x.shape[:2])}"
-        )
+    check_rows("x", x, ("B", "T", dim), mask, weight=weight)
+    mixed = torch.is_autocast_enabled(x.device.type)
+    # Packed weights are whole numbers, and take any float.
+    if x.dtype != weight.dtype and weight.is_floating_point() and not mixed:
+        raise ValueError(f"x is {x.dtype}, the layer's weights are {weight.dtype}; they must agree")
+
+
+def check_rows(
+    name: str, x: Any, sizes: tuple[int | str, ...], mask: Any, *, weight: Tensor | None = None
+) -> None:
+    """Refuse what a router cannot take: floating rows of a width, and a mask of these rows.
+
+    Args:
+        name: Of the argument that has the rows.
+        x: Of these sizes.
+        sizes: As `check_tensor` has them.
+        mask: True for tokens, [*sizes but the width], or None. Of x [B, T, H, C] it is [B, T].
+        weight: On whose device x must be.
+
+    Raises:
+        ValueError: Naming the argument, what came and what would be right.
+    """
+    check_tensor(name, x, sizes, like=weight)
+    if mask is not None:
+        rows = x.shape[:2] if len(sizes) == 4 else x.shape[:-1]
+        check_tensor("mask", mask, rows, kind="torch.bool", like=x)
