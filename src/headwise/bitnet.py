@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from headwise.hf.auto import Routed
 from headwise.hf.surgery import modules_of_layers, pack_layers
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
+from headwise.ops.fields import check
 
 
 def ternarize(module: Any) -> Any:
@@ -38,6 +39,7 @@ def ternarize(module: Any) -> Any:
             nn.Linear and our experts (GPT-2's Conv1D, say), or the module is a transformers model
             that is not converted. It is then as it was.
     """
+    check("module", module, nn.Module)
     inside = module.named_modules()
     if isinstance(module, Routed):
         inside = modules_of_layers(module)
@@ -73,6 +75,7 @@ def pack(model: Any) -> Any:
         ValueError: If nothing is ternary or all is packed already. In training mode, a forward of
             the packed model raises it too.
     """
+    check("model", model, nn.Module)
     if isinstance(model, Routed):
         if model.conversion.ternary != "trained":
             raise ValueError(

@@ -300,13 +300,27 @@ BAD_INPUTS = [
     ((torch.zeros(2, 4, 8, 6), torch.zeros(2), torch.zeros(2).long()), "it must be [B, 4, 6, 6]"),
     ((torch.zeros(4, 6, 6), torch.zeros(4), torch.zeros(4).long()), "x has shape [4, 6, 6]"),
     ((torch.zeros(2, 4, 6, 6), torch.tensor(3), torch.zeros(2).long()), "t has shape []"),
-    ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(3).long()), "it must be [2], one an"),
+    (
+        (torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(3).long()),
+        "y has shape [3]; it must be [2]",
+    ),
     ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.tensor([0, 6])), "lie in 0..5"),
-    ((torch.zeros(2, 4, 6, 6).int(), torch.zeros(2), torch.zeros(2).long()), "x has dtype torch"),
-    ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2)), "y has dtype torch.float32"),
+    (
+        (torch.zeros(2, 4, 6, 6).int(), torch.zeros(2), torch.zeros(2).long()),
+        "x is torch.int32; it must be floating",
+    ),
+    ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2)), "y is torch.float32"),
     (
         (torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.tensor([-1, 0])),
         "y holds [-1]; classes must lie in 0..5",
+    ),
+    ((None, torch.zeros(2), torch.zeros(2).long()), "x is a NoneType; it must be a tensor"),
+    ((torch.zeros(2, 4, 6, 6).to(torch.complex64), torch.zeros(2), torch.zeros(2).long()), "x is"),
+    ((torch.zeros(2, 4, 6, 6), 3, torch.zeros(2).long()), "t is a int; it must be a tensor [2]"),
+    ((torch.zeros(2, 4, 6, 6), torch.zeros(2) > 0, torch.zeros(2).long()), "t is torch.bool"),
+    (
+        (torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2, device="meta").long()),
+        "y is on meta; it must be on cpu",
     ),
 ]
 

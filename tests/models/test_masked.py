@@ -255,9 +255,21 @@ def test_it_runs_in_bfloat16():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": torch.zeros(2, 3, 8, 6)}, "images of (3, 8, 6), not of (3, 6, 6)"),
-        ({"pixel_values": torch.zeros(2, 1, 6, 6)}, "images of (1, 6, 6), not of (3, 6, 6)"),
+        (
+            {"pixel_values": torch.zeros(2, 3, 8, 6)},
+            "has shape [2, 3, 8, 6]; it must be [B, 3, 6, 6]",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 1, 6, 6)},
+            "has shape [2, 1, 6, 6]; it must be [B, 3, 6, 6]",
+        ),
+        ({"pixel_values": torch.zeros(2, 3, 6, 6).int()}, "pixel_values is torch.int32"),
         ({"input_ids": torch.zeros(2, 11, dtype=torch.long)}, "has 11 tokens; max_text_length"),
+        ({"input_ids": torch.zeros(2, 5)}, "input_ids is torch.float32"),
+        ({"input_ids": torch.zeros(5).long()}, "input_ids has shape [5]; it must be [2, T]"),
+        ({"masked_patches": torch.zeros(2, P)}, "masked_patches is torch.float32"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape [2, 3]"),
+        ({"labels": torch.zeros(2, 3).long()}, "labels has shape [2, 3]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(changes, message):

@@ -23,7 +23,7 @@ def model() -> TransNeXtForImageClassification:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 1, 20, 20), "has shape [2, 1, 20, 20]; it must be [B, 3 (num_channels)"),
+        ((2, 1, 20, 20), "has shape [2, 1, 20, 20]; it must be [B, 3, height, width]"),
         ((3, 20, 20), "has shape [3, 20, 20]"),
         ((2, 3, 20, 4), "size of pixel_values is 20 × 4; with patch_size 2 and sr_ratios "
                         "[3, 2, 1] no side may be below 5"),
@@ -35,7 +35,7 @@ def test_images_that_do_not_fit_are_refused(shape, message):
 
 
 def test_images_in_bytes_are_refused():
-    with pytest.raises(ValueError, match=r"pixel_values has dtype torch\.uint8; it must be"):
+    with pytest.raises(ValueError, match=r"pixel_values is torch\.uint8; it must be floating"):
         model()(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
 
 
@@ -47,6 +47,7 @@ def test_images_in_bytes_are_refused():
         (torch.tensor([0, 1]), r"labels has shape \[2\]; it must be \[3\], or \[3, 7\]"),
         (torch.ones(3, 5), r"labels has shape \[3, 5\]"),
         (torch.tensor([0, 1, 1]).int(), "labels has dtype torch.int32; it must be int64"),
+        ([0, 1, 1], "labels is list; it must be a tensor on cpu"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headwise.nn import Router
 from headwise.ops import Routing
+from headwise.ops.fields import check
 
 
 @contextmanager
@@ -21,6 +22,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     computes a layer again (activation checkpointing) does not count twice.
 
     Raises:
+        ValueError: If the model is no module.
         RuntimeError: During a forward under reentrant activation checkpointing, through which no
             gradient could reach a router; use use_reentrant=False.
 
@@ -29,6 +31,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
         ...     model(input_ids)
         >>> headwise.balance_loss(routings["model.layers.0.self_attn.router"])
     """
+    check("model", model, nn.Module)
     routings: dict[str, Routing] = {}
     running: list[Any] = []
 

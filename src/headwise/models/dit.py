@@ -18,6 +18,8 @@ from headwise.nn import MoHAttention
 from headwise.nn.routers import ScoreMap
 from headwise.ops import Routing
 from headwise.ops.balance import mean_balance_loss
+from headwise.ops.fields import check
+from headwise.ops.tensors import check_tensor
 
 _FREQUENCIES = 128
 _LONGEST_PERIOD = 10_000
@@ -207,6 +209,8 @@ class DiT(PreTrainedModel):
         Raises:
             ValueError: As in `forward`, if the batch has no halves, or channels is below 1.
         """
+        check_tensor("x", x, ("2B", "C", "H", "W"))
+        check("scale", scale, float)
         if len(x) % 2:
             raise ValueError(f"x has {len(x)} images; guidance takes two halves")
         if channels is not None and channels < 1:
@@ -230,17 +234,9 @@ class DiT(PreTrainedModel):
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config
         size = (config.in_channels, config.input_size, config.input_size)
-        if x.ndim != 4 or x.shape[1:] != size:
-            raise ValueError(f"x has shape {list(x.shape)}; it must be [B, {str(size)[1:-1]}]")
-        if not x.is_floating_point():
-            raise ValueError(f"x has dtype {x.dtype}; it must be floating, pixels in -1..1")
-        if y.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"y has dtype {y.dtype}; it must be int64 or int32")
-        for name, value in (("t", t), ("y", y)):
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"{name} has shape {list(value.shape)}; it must be [{len(x)}], one an image"
-                )
+        check_tensor("x", x, ("B", *size), like=self.positions)
+        check_tensor("t", t, x.shape[:1], kind="real", like=x)
+        check_tensor("y", y, x.shape[:1], kind="whole", like=x)
         # What a graph or the meta device holds has no values yet.
         if torch.compiler.is_compiling() or y.is_meta:
             return

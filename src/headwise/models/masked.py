@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from headwise.data.masked_pairs import IGNORED
 from headwise.data.patches import patches_of
 from headwise.ops.fields import Count, check_fields
+from headwise.ops.tensors import check_tensor
 
 
 class MaskedConfig(ViTConfig):
@@ -145,9 +146,11 @@ class MaskedModel(PreTrainedModel):
                 what is masked here.
 
         Raises:
-            ValueError: If the images are of another size, or the text is too long.
+            ValueError: If the images are of another size, the text is too long, or a shape or dtype
+                is another.
         """
         mask = attention_mask
+        self._check_inputs(pixel_values, input_ids, masked_patches, mask, labels)
         x = torch.cat([
             self._embed_image(pixel_values, masked_patches),
             self._embed_text(input_ids, mask),
@@ -171,22 +174,34 @@ class MaskedModel(PreTrainedModel):
             text_logits=text_logits,
         )
 
-    def _embed_image(self, pixels: Tensor, masked: Tensor | None) -> Tensor:
+    def _check_inputs(
+        self, pixels: Tensor, ids: Tensor, masked: Tensor | None, seen: Any, labels: Any
+    ) -> None:
         config = self.config
         size = (config.num_channels, config.image_size, config.image_size)
-        if pixels.shape[1:] != size:
-            raise ValueError(f"pixel_values has images of {tuple(pixels.shape[1:])}, not of {size}")
-        x = self.patches(patches_of(pixels.to(self.dtype), config.patch_size))
+        check_tensor("pixel_values", pixels, ("B", *size), like=self.masked_patch)
+        batch = len(pixels)
+        check_tensor("input_ids", ids, (batch, "T"), kind="whole", like=pixels)
+        if ids.shape[1] > config.max_text_length:
+            raise ValueError(
+                f"input_ids has {ids.shape[1]} tokens; max_text_length is {config.max_text_length}"
+            )
+        whole = (batch, config.num_patches + ids.shape[1])
+        if masked is not None:
+            sizes = (batch, config.num_patches)
+            check_tensor("masked_patches", masked, sizes, kind="torch.bool", like=pixels)
+        if seen is not None:
+            check_tensor("attention_mask", seen, whole, kind="any", like=pixels)
+        if labels is not None:
+            check_tensor("labels", labels, whole, kind="whole", like=pixels)
+
+    def _embed_image(self, pixels: Tensor, masked: Tensor | None) -> Tensor:
+        x = self.patches(patches_of(pixels.to(self.dtype), self.config.patch_size))
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.masked_patch, x)
         return x + self.patch_positions.weight + self.modalities.weight[0]
 
     def _embed_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        if ids.shape[1] > self.config.max_text_length:
-            raise ValueError(
-                f"input_ids has {ids.shape[1]} tokens; max_text_length is "
-                f"{self.config.max_text_length}"
-            )
         # Counted without padding, so that it may stand on either side.
         counted = torch.ones_like(ids) if mask is None else mask[:, self.config.num_patches :]
         positions = (counted.cumsum(1) - 1).clamp_min(0)

@@ -35,6 +35,7 @@ from headwise.models.transnext_layers import (
 from headwise.nn.routers import ScoreMap
 from headwise.ops import Routing
 from headwise.ops.balance import mean_balance_loss
+from headwise.ops.tensors import check_tensor
 from headwise.parity import Reads
 
 
@@ -173,16 +174,8 @@ class TransNeXtBackbone(BackboneMixin, TransNeXtPreTrainedModel):
     def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The map of every stage."""
         config = self.config
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}; it must be [B, "
-                f"{config.num_channels} (num_channels), height, width]"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values has dtype {pixel_values.dtype}; it must be floating, as the image "
-                "processor makes it"
-            )
+        sizes = ("B", config.num_channels, "height", "width")
+        check_tensor("pixel_values", pixel_values, sizes, like=next(self.parameters()))
         config.check_image_size("size of pixel_values", *pixel_values.shape[2:])
         maps = [pixel_values.to(self.dtype)]
         for stage in self.stages:
@@ -269,6 +262,9 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
         ValueError: Naming what is wrong.
     """
     batch, classes = logits.shape
+    if not isinstance(labels, Tensor) or labels.device != logits.device:
+        where = labels.device if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels is {where}; it must be a tensor on {logits.device}")
     want = (batch, classes) if labels.is_floating_point() else (batch,)
     if labels.shape != want:
         raise ValueError(

@@ -12,7 +12,7 @@ from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.routers import Router
 from headwise.nn.tokens import check_rows
 from headwise.ops import Routing, count_choices, route_tokens
-from headwise.ops.fields import Count, Weight, checked
+from headwise.ops.fields import Count, Weight, check, checked
 from headwise.ops.logits import router_logits
 from headwise.ops.processes import sum_over_processes
 from headwise.ops.scores import TokenScores
@@ -161,12 +161,30 @@ def update_biases(module: nn.Module, routings: Mapping[str, Routing]) -> None:
         routings: Of the training step, by the names of the routers in the module, as
             `headwise.record_routing(module)` collects them. Every process must come here.
 
+    Raises:
+        ValueError: If there is no such router, or it has another number of experts.
+
     Example:
         >>> with headwise.record_routing(model) as routings:
         ...     loss = …
         >>> loss.backward(); optimizer.step()
         >>> headwise.update_biases(model, routings)
     """
+    check("module", module, nn.Module)
+    check("routings", routings, Mapping[str, Routing])
+    known = {name for name, part in module.named_modules() if isinstance(part, Router)}
+    if unknown := sorted(set(routings) - known):
+        raise ValueError(
+            f"routings has {unknown[0]!r}; the routers of the module are {sorted(known)}"
+        )
+    for name, routing in routings.items():
+        candidates = routing.probabilities.shape[-1]
+        load = getattr(module.get_submodule(name), "load", None)
+        if load is not None and candidates != len(load):
+            raise ValueError(
+                f"routings[{name!r}] has {candidates} candidates; its router has {len(load)} "
+                "experts"
+            )
     keep_loads(module, routings)
     move_biases(module)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
+from headwise.ops.fields import check
 from headwise.ops.processes import in_several_processes, sum_over_processes
 from headwise.ops.routing import Routing
 
@@ -43,8 +44,9 @@ def balance_loss(
         A scalar; its gradient flows through P only. 0 for a layer that routes nothing.
 
     Raises:
-        ValueError: If form or scope is unknown.
+        ValueError: If form or scope is unknown, or the routing is none.
     """
+    check("routing", routing, Routing)
     check_choice("form", form, BalanceForm)
     check_choice("scope", scope, BalanceScope)
     candidates = routing.probabilities.shape[-1]
@@ -100,7 +102,11 @@ def router_z_loss(routing: Routing) -> Float[Tensor, ""]:
 
     **Source**: ST-MoE, arXiv 2202.08906, Eq. 5. Padding (`routing.mask`) is not counted. 0 for a
     layer that routes nothing.
+
+    Raises:
+        ValueError: If the routing is none.
     """
+    check("routing", routing, Routing)
     if routing.logits.shape[-1] == 0:
         return routing.logits.sum()
     squares = torch.logsumexp(routing.logits, dim=-1).square()

@@ -130,7 +130,7 @@ def check(field: str, value: object, hint: Any) -> None:
     """
     if not is_compiling() and (misfit := next(_misfits(field, value, hint), None)):
         name, wrong, right = misfit
-        shown = repr(wrong)
+        shown = " ".join(repr(wrong).split())
         shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
         raise ValueError(f"{name} is {shown}; it must {right}")
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from headwise.ops import native
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gradients import learns
+from headwise.ops.tensors import check_tensor
 
 
 def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) -> Tensor:
@@ -18,7 +19,12 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
 
     Products of bfloat16 are exact in float32; sums and results would not be in bfloat16, where a
     quarter of the tokens tie. On CPUs a kernel (native/kernels/logits.h) reads bfloat16 as it is.
+
+    Raises:
+        ValueError: If one is no floating tensor, or the widths or devices differ.
     """
+    check_tensor("weight", weight, ("K", "D"))
+    check_tensor("x", x, ("...", weight.shape[1]), like=weight)
     if _kernel_takes(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))

@@ -7,6 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from headwise.ops.choice import check_choice
+from headwise.ops.tensors import check_tensor
+
 HeadScores = Literal["softmax", "sparsemax", "sigmoid"]
 TokenScores = Literal["softmax", "sigmoid"]
 
@@ -17,7 +20,12 @@ def affinities(
     """The scores by which candidates are chosen and weighed, and the same divided by their sum.
 
     softmax and sparsemax sum to 1 already; sigmoids lie in 0..1 each for itself.
+
+    Raises:
+        ValueError: If there are no such scores, or the logits are no floating tensor.
     """
+    check_choice("scores", scores, HeadScores)
+    check_tensor("logits", logits, ("...", "E"))
     if scores == "sigmoid":
         return logits.sigmoid(), log_affinities(logits, scores).softmax(-1)
     probabilities = sparsemax(logits) if scores == "sparsemax" else logits.softmax(-1)
@@ -41,8 +49,12 @@ def sparsemax(logits: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
     **Source**: Martins and Astudillo, arXiv 1602.02068, Eq. 2 and Algorithm 1, of whose thresholds
     the largest is τ.
 
+    Raises:
+        ValueError: If the logits are no floating tensor.
+
     Example (worked by hand): of 0.8, 0.6 and -1 the first two remain, τ = 0.2: 0.6, 0.4 and 0.
     """
+    check_tensor("logits", logits, ("...", "E"))
     if logits.shape[-1] == 0:
         return logits
     # Shifting all logits shifts τ; near 0 no digits are lost.

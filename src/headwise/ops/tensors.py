@@ -6,14 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["floating", "whole", "torch.bool"]
-Size = int | str
+Kind = Literal["any", "floating", "real", "whole", "torch.bool", "torch.uint8"]
 
 
 def check_tensor(
     name: str,
     x: Any,
-    sizes: Sequence[Size] | torch.Size,
+    sizes: Sequence[Any],
     *,
     kind: Kind = "floating",
     like: Tensor | None = None,
@@ -26,7 +25,8 @@ def check_tensor(
         name: Of the argument.
         x: What came.
         sizes: Of the axes: a number, or a name for any; "..." in the first place for any axes.
-        kind: "floating" (real), "whole" (int32 or int64) or "torch.bool".
+        kind: "floating", "real" (those and whole numbers), "whole" (int32 or int64), "torch.bool",
+            "torch.uint8" or "any".
         like: A tensor whose device it must share; weights on the meta device are somewhere else
             until they are needed, and not asked.
 
@@ -42,13 +42,17 @@ def check_tensor(
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {wanted}")
     if kind == "floating" and not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; it must be floating")
+    if kind == "torch.uint8" and x.dtype != torch.uint8:
+        raise ValueError(f"{name} is {x.dtype}; it must be torch.uint8")
+    if kind == "real" and (x.is_complex() or x.dtype == torch.bool):
+        raise ValueError(f"{name} is {x.dtype}; it must be of real numbers")
     if kind == "whole" and x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {x.dtype}; it must be torch.int64 or torch.int32")
     if like is not None and not like.is_meta and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; it must be on {like.device} like the others")
 
 
-def _fits(x: Tensor, sizes: Sequence[Size]) -> bool:
+def _fits(x: Tensor, sizes: Sequence[Any]) -> bool:
     if sizes and sizes[0] == "...":
         sizes = sizes[1:]
         shape: Sequence[int] = x.shape[x.ndim - len(sizes) :] if x.ndim >= len(sizes) else ()

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwise.ops.dtypes import wide_dtype
+from headwise.ops.fields import Index, check
 from headwise.ops.gradients import learns
+from headwise.ops.tensors import check_tensor
 
 _LARGEST_LEVEL = 127
 # A smaller mean or maximum counts as this much: what is 0 everywhere stays 0, and still learns.
@@ -51,6 +53,7 @@ def quantize_weight(weight: Float[Tensor, "*matrices O D"]) -> Quantized:
     Example (worked by hand): [[4, -1], [0, 3]] has s = 2, so 4/2 and 3/2 are 1, -1/2 and 0 are 0
     (halves go to the even number): [[1, 0], [0, 1]] · 2.
     """
+    check_tensor("weight", weight, ("...", "O", "D"))
     wide = weight.to(wide_dtype(weight))
     scale = wide.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
     levels = _round(wide / scale, bound=1)
@@ -66,6 +69,7 @@ def quantize_activations(x: Float[Tensor, "*rows D"]) -> Quantized:
 
     Example (worked by hand): [254, -3, 100] has s = 2: [127, -2, 50] (-1.5 goes to the even -2).
     """
+    check_tensor("x", x, ("...", "D"))
     wide = x.to(wide_dtype(x))
     scale = wide.detach().abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST) / _LARGEST_LEVEL
     levels = _round(wide / scale, bound=_LARGEST_LEVEL)
@@ -77,6 +81,7 @@ def rms_norm(x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
 
     Example (worked by hand): [3, -4] has the mean square 12.5, so it becomes [0.849, -1.131].
     """
+    check_tensor("x", x, ("...", "D"))
     return functional.rms_norm(x.to(wide_dtype(x)), x.shape[-1:], eps=_NORM_EPSILON)
 
 
@@ -96,11 +101,17 @@ def ternary_linear(
         y in the dtype of x; of autocast, where that is on.
 
     Raises:
-        ValueError: In float16.
+        ValueError: In float16; if x is no floating tensor as wide as the weight, the weight not
+            quantised or not on the same device, or the bias not as long as it has rows.
 
     Example (worked by hand): x = [3, -3] is normed to [1, -1] = [127, -127] / 127. With the levels
     [[1, 0], [1, -1]] times 2 and no bias it gives [2, 4].
     """
+    check("weight", weight, Quantized)
+    check_tensor("weight.levels", weight.levels, ("O", "D"))
+    check_tensor("x", x, ("...", weight.levels.shape[1]), like=weight.levels)
+    if bias is not None:
+        check_tensor("bias", bias, weight.levels.shape[:1], like=x)
     levels, scale = quantize_activations(rms_norm(x))
     product = functional.linear(levels.to(x.dtype), weight.levels)
     y = rescale(product, scale * weight.scale)
@@ -124,11 +135,12 @@ def pack(levels: Float[Tensor, "*rows D"]) -> UInt8[Tensor, "*rows bytes"]:
     Where 4 does not divide D, the last byte is filled up with zeros' codes.
 
     Raises:
-        ValueError: If a value is none of -1, 0 and 1.
+        ValueError: If a value is none of -1, 0 and 1, or the levels are no floating tensor.
 
     Example (worked by hand): [-1, 0, 1, 1, -1] has the codes 0, 1, 2, 2, 0; filled up with 1, 1, 1
     they are the bytes 0 + 1·4 + 2·16 + 2·64 = 164 and 0 + 1·4 + 1·16 + 1·64 = 84.
     """
+    check_tensor("levels", levels, ("...", "D"))
     # On the meta device there are no values to look at.
     if not levels.is_meta and not torch.isin(levels, levels.new_tensor([-1, 0, 1])).all():
         raise ValueError("levels holds values beside -1, 0 and 1; pack takes ternary levels only")
@@ -142,8 +154,15 @@ def unpack(
 ) -> Float[Tensor, "*rows D"]:
     """The inverse of `pack`: the first `size` levels of each row, in that dtype.
 
+    Raises:
+        ValueError: If packed is no uint8 tensor, or has not the bytes of such a size.
+
     Example (worked by hand): the bytes 164 and 84, of size 5, are [-1, 0, 1, 1, -1].
     """
+    check("size", size, Index)
+    check("dtype", dtype, torch.dtype)
+    num_bytes = -(-size // _VALUES_PER_BYTE)
+    check_tensor("packed", packed, ("...", num_bytes), kind="torch.uint8")
     codes = (packed.unsqueeze(-1) >> _shifts(packed)) & (2**_BITS - 1)
     return codes.flatten(-2)[..., :size].to(dtype) - 1
 
