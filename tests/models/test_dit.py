@@ -302,12 +302,12 @@ BAD_INPUTS = [
     ((torch.zeros(2, 4, 6, 6), torch.tensor(3), torch.zeros(2).long()), "t has shape []"),
     (
         (torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(3).long()),
-        "y has shape [3]; it must be [2]",
+        "y has shape [3]",
     ),
     ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.tensor([0, 6])), "lie in 0..5"),
     (
         (torch.zeros(2, 4, 6, 6).int(), torch.zeros(2), torch.zeros(2).long()),
-        "x is torch.int32; it must be floating",
+        "x is torch.int32",
     ),
     ((torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2)), "y is torch.float32"),
     (

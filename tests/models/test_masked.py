@@ -257,11 +257,11 @@ def test_it_runs_in_bfloat16():
     [
         (
             {"pixel_values": torch.zeros(2, 3, 8, 6)},
-            "has shape [2, 3, 8, 6]; it must be [B, 3, 6, 6]",
+            "shape [2, 3, 8, 6]; it must be [B, 3, 6, 6]",
         ),
         (
             {"pixel_values": torch.zeros(2, 1, 6, 6)},
-            "has shape [2, 1, 6, 6]; it must be [B, 3, 6, 6]",
+            "shape [2, 1, 6, 6]; it must be [B, 3, 6, 6]",
         ),
         ({"pixel_values": torch.zeros(2, 3, 6, 6).int()}, "pixel_values is torch.int32"),
         ({"input_ids": torch.zeros(2, 11, dtype=torch.long)}, "has 11 tokens; max_text_length"),

@@ -66,9 +66,9 @@ def test_widths_that_do_not_fit_are_named():
         ternary.ternary_linear(torch.randn(2, 5), weight, torch.randn(2))
     with pytest.raises(ValueError, match=r"^packed has shape \[2, 1\]; it must be \[\.\.\., 2\]"):
         ternary.unpack(torch.zeros(2, 1, dtype=torch.uint8), 5, dtype=torch.float32)
-    with pytest.raises(ValueError, match="^size is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match=r"^size is -1; it must be at least 0"):
         ternary.unpack(torch.zeros(2, 1, dtype=torch.uint8), -1, dtype=torch.float32)
-    with pytest.raises(ValueError, match="^scores is 'hard'; it must be one of"):
+    with pytest.raises(ValueError, match=r"^scores is 'hard'; it must be one of"):
         scores.affinities(torch.randn(3), "hard")
 
 
