@@ -132,6 +132,26 @@ def test_patches_that_leave_a_head_off_are_veiled(channels):
     assert (veil.get_array()[..., 3] == 0).tolist() == [[True, False, True], [False, False, True]]
 
 
+# Heads 1 and 3 are always on; head 0 is, too, for one of the classes.
+NAMED = HeadLoads([[1, 3]], {"cat": [[0.5, 1.0, 0.25, 1.0]], "dog": [[1.0, 1.0, 0.0, 1.0]]})
+
+
+def test_named_shared_heads_are_left_out_of_the_charts():
+    axes, _ = plots.head_load_map(NAMED, 0).axes
+    assert axes.images[0].get_array().tolist() == [[0.5, 0.25], [1, 0]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "2"]
+    chart = plots.head_load_chart(NAMED, 0).axes[0]
+    assert {tick for tick in chart.get_xticks() if tick in range(4)} == {0, 2}
+    image = RoutedImage("cat", to_png(Image.new("L", (2, 1))), [PatchMap(0, [1, 2], [[1, 3], [1]])])
+    names = [
+        text.get_text() for text in plots.patch_maps([image], 0, NAMED).axes[0].get_yticklabels()
+    ]
+    assert names == ["image", "0", "2"]
+    weights = torch.ones(4, 4)
+    drawn = plots.patch_map(np.zeros((4, 4, 3)), weights, (2, 2), shared_heads=[1, 3]).axes
+    assert [axes.get_title("left") for axes in drawn] == ["Head 0: 100%", "Head 2: 100%"]
+
+
 def test_many_heads_take_several_lines():
     figure = plots.patch_map(np.zeros((4, 4, 3)), torch.ones(4, 13), (2, 2))
     assert len(figure.axes) == 13
@@ -149,7 +169,7 @@ IMAGE, WEIGHTS = np.zeros((4, 6, 3)), torch.ones(6, 5)
         (IMAGE[..., :2], WEIGHTS, 0, r"image is \[4, 6, 2\]"),
         (IMAGE + 2, WEIGHTS, 0, r"image is float64 in 2.0..2.0"),
         (IMAGE, torch.ones(7, 5), 0, r"weights are \[7, 5\]; .* T = 2·3 patches"),
-        (IMAGE, WEIGHTS, 5, "shared_heads is 5; it must be less than 5"),
+        (IMAGE, WEIGHTS, 5, "shared_heads is 5; it must leave some of the 5 heads"),
     ],
 )
 def test_bad_patch_maps(image, weights, shared, message):

@@ -84,6 +84,22 @@ def test_shared_heads_are_counted_for_each_layer():
         HeadLoads([1], {"cat": [[1.0], [1.0]]})
 
 
+def test_shared_heads_may_be_any():
+    loads = {"cat": [[0.5, 1.0, 0.25, 1.0], [1.0, 0.5, 0.5, 0.0]]}
+    heads = HeadLoads([[1, 3], [0]], loads)
+    assert [heads.routed_heads(layer) for layer in (0, 1)] == [[0, 2], [1, 2, 3]]
+    assert [heads.routed("cat", layer) for layer in (0, 1)] == [[0.5, 0.25], [0.5, 0.5, 0.0]]
+    with pytest.raises(ValueError, match=r"shared_heads\[0\] is \[1, 4\]; the layer has 4 heads"):
+        HeadLoads([[1, 4], [0]], loads)
+
+
+def test_records_of_earlier_versions_count_the_first_heads(record):
+    raw = json.loads(to_json(record))
+    assert raw["models"][2]["heads"]["shared_heads"] == [[0], [0]]
+    raw["models"][2]["heads"]["shared_heads"] = [1, 1]
+    assert from_json(json.dumps(raw)) == record
+
+
 def test_pictures_round_trip(pictures):
     assert from_json(to_json(pictures)) == pictures
 

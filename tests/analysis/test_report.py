@@ -76,7 +76,11 @@ def test_hostile_text_stays_text(text):
 
 def test_the_viewer_gets_the_passages(text):
     (model,) = json.loads(Page(text).scripts[0])
-    assert (model["label"], model["shared"], model["heads"]) == ("MoH $x$, seed 0", [1, 1], [4, 4])
+    assert (model["label"], model["shared"], model["heads"]) == (
+        "MoH $x$, seed 0",
+        [[0], [0]],
+        [4, 4],
+    )
     code, prose = model["texts"]
     assert code["tokens"] == ["\t", "<script>alert('&')</script>", "x", "\n\n  "]
     assert code["on"][0] == [[0, 1], [0, 2], [0, 3], [0, 2]]

@@ -83,6 +83,25 @@ def test_loads_count_real_tokens_only(model, files):
     np.testing.assert_allclose(*loads, atol=0.01)
 
 
+def test_loads_say_which_heads_are_shared(files):
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=6,
+    )  # fmt: skip
+    attention = MoHConfig(shared=[[1, 3], [0, 1]], active=4)
+    model = convert(LlamaForCausalLM(config), attention=attention).eval()
+    statistics = RoutingStatistics(model)
+    file_losses(
+        model, files, sequence_length=T, max_blocks=99,
+        observe=lambda routings: statistics.add("text", routings),
+    )  # fmt: skip
+    loads = statistics.head_loads()
+    assert loads.shared_heads == [[1, 3], [0, 1]]
+    first = loads.by_domain["text"][0]
+    assert (first[1], first[3]) == (1, 1)
+    assert loads.routed("text", 0) == [first[0], first[2], first[4], first[5]]
+
+
 def test_loads_of_routed_groups_are_of_heads(files):
     config = LlamaConfig(
         vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
@@ -96,7 +115,7 @@ def test_loads_of_routed_groups_are_of_heads(files):
         observe=lambda routings: statistics.add("text", routings),
     )  # fmt: skip
     loads = statistics.head_loads()
-    assert loads.shared_heads == [2] * len(loads.by_domain["text"])
+    assert loads.shared_heads == [[0, 1]] * len(loads.by_domain["text"])
     for layer in loads.by_domain["text"]:
         assert layer[0::2] == layer[1::2]
         assert sum(layer) == pytest.approx(4)

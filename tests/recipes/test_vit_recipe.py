@@ -70,7 +70,7 @@ def test_loads_are_counted_for_each_class(finished, pictures):
     model = AutoModelForImageClassification.from_pretrained(directory).eval()
     heads = task.score(model).heads
     assert list(heads.by_domain) == ["bright", "dark"]
-    assert heads.shared_heads == [2, 2, 2, 2, 3, 3]
+    assert list(map(len, heads.shared_heads)) == [2, 2, 2, 2, 3, 3]
     for layers in heads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx([3, 3, 3, 3, 6, 6])
 

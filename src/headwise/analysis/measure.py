@@ -58,7 +58,7 @@ def head_load(routing: Routing) -> Float[Tensor, " H"]:
     """Share of the real tokens for which each head is on (its gate is not 0).
 
     Args:
-        routing: Of a MoH attention: weights [..., H], the shared heads first.
+        routing: Of a MoH attention: weights [..., H].
 
     Returns:
         [H] in 0..1, float64. Shared heads have 1; the sum is the number of heads on per token.
@@ -170,7 +170,7 @@ class LoadMeter(Generic[C]):
         ...     with record_routing(model) as routings:
         ...         model(**batch)
         ...     meter.add("code", [r for name, r in routings.items() if "self_attn" in name])
-        >>> HeadLoads(shared_heads=[3] * num_layers, by_domain=meter.by_domain())
+        >>> HeadLoads(shared_heads=[[0, 1, 2]] * num_layers, by_domain=meter.by_domain())
     """
 
     def __init__(self, count: Callable[[Routing], C]):

@@ -25,30 +25,43 @@ class HeadLoads:
     """How often each head is on.
 
     Attributes:
-        shared_heads: Of each layer, how many heads are always on; they come first.
+        shared_heads: Of each layer, which heads are always on, ascending. A count n, as records of
+            earlier versions have it, becomes the first n.
         by_domain: For each domain [layer][head], share of the tokens in 0..1.
     """
 
-    shared_heads: list[int]
+    shared_heads: list[list[int]]
     by_domain: dict[str, Layers]
 
     def __post_init__(self) -> None:
+        named = [list(range(x)) if isinstance(x, int) else list(x) for x in self.shared_heads]
+        object.__setattr__(self, "shared_heads", named)
         _check_same_shape("by_domain", self.by_domain)
         for layers in self.by_domain.values():
-            if len(layers) != len(self.shared_heads):
+            if len(layers) != len(named):
                 raise ValueError(
-                    f"shared_heads has {len(self.shared_heads)} entries; there are {len(layers)} "
-                    "layers"
+                    f"shared_heads has {len(named)} entries; there are {len(layers)} layers"
                 )
+            for layer, (loads, shared) in enumerate(zip(layers, named, strict=True)):
+                if not set(range(len(loads))).issuperset(shared):
+                    raise ValueError(
+                        f"shared_heads[{layer}] is {shared}; the layer has {len(loads)} heads"
+                    )
 
     def share_on(self) -> float:
         """Heads on over all heads, mean over domains and layers, in 0..1."""
         layers = [layer for loads in self.by_domain.values() for layer in loads]
         return sum(sum(layer) / len(layer) for layer in layers) / len(layers)
 
+    def routed_heads(self, layer: int) -> list[int]:
+        """Which heads of one layer are routed, ascending."""
+        (loads, *_) = self.by_domain.values()
+        return [head for head in range(len(loads[layer])) if head not in self.shared_heads[layer]]
+
     def routed(self, domain: str, layer: int) -> list[float]:
         """The loads of the routed heads of one layer."""
-        return self.by_domain[domain][layer][self.shared_heads[layer] :]
+        loads = self.by_domain[domain][layer]
+        return [loads[head] for head in self.routed_heads(layer)]
 
 
 @dataclass(frozen=True)

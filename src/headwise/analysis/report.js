@@ -22,7 +22,7 @@
   const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "→");
   const model = () => models[state.model];
   const routed = (layer) =>
-    Array.from({ length: model().heads[layer] - model().shared[layer] }, (_, i) => model().shared[layer] + i);
+    Array.from({ length: model().heads[layer] }, (_, i) => i).filter((i) => !model().shared[layer].includes(i));
 
   function share(text, layer, head) {
     const tokens = text.on[layer];
@@ -77,8 +77,8 @@
         { layer, head: routed(layer).includes(state.head) ? state.head : ALL },
         { "aria-label": `Layer ${layer}` }));
     const shared = model().shared[state.layer];
-    const always = shared
-      ? `Heads 0 to ${shared - 1} are shared: on for every token.`.replace("s 0 to 0 are", " 0 is")
+    const always = shared.length
+      ? `${shared.length > 1 ? "Heads" : "Head"} ${shared.join(", ")} ${shared.length > 1 ? "are" : "is"} shared: on for every token.`
       : "No head is shared.";
     return make("div", { className: "controls" },
       row("Model", select),
@@ -154,7 +154,7 @@
         make("th", { scope: "row" }, `Layer ${layer}`),
         ...heads.slice(0, model().heads[layer]).map((head) => {
           const on = tokens[index].includes(head);
-          const kind = head < model().shared[layer] ? "shared" : "";
+          const kind = model().shared[layer].includes(head) ? "shared" : "";
           return make("td", { className: `${on ? "on" : ""} ${kind}`, "aria-label": on ? "on" : "off" });
         })));
     panel.replaceChildren(

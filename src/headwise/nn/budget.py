@@ -121,10 +121,15 @@ class HeadBudget:
         return self.active_heads - self.shared_heads
 
     @property
+    def which_shared(self) -> Heads:
+        """The heads that are always on, ascending."""
+        return self.chosen or tuple(range(self.shared_heads))
+
+    @property
     def shared_groups(self) -> Heads:
         """Groups that are always on."""
-        heads = self.chosen or range(self.shared_heads)
-        return tuple(head // self.heads_per_group for head in heads[:: self.heads_per_group])
+        first_of_each = self.which_shared[:: self.heads_per_group]
+        return tuple(head // self.heads_per_group for head in first_of_each)
 
     @property
     def routed_groups(self) -> int:

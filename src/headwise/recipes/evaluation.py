@@ -73,7 +73,7 @@ class RoutingStatistics:
         if not (loads := self.heads.by_domain()):
             return None
         routers = [m for m in self.model.modules() if isinstance(m, HeadRouter)]
-        return HeadLoads([router.budget.shared_heads for router in routers], loads)
+        return HeadLoads([list(router.budget.which_shared) for router in routers], loads)
 
     def expert_loads(self) -> ExpertLoads | None:
         """None for a model without experts."""

@@ -34,12 +34,10 @@ def head_load_chart(heads: HeadLoads, layer: int) -> Figure:
     The dashed line is the balanced level, where every routed head is on equally often.
     """
     loads = {domain: heads.routed(domain, layer) for domain in heads.by_domain}
-    count = max((len(load) for load in loads.values()), default=0)
-    first = heads.shared_heads[layer]
-    positions = range(first, first + count)
-    figure, axes = _load_figure(count)
+    positions = heads.routed_heads(layer)
+    figure, axes = _load_figure(len(positions))
     balanced = mean([value for load in loads.values() for value in load])
-    _compare(axes, list(positions), loads, balanced)
+    _compare(axes, positions, loads, balanced)
     axes.set_ylim(0, 1.06)
     axes.set_title(f"Layer {layer}")
     axes.set_xlabel("Routed head (index)")

@@ -66,7 +66,7 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
     else:
         (index,) = layers
         ticks = range(0, columns, math.ceil(columns / 24))
-        axes.set_xticks(ticks, [str(heads.shared_heads[index] + i) for i in ticks])
+        axes.set_xticks(ticks, [str(heads.routed_heads(index)[i]) for i in ticks])
         axes.set_title(f"Layer {index}")
         axes.set_xlabel("Routed head (index)")
     figure.colorbar(image, ax=axes, format=percent, label="On for (% of tokens)", pad=0.02)
@@ -90,7 +90,7 @@ def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -
         heads: Loads of the model, which say which heads are routed.
     """
     layer = images[0].maps[position].layer
-    routed = range(heads.shared_heads[layer], len(heads.by_domain[images[0].domain][layer]))
+    routed = heads.routed_heads(layer)
     side = _TALL if len(routed) <= _FEW_HEADS else _LOW
     rows = [None, *routed]
     figure, axes = new_figure(side * len(images) + 0.8, side * len(rows) + 0.7)
@@ -118,7 +118,7 @@ def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -
 
 @styled
 def patch_map(
-    image: NDArray, weights: Tensor, grid: tuple[int, int], *, shared_heads: int = 0
+    image: NDArray, weights: Tensor, grid: tuple[int, int], *, shared_heads: int | Sequence[int] = 0
 ) -> Figure:
     """The image once for each routed head, blue where the head is off.
 
@@ -127,7 +127,8 @@ def patch_map(
         weights: [T, H], the gates of one layer for the image's tokens: of a `Routing`,
             `weights[i]`. Tokens that are no patches (a class token) are left out.
         grid: Patches from top to bottom and from left to right; T is their product.
-        shared_heads: Heads that are always on, which come first and are not drawn.
+        shared_heads: Heads that are always on, which are not drawn: how many of the first ones, or
+            which.
 
     Raises:
         ValueError: If the image or the weights have not that shape, the image is out of range, or
@@ -145,9 +146,13 @@ def patch_map(
             f"weights are {list(weights.shape)}; they must be [T, H] with T = {grid[0]}·{grid[1]} "
             "patches, without other tokens"
         )
-    routed = range(shared_heads, weights.shape[1])
+    heads = range(weights.shape[1])
+    shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
+    routed = [head for head in heads if head not in shared]
     if not routed:
-        raise ValueError(f"shared_heads is {shared_heads}; it must be less than {weights.shape[1]}")
+        raise ValueError(
+            f"shared_heads is {shared_heads}; it must leave some of the {len(heads)} heads"
+        )
     height, width = image.shape[:2]
     on = (weights.detach().cpu() != 0).numpy().reshape(*grid, -1)
     lines, columns = math.ceil(len(routed) / _COLUMNS), min(len(routed), _COLUMNS)
