@@ -92,7 +92,7 @@ def test_files_give_what_their_tensors_give(name, tmp_path):
 def test_files_that_hold_more_than_tensors_are_refused(tmp_path):
     torch.save({"model": tensors(), "share": Fraction(1, 2)}, tmp_path / "odd.pth")
     with pytest.raises(
-        ValueError, match=r"odd\.pth is broken, or holds more than tensors, which is not"
+        ValueError, match=r"odd\.pth is no checkpoint of PyTorch, is broken, or holds more"
     ):
         load_released("moh_dit", tmp_path / "odd.pth", SIZES)
 
@@ -155,9 +155,9 @@ def written(content: object, path) -> str:
         ("none.safetensors", None, r"source is .*none\.safetensors, where there is no file"),
         ("", None, "where there is no file"),
         ("text.safetensors", b"no weights", r"is no safetensors file \(a checkpoint of PyTorch"),
-        ("text.pth", b"no weights", r"text\.pth is broken, or holds more than tensors"),
-        ("empty.pth", b"", r"empty\.pth is broken, or holds more than tensors"),
-        ("list.pth", [torch.ones(2)], "source holds a list; it must hold tensors by name"),
+        ("text.pth", b"no weights", r"text\.pth is no checkpoint of PyTorch"),
+        ("empty.pth", b"", r"empty\.pth is no checkpoint of PyTorch"),
+        ("list.pth", [torch.ones(2)], "list.pth holds a list; it must hold tensors by name"),
         ("odd.pth", {"state_dict": {}, "epoch": 3}, "a dict under 'state_dict'; there must be"),
         ("few.pth", tensors() | {"x_embedder.proj.weight": torch.tensor(2.0)}, "too few dimensi"),
         ("whole.pth", {k: t.long() for k, t in tensors().items()}, "torch.int64; it must be float"),

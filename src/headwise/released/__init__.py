@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,11 @@ def load_released(
         ValueError: If the kind is unknown, the config lacks or does not know a field, the file
             holds no weights, or a tensor is missing, left over or misshapen.
     """
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
+    if not isinstance(source, Mapping | str | os.PathLike):
+        raise ValueError(f"source is {source!r}; it must be tensors by name, or a path")
+    of = "" if isinstance(source, Mapping) else f" of {source}"
     if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
         if config is not None:
             raise ValueError(f"config is {config!r}; it must be None, {source} has its own")
@@ -75,13 +77,15 @@ def load_released(
     try:
         renamed = rename(tensors)
     except KeyError as error:
-        raise ValueError(f"{kind}: tensor {error} is missing") from None
+        raise ValueError(f"{kind}: tensor {error}{of} is missing") from None
     except (IndexError, RuntimeError) as error:
-        raise ValueError(f"{kind}: a tensor has too few dimensions: {error}") from None
+        raise ValueError(f"{kind}: a tensor{of} has too few dimensions: {error}") from None
     if misfits := _misfits(module, renamed):
-        raise ValueError(f"{kind}: the tensors do not fit the config: {misfits}")
+        raise ValueError(f"{kind}: the tensors{of} do not fit the config: {misfits}")
     if whole := [name for name, tensor in renamed.items() if not tensor.is_floating_point()]:
-        raise ValueError(f"{kind}: {whole[0]} holds {renamed[whole[0]].dtype}; it must be floating")
+        raise ValueError(
+            f"{kind}: {whole[0]}{of} holds {renamed[whole[0]].dtype}; it must be floating"
+        )
     module.load_state_dict(renamed)
     return module.to(next(iter(renamed.values())).dtype).eval()
 
@@ -89,15 +93,16 @@ def load_released(
 def _tensors(source: Source) -> dict[str, Tensor]:
     """By name, from wherever they are."""
     found: Any = source if isinstance(source, Mapping) else _read(Path(source))
+    where = "source" if isinstance(source, Mapping) else str(source)
     for name in ("ema", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping):
-        raise ValueError(f"source holds a {type(found).__name__}; it must hold tensors by name")
+        raise ValueError(f"{where} holds a {type(found).__name__}; it must hold tensors by name")
     for name, tensor in found.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise ValueError(
-                f"source has a {type(tensor).__name__} under {name!r}; there must be tensors by "
+                f"{where} has a {type(tensor).__name__} under {name!r}; there must be tensors by "
                 "name, alone or under 'ema' or 'model'"
             )
     return dict(found)
@@ -110,7 +115,7 @@ def _read(path: Path) -> Any:
     if path.suffix not in (".pth", ".pt"):
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is no safetensors file (a checkpoint of PyTorch ends in .pth or .pt): "
                 f"{error}"
@@ -119,10 +124,12 @@ def _read(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError):
-            # What torch says here advises to read it all the same.
+        except Exception:
+            # A file of other bytes ends the unpickler in whatever they come to mean; and what torch
+            # says of a whole one with more than tensors advises to read it all the same.
             raise ValueError(
-                f"{path} is broken, or holds more than tensors, which is not read"
+                f"{path} is no checkpoint of PyTorch, is broken, or holds more than tensors, which "
+                "is not read"
             ) from None
 
 
@@ -159,8 +166,9 @@ def _llama(**config: Any) -> nn.Module:
 def _llama_of_directory(path: Any) -> nn.Module:
     try:
         model, _ = load_strictly(LlamaForCausalLM.from_pretrained, path)
-    except ValueError as error:
-        raise ValueError(f"moh_llama: {error}") from None
+    except Exception as error:
+        # transformers ends a damaged directory in errors of many kinds.
+        raise ValueError(f"moh_llama: {path} is no whole model: {error}") from error
     return model
 
 
