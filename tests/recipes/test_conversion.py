@@ -155,7 +155,7 @@ def test_what_it_refuses(original, tmp_path, capsys):
         capsys, original, "-o", new, "--active", 7
     )
     calibrate = ("-o", new, "--calibrate", text)
-    assert "shared is -1; a count of heads must" in refusal(
+    assert "shared is -1; it must be an int of at least 0" in refusal(
         capsys, original, "-o", new, "--shared", "-1"
     )
     assert "there is no file" in refusal(capsys, original, *calibrate[:-1], "none.txt")
