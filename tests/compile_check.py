@@ -97,6 +97,17 @@ def model(router: str) -> None:
     assert_close(*results)
 
 
+def without_labels() -> None:
+    """In training, one graph; the loss is the caller's."""
+    attention = headwise.MoHConfig(router="two_stage")
+    llama = headwise.convert(LlamaForCausalLM(LlamaConfig(**LLAMA)), attention=attention).train()
+    ids = torch.randint(0, 31, (B, T))
+    compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+    with headwise.record_routing(llama):
+        want = llama(input_ids=ids).logits
+    assert_close(compiled(input_ids=ids).logits, want)
+
+
 def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     """A padded prompt and its continuation in a static cache, each step one graph."""
     converted = headwise.convert(
@@ -168,6 +179,7 @@ CASES: dict[str, Callable[[], None]] = {
     "ternary experts, mask": lambda: layer("ternary experts", masked=True),
     "model, two_stage": lambda: model("two_stage"),
     "model, query_norm": lambda: model("query_norm"),
+    "model, without labels": without_labels,
     "generating, two_stage": lambda: generating(
         "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
     ),

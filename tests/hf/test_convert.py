@@ -237,5 +237,6 @@ def test_with_attention_dropout_heads_that_are_off_stay_off(tiny, ids):
         off = routings["model.layers.0.self_attn.router"].weights == 0
     assert off.sum() == off.numel() / 2
     assert (once[off] == 0).all()
-    model(ids)
+    with torch.no_grad():
+        model(ids)
     assert not torch.equal(heads[-1].unflatten(-1, (6, 4)), once)

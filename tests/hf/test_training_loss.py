@@ -6,6 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
 
 from headwise import (
     MHMoEConfig,
@@ -73,7 +81,8 @@ def test_padding_does_not_count_in_the_balance(model, ids, attention_mask):
 
 def test_without_labels_training_gives_the_same_logits(model, ids):
     logits = model.eval()(ids).logits
-    output = model.train()(ids)
+    with record_routing(model):
+        output = model.train()(ids)
     assert output.loss is None
     assert torch.equal(output.logits, logits)
 
@@ -106,7 +115,8 @@ def test_accumulated_micro_batches_weigh_by_their_targets(model, ids):
         model(input_ids=ids[[i]], labels=labels[[i]], num_items_in_batch=items).loss
         for i in range(2)
     )
-    logits = model(ids).logits
+    with torch.no_grad():
+        logits = model(ids).logits
     plain = cross_entropy(logits[:, :-1].flatten(end_dim=1), labels[:, 1:].flatten())
     shares = [routing_share(model, ids[[i]]) for i in range(2)]
     assert items == 9
@@ -145,3 +155,95 @@ def test_all_heads_on_by_query_norm_trains(tiny, ids):
     # Where nothing is left to choose the balance is constant: each routed head's share is 1.
     balance = 0.01 * model.model.layers[0].self_attn.router.budget.routed_heads
     assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation + balance)
+
+
+BERT = {
+    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}  # fmt: skip
+VIT = {
+    "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "image_size": 10, "patch_size": 2, "encoder_stride": 2,
+}  # fmt: skip
+TARGETS = {
+    "question answering": (
+        lambda: BertForQuestionAnswering(BertConfig(**BERT)),
+        lambda ids: {
+            "input_ids": ids,
+            "start_positions": torch.tensor([1, 3]),
+            "end_positions": torch.tensor([2, 5]),
+        },
+    ),
+    "masked image modelling": (
+        lambda: ViTForMaskedImageModeling(ViTConfig(**VIT)),
+        lambda _: {
+            "pixel_values": torch.linspace(-1, 1, 600).view(2, 3, 10, 10),
+            "bool_masked_pos": torch.arange(50).view(2, 25) % 3 == 0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize(("build", "inputs"), TARGETS.values(), ids=TARGETS)
+def test_what_is_not_called_labels_has_the_balance_too(ids, build, inputs, as_tuple):
+    attention = MoHConfig(router="two_stage", shared=2, active=4, balance_coefficient=BETA)
+    model = convert(build().eval(), attention=attention)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    given = inputs(ids)
+    with record_routing(model) as routings:
+        evaluation = model(**given).loss
+    share = BETA * sum(map(balance_loss, routings.values())) / 2
+    loss = model.train()(**given, return_dict=not as_tuple)[0]
+    assert_close(loss, evaluation + share)
+
+
+WARNING = r"computes no loss.*nothing balances.*record_routing.*routing_loss.*coefficients"
+
+
+def test_training_without_labels_warns_once_and_in_time(model, ids):
+    with pytest.warns(UserWarning, match=WARNING):
+        model.train()(ids).logits.sum().backward()
+    model(ids)
+
+
+def test_who_adds_the_balance_is_not_warned(model, ids):
+    model.train()
+    with record_routing(model) as routings:
+        model(ids)
+    assert_close(model.routing_loss(routings), routing_share(model, ids))
+
+
+def test_where_nothing_is_trained_or_balanced_nobody_is_warned(model, tiny, ids):
+    model(ids)
+    with torch.no_grad():
+        model.train()(ids)
+    attention = MoHConfig(router="two_stage", balance_coefficient=0)
+    experts = dataclasses.replace(MLP, balance_coefficient=0, z_loss_coefficient=0)
+    convert(tiny(), attention=attention, mlp=experts).train()(ids)
+    with pytest.warns(UserWarning, match="update_biases"):
+        convert(tiny(), mlp=dataclasses.replace(experts, bias_rate=0.1)).train()(ids)
+    convert(tiny(), ternary=True).train()(ids)
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_that_keeps_the_labels_to_itself_warns(model, ids, tmp_path, how):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits.flatten(end_dim=1), labels.flatten())
+
+    options = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        **options,
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        compute_loss_func=None if options else loss_of,
+    )
+    with pytest.warns(UserWarning, match=WARNING) as told:
+        trainer.train()
+    assert len([w for w in told if "nothing balances" in str(w.message)]) == 1

@@ -1,7 +1,6 @@
 """Classes for converted models: what they add to transformers' own, and how they load again."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import transformers
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,10 +17,9 @@ from transformers.models.auto import modeling_auto
 
 from headwise.hf.attention import check_implementation
 from headwise.hf.conversion import Conversion
-from headwise.hf.recorder import collect_routings
 from headwise.hf.surgery import install
+from headwise.hf.training_loss import with_routing_loss
 from headwise.nn import HeadRouter
-from headwise.nn.expert_routers import keep_loads, move_biases
 from headwise.ops import Routing, balance_loss, router_z_loss
 
 MODEL_TYPE = "headwise"
@@ -58,6 +55,15 @@ class Routed(PreTrainedModel):
     def conversion(self) -> Conversion:
         """What `headwise.convert` made of this model."""
         return Conversion.from_dict(self.config.headwise)
+
+    @property
+    def balances_load(self) -> bool:
+        """Whether training is to balance the routers: by losses, or by biases of experts."""
+        heads, experts = self.conversion.attention, self.conversion.mlp
+        factors = [heads.balance_coefficient] if heads else []
+        if experts:
+            factors += [experts.balance_coefficient, experts.z_loss_coefficient, experts.bias_rate]
+        return any(factors)
 
     def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
         """The balance losses (and z-losses) of a forward, weighted as configured.
@@ -106,43 +112,6 @@ def load_strictly(
     if wrong:
         raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
     return model, info
-
-
-def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model that has a `routing_loss`, which joins its loss in training."""
-    names = list(inspect.signature(forward).parameters)[1:]
-
-    # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
-    @functools.wraps(forward)
-    def routed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-        labels = kwargs.get("labels")
-        if labels is None or not self.training:
-            return forward(self, **kwargs)
-        # Not after the last forward, whose backward pass may compute layers again.
-        move_biases(self)
-        routings: dict[str, Routing] = {}
-        with collect_routings(self, routings, kwargs.get("attention_mask")):
-            output = forward(self, **kwargs)
-        if not routings:
-            return output
-        keep_loads(self, routings)
-        loss = self.routing_loss(routings)
-        # Under gradient accumulation the model's loss is a share of the whole batch's; so is ours.
-        if (items := kwargs.get("num_items_in_batch")) is not None:
-            counted = labels[..., 1:] if _shifts_labels(self) else labels
-            loss = loss * (counted != -100).sum() / items
-        if isinstance(output, tuple):
-            return (output[0] + loss, *output[1:])
-        output.loss = output.loss + loss
-        return output
-
-    return routed_forward
-
-
-def _shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether the label of a token is compared with what the token before it predicts."""
-    return type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 @functools.cache

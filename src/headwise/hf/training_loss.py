@@ -1,0 +1,101 @@
+"""The balance losses of routers join the loss that a transformers model gives in training."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from headwise.hf.recorder import collect_routings, routes_unrecorded
+from headwise.nn.expert_routers import keep_loads, move_biases
+from headwise.ops import Routing
+
+# What makes a model of transformers compute its loss, beside what is called labels.
+_OTHER_TARGETS = ("start_positions", "bool_masked_pos", "return_loss", "future_values")
+
+
+def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model that has a `routing_loss`, which joins its loss in training.
+
+    Where the model computes no loss, because the caller does it from the logits, there is none to
+    join: the first such forward of a model warns of it.
+    """
+    names = list(inspect.signature(forward).parameters)
+    targets = [name for name in names if "label" in name or name in _OTHER_TARGETS]
+
+    # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
+    @functools.wraps(forward)
+    def routed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
+        if not self.training:
+            return forward(self, **kwargs)
+        if not any(kwargs.get(name) is not None for name in targets):
+            _warn_of_missing_loss(self)
+            return forward(self, **kwargs)
+        # Not after the last forward, whose backward pass may compute layers again.
+        move_biases(self)
+        routings: dict[str, Routing] = {}
+        with collect_routings(self, routings, kwargs.get("attention_mask")):
+            output = forward(self, **kwargs)
+        if not routings:
+            return output
+        if _loss_of(output) is None:
+            _warn_of_missing_loss(self)
+            return output
+        keep_loads(self, routings)
+        return _with_loss(output, self.routing_loss(routings) * _share_of_batch(self, kwargs))
+
+    return routed_forward
+
+
+def _share_of_batch(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | int:
+    """Under gradient accumulation the model's loss is a share of the whole batch's; so is ours."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    labels = kwargs.get("start_positions") if labels is None else labels
+    if items is None or labels is None:
+        return 1
+    # Where the label of a token is compared with what the token before it predicts.
+    shifted = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    counted = labels[..., 1:] if shifted else labels
+    return (counted != -100).sum() / items
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model gives: by its name, or first in a tuple."""
+    if isinstance(output, ModelOutput):
+        return output.get("loss")
+    first = output[0] if isinstance(output, tuple) else None
+    return first if isinstance(first, Tensor) and first.ndim == 0 else None
+
+
+def _with_loss(output: Any, added: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (output[0] + added, *output[1:])
+    output.loss = output.loss + added
+    return output
+
+
+def _warn_of_missing_loss(model: Any) -> None:
+    """Once a model; not where nothing is trained, or somebody collects the routings."""
+    # What torch.compile traces cannot warn.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if getattr(model, "_warned_of_missing_loss", False) or not routes_unrecorded(model):
+        return
+    model._warned_of_missing_loss = True
+    if not model.balances_load:
+        return
+    warnings.warn(
+        f"{type(model).__name__} is in training, but its forward computes no loss (it got no "
+        "labels), so nothing balances its routers. To balance them, run the forward inside `with "
+        "headwise.record_routing(model) as routings:` and add `model.routing_loss(routings)` to "
+        "your loss (with bias_rate, also call `headwise.update_biases(model, routings)` after the "
+        "step); not to, set the coefficients of the conversion to 0",
+        UserWarning,
+        stacklevel=3,
+    )
