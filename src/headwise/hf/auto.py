@@ -1,7 +1,6 @@
 """Classes for converted models: what they add to transformers' own, and how they load again."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from headwise.hf.attention import check_implementation
 from headwise.hf.conversion import Conversion
+from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
 from headwise.nn import HeadRouter
@@ -89,29 +89,6 @@ def _check_attention_asked_for(config: PreTrainedConfig) -> None:
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None and part._attn_implementation is not None:
             check_implementation(part._attn_implementation)
-
-
-def load_strictly(
-    load: Callable[..., Any], path: Any, *args: Any, surplus_allowed: bool = False, **kwargs: Any
-) -> tuple[Any, dict[str, Any]]:
-    """What a `from_pretrained` of transformers loads, and what it tells of the weights.
-
-    Args:
-        load: The `from_pretrained` of a model class.
-        path: Of the model.
-        surplus_allowed: Leave out weights that the model does not have.
-
-    Raises:
-        ValueError: If a weight is missing, misshapen, or unexpected and not allowed.
-    """
-    # Otherwise a misshapen weight is transformers' own error, which does not name it.
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load(path, *args, **kwargs | told)
-    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not surplus_allowed)
-    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-    if wrong:
-        raise ValueError(f"the weights in {path} do not fit the model: {wrong}")
-    return model, info
 
 
 @functools.cache

@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from headwise.hf.attention import attend
-from headwise.hf.auto import load_strictly
 from headwise.hf.conversion import Conversion
 from headwise.hf.head_configs import MoHConfig
+from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import placed
 from headwise.nn import QueryNormRouter
 from headwise.ops import Routing

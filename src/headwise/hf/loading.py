@@ -8,7 +8,8 @@ from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel
 
-from headwise.hf.auto import MODEL_TYPE, class_named, load_strictly
+from headwise.hf.auto import MODEL_TYPE, class_named
+from headwise.hf.reading import load_strictly, reading
 
 
 def check_holds_model(directory: Path) -> None:
@@ -51,11 +52,6 @@ def check_place(path: str) -> None:
         )
 
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says: after it transformers lists all classes that it has."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of the class that its config names. Weights that the class lacks are left out.
 
@@ -73,7 +69,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(f"path is {name}, where there is no directory")
     if directory.is_dir():
         check_holds_model(directory)
-    try:
+    with reading(name, "holds no model that can be converted"):
         check_place(name)
         _refuse_diffusers(directory)
         config = AutoConfig.from_pretrained(name)
@@ -84,8 +80,6 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         if model_class is None:
             raise ValueError(f"transformers has no class {architecture or 'for it'}")
         model, _ = load_strictly(model_class.from_pretrained, name, surplus_allowed=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} holds no model that can be converted: {reason(error)}") from error
     return model
 
 

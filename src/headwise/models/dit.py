@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from headwise.data.patches import patches_of
-from headwise.hf.auto import load_strictly
+from headwise.hf.reading import load_strictly
 from headwise.models.dit_config import DiTConfig
 from headwise.nn import MoHAttention
 from headwise.nn.routers import ScoreMap

@@ -16,8 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.data.images import ImageSet, load_all_images, load_images
 from headwise.hf import record_routing
-from headwise.hf.auto import load_strictly
-from headwise.hf.loading import reason
+from headwise.hf.reading import load_strictly, reading, reason
 from headwise.progress import followed
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.loading import load_config
@@ -96,17 +95,10 @@ def _load(run: EvalRun, path: str, images: ImageSet) -> _Classifier:
     """A model that takes the images, as one of them shows."""
     config = load_config(path, "image classifier")
     numbers = class_numbers(path, config, images.classes)
-    try:
+    with reading(path, "has no image processor that can be read; save one beside the model"):
         processor = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"models names {path}, which has no image processor; save one beside it"
-        ) from error
-    try:
-        load = AutoModelForImageClassification.from_pretrained
-        model, _ = load_strictly(load, path, surplus_allowed=True, dtype=run.dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"models names {path}, which cannot be loaded: {reason(error)}") from error
+    load = AutoModelForImageClassification.from_pretrained
+    model, _ = load_strictly(load, path, surplus_allowed=True, dtype=run.dtype)
     classifier = _Classifier(path, model.eval(), processor, numbers)
     try:
         _logits(classifier, images.pixels[:1])

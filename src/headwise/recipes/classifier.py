@@ -8,8 +8,7 @@ from transformers import TrainingArguments, default_data_collator
 
 from headwise.data.images import ImageSet
 from headwise.data.text import draw
-from headwise.hf.auto import load_strictly
-from headwise.hf.loading import reason
+from headwise.hf.reading import load_strictly
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.recipes.loading import described, kind_of, load_config
 from headwise.recipes.vit import VisionRun
@@ -66,10 +65,7 @@ def load_classifier(path: Path, images: ImageSet) -> TransNeXtForImageClassifica
             f"classifier {path} holds {described(config)}; it must be a TransNeXt that classifies "
             "images, as `headwise train vit` makes one"
         )
-    try:
-        model, _ = load_strictly(TransNeXtForImageClassification.from_pretrained, path)
-    except Exception as error:  # a directory can be wrong in as many ways as there are models
-        raise ValueError(f"classifier {path} cannot be loaded: {reason(error)}") from error
+    model, _ = load_strictly(TransNeXtForImageClassification.from_pretrained, path)
     classes = tuple(config.id2label[i] for i in range(config.num_labels))
     if classes != images.classes:
         raise ValueError(

@@ -12,7 +12,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
-from headwise.hf.loading import reason
 from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
 from headwise.progress import followed
@@ -122,10 +121,7 @@ def load_dit(directory: Path) -> DiT:
         ValueError: If there is none.
     """
     load_config(directory, "DiT")
-    try:
-        return DiT.from_pretrained(directory).eval()
-    except Exception as error:  # a directory can be wrong in as many ways as there are models
-        raise ValueError(f"{directory} holds no DiT that can be loaded: {reason(error)}") from error
+    return DiT.from_pretrained(directory).eval()
 
 
 def schedule() -> Any:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from headwise.hf.auto import MODEL_TYPE
-from headwise.hf.loading import check_holds_model, check_place, reason
+from headwise.hf.loading import check_holds_model, check_place
+from headwise.hf.reading import UnreadableModelError, load_strictly, reading
 from headwise.models import DiTConfig
 
 Kind = Literal["language model", "image classifier", "DiT"]
@@ -30,13 +31,13 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
     """The model; options are those of `from_pretrained`.
 
     Raises:
-        ValueError: If there is none that can be loaded, or it is none of language.
+        ValueError: If there is none that can be loaded, a weight is missing or misshapen, or it is
+            none of language.
     """
     load_config(path, "language model")
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no model that can be loaded: {reason(error)}") from error
+    load = AutoModelForCausalLM.from_pretrained
+    model, _ = load_strictly(load, path, surplus_allowed=True, **options)
+    return model
 
 
 def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
@@ -48,11 +49,9 @@ def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
     # A name on the hub is no Path.
     if isinstance(path, Path) or Path(path).is_dir():
         check_holds_model(Path(path))
-    try:
+    with reading(path):
         check_place(str(path))
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no model that can be loaded: {reason(error)}") from error
     if kind is not None and (found := kind_of(config)) != kind:
         use = f"; {_USES[found]}" if found else ""
         raise ValueError(f"{path} holds {described(config)}, not {_with_article(kind)}{use}")
@@ -82,11 +81,31 @@ def _with_article(kind: Kind) -> str:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer; None where there is none."""
+    """The tokenizer; None where there is none.
+
+    Raises:
+        ValueError: If there is one that cannot be read.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
+        with reading(path, "holds a tokenizer that cannot be read"):
+            return AutoTokenizer.from_pretrained(path)
+    except UnreadableModelError:
+        if _has_vocabulary(path):
+            raise
         return None
+
+
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+
+
+def _has_vocabulary(path: str) -> bool:
+    """Whether a directory, or what is kept of a name on the hub, has a tokenizer's vocabulary."""
+    if Path(path).is_dir():
+        return any((Path(path) / name).exists() for name in _VOCABULARIES)
+    return any(isinstance(try_to_load_from_cache(path, name), str) for name in _VOCABULARIES)
 
 
 def longest_sequence(model: Any) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headwise.data.mixtures import find_mixture
 from headwise.data.sources import Source, sample_domains
@@ -34,6 +34,7 @@ from headwise.recipes.evaluation import (
     routed_text,
 )
 from headwise.recipes.generation import continue_text
+from headwise.recipes.loading import load_causal_lm
 from headwise.recipes.speed import Timed, time_models
 from headwise.recipes.task import Examples, Sample, Scores, Task
 from headwise.recipes.variants import build_model, model_flops, model_width
@@ -220,14 +221,11 @@ class TextTask(Task):
         routed = next((v for v in alike if v.attention is not None), None)
         if dense is None or routed is None or not self.run.speed_contexts:
             return None
-        models = [
-            AutoModelForCausalLM.from_pretrained(directory.model(v.name, seed)).eval()
-            for v in (dense, routed)
-        ]
+        models = [load_causal_lm(directory.model(v.name, seed)).eval() for v in (dense, routed)]
         return time_models(*models, contexts=self.run.speed_contexts)
 
     def sample(self, directory: Path) -> Sample:
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        model = load_causal_lm(directory)
         prompt = self.run.sample_prompt
         text = continue_text(
             model, self.tokenizer, prompt, max_new_tokens=160, temperature=0.8, seed=0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
-from headwise.hf.auto import load_strictly
+from headwise.hf.reading import load_strictly
 from headwise.nn import MHMoE, MoHAttention
 from headwise.released import dit, transnext
 

@@ -1,0 +1,107 @@
+"""Reading what a model's directory holds: strictly, and whatever is wrong names the directory."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+
+class UnreadableModelError(ValueError):
+    """What a place holds cannot be read; the message names the place."""
+
+
+@contextmanager
+def reading(place: Any, otherwise: str = "holds no model that can be loaded") -> Iterator[None]:
+    """While inside, any error is one of reading what is in that place.
+
+    transformers checks little of what it reads: damaged files end in every kind of error.
+
+    Args:
+        place: A directory, or a name on the Hugging Face hub.
+        otherwise: What to say of it.
+
+    Raises:
+        ValueError: In the place of any other error, but for a lack of memory.
+    """
+    try:
+        yield
+    except (UnreadableModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnreadableModelError(
+            f"{place} {otherwise}: {_blamed(error)}{reason(error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says: after it transformers lists all classes that it has."""
+    line = (str(error).splitlines() or [""])[0]
+    # These are written for people; of the others the kind says half of it.
+    told = line and isinstance(error, OSError | ValueError | SafetensorError)
+    return line if told else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+def _blamed(error: Exception) -> str:
+    """The file that an error is about, where it does not say so."""
+    if isinstance(error, SafetensorError):
+        return "*.safetensors: "
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_config = any(
+        _describes(frame.get("self")) or _describes(frame.get("cls")) for frame in frames
+    )
+    return "config.json: " if of_config and "config" not in str(error) else ""
+
+
+def _describes(found: Any) -> bool:
+    """Whether it is a config, or a module, which is made of one when models are loaded."""
+    kind = found if isinstance(found, type) else type(found)
+    return issubclass(kind, PreTrainedConfig | nn.Module) and not issubclass(kind, PreTrainedModel)
+
+
+def load_strictly(
+    load: Callable[..., Any], path: Any, *args: Any, surplus_allowed: bool = False, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What a `from_pretrained` of transformers loads, and what it tells of the weights.
+
+    Args:
+        load: The `from_pretrained` of a model class.
+        path: Of the model.
+        surplus_allowed: Leave out weights that the model does not have.
+
+    Raises:
+        ValueError: If a weight is missing, misshapen, not finite, or unexpected and not allowed, or
+            the model cannot be read.
+    """
+    # Otherwise a misshapen weight is transformers' own error, which does not name it.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(path):
+        model, info = load(path, *args, **kwargs | told)
+    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not surplus_allowed)
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    if wrong:
+        raise UnreadableModelError(f"the weights in {path} do not fit the model: {wrong}")
+    if not_finite := _not_finite(model):
+        raise UnreadableModelError(
+            f"the weights in {path} have values that are not finite: {not_finite}"
+        )
+    return model, info
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """The names of parameters with NaN or infinite values, of those that lie in memory."""
+    # Processes that get their shards from the first one hold what was in memory before.
+    if is_fsdp_enabled():
+        return []
+    named = [(n, x) for n, x in model.named_parameters() if x.dtype in _DTYPES and not x.is_meta]
+    # One pass without a copy; where large values add up to infinity a second one decides.
+    suspects = [(n, x) for n, x in named if not x.detach().sum().isfinite()]
+    return [n for n, x in suspects if not x.isfinite().all()]
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
