@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headwise.hf.parallelism import check_num_heads
 from headwise.nn import HeadRouter, QueryNormRouter
 from headwise.ops import head_attention
 
@@ -71,10 +72,11 @@ def attend(
             and for what SDPA does not compute: soft caps and sinks.
     """
     router: Any = getattr(module, "router", None)
-    if router is not None and routing is None:
-        routing = router(rearrange(query, "b h t c -> b t h c"))
     if router is not None:
         _check(kwargs)
+        check_num_heads(query.shape[1], router.budget.num_heads)
+    if router is not None and routing is None:
+        routing = router(rearrange(query, "b h t c -> b t h c"))
     all_on = router is None or _always_all_on(router)
     if all_on or dropout:
         heads, _ = sdpa_attention_forward(

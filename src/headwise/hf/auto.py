@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from headwise.hf.attention import check_implementation
 from headwise.hf.conversion import Conversion
+from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
@@ -40,7 +41,12 @@ class Routed(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, but a missing, unexpected or misshapen weight is an error."""
+        """transformers' own, but a missing, unexpected or misshapen weight is an error.
+
+        Raises:
+            ValueError: For such a weight, a model that cannot be read, or tensor parallelism.
+        """
+        refuse_tensor_parallel_loading(kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         model, info = load_strictly(super().from_pretrained, path, *args, **kwargs)
         return (model, info) if want_info else model

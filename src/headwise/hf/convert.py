@@ -11,6 +11,7 @@ from headwise.hf.conversion import Conversion
 from headwise.hf.expert_configs import MoEConfig
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.loading import load_original
+from headwise.hf.parallelism import refuse_tensor_parallel
 from headwise.hf.surgery import attention_modules, install
 
 
@@ -54,9 +55,9 @@ def convert(
         `headwise.record_routing` saw.
 
     Raises:
-        ValueError: If the model is converted already or of another layout, its path does not hold
-            all of its weights, a budget does not fit it, or its layers have matrices that cannot
-            be made ternary (GPT-2's Conv1D). The model is then as it was.
+        ValueError: If the model is converted already, tensor-parallel or of another layout, its
+            path does not hold all of its weights, a budget does not fit it, or its layers have
+            matrices that cannot be made ternary (GPT-2's Conv1D). The model is then as it was.
     """
     if not isinstance(ternary, bool):
         raise ValueError(f"ternary is {ternary!r}; it must be True or False")
@@ -78,6 +79,7 @@ def convert(
         model = load_original(model)
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
+    refuse_tensor_parallel(model)
     original: Any = type(model)
     model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
