@@ -99,6 +99,51 @@ def test_experts_take_the_place_of_the_mlp(family):
     assert len(routings) == 1
 
 
+def base_of(family):
+    """The model without a head, as AutoModel makes it."""
+    config, _, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(getattr(transformers, config)(**sizes)).eval()
+
+
+@pytest.mark.parametrize("build", [tiny, base_of])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_as_many_as_the_originals(family, build):
+    given = inputs(family)
+    if build is base_of:
+        del given["labels"]
+    dense = build(family)
+    dense.set_attn_implementation("sdpa")
+    want = dense(**given, output_hidden_states=True).hidden_states
+    all_on = MoHConfig(router="query_norm", shared=6, active=6)
+    same = convert(build(family), attention=all_on)(**given, output_hidden_states=True)
+    assert len(want) == 4
+    assert_close(same.hidden_states, want, rtol=0, atol=0)
+    routed = convert(build(family), attention=ROUTERS["query_norm"])
+    states = routed(**given, output_hidden_states=True).hidden_states
+    assert [x.shape for x in states] == [x.shape for x in want]
+    assert not torch.equal(states[-1], want[-1])
+
+
+@pytest.mark.parametrize("build", [tiny, base_of])
+@pytest.mark.parametrize("router", ["query_norm", "two_stage"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_weights_that_nobody_keeps_are_refused(family, router, build):
+    model = convert(build(family), attention=ROUTERS[router])
+    given = inputs(family)
+    if build is base_of:
+        del given["labels"]
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**given, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.base_model(
+            **{n: x for n, x in given.items() if n != "labels"}, output_attentions=True
+        )
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+        model(**given)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", GENERATING)
 def test_it_generates_with_a_cache_as_without(family, router):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -68,8 +68,7 @@ def attend(
     multiplied by its gate.
 
     Raises:
-        ValueError: For `output_attentions`, which has no meaning for heads that are never computed,
-            and for what SDPA does not compute: soft caps and sinks.
+        ValueError: For what SDPA does not compute: soft caps and sinks.
     """
     router: Any = getattr(module, "router", None)
     if router is not None:
@@ -105,9 +104,19 @@ def attend(
     return heads, None
 
 
-def _check(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions"):
+def refuse_attentions(model: nn.Module) -> None:
+    """Let the model, and each model in it, refuse to give attention weights."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.register_forward_pre_hook(_check_outputs, with_kwargs=True)
+
+
+def _check_outputs(model: Any, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions", model.config.output_attentions):
         raise ValueError("output_attentions is True; routed heads do not keep attention weights")
+
+
+def _check(kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"the model's attention has {name}; routed heads support none")

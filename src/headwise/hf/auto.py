@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from headwise.hf.attention import check_implementation
 from headwise.hf.conversion import Conversion
@@ -126,6 +127,8 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
         },
     }
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
+    # Keyed by class, filled by its __init__, which a model that is converted does not go through.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(routed), model_class._can_record_outputs)
     for auto in autos:
         auto.register(config_class, routed)
     return routed, config_class

@@ -51,6 +51,7 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
             kinds |= ternary_kinds(routed_mlp.named_modules())
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
+        headwise_attention.refuse_attentions(model)
     become(kinds)
     if conversion.ternary == "packed":
         pack_layers(model)
