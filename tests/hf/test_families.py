@@ -139,8 +139,9 @@ def test_attention_weights_that_nobody_keeps_are_refused(family, router, build):
         model.base_model(
             **{n: x for n, x in given.items() if n != "labels"}, output_attentions=True
         )
+    model.config._output_attentions = True
+    assert model.config.output_attentions
     with pytest.raises(ValueError, match="output_attentions"):
-        model.config.output_attentions = True
         model(**given)
 
 
