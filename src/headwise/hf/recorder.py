@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headwise.nn import Router
 from headwise.ops import Routing
 from headwise.ops.fields import check
+from headwise.ops.first_pass import mark_first_pass
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def collect_routings(
                     f"{name} runs without gradients inside a forward with gradients, as reentrant "
                     "activation checkpointing does; use use_reentrant=False"
                 )
-            into[name] = routing
+            into[name] = mark_first_pass(routing)
 
         return hook
 

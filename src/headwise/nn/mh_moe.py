@@ -15,6 +15,7 @@ from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.expert_mlp import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
+from headwise.ops.first_pass import mark_first_pass
 from headwise.ops.scores import TokenScores
 
 ExpertRouterName = Literal["linear", "cosine"]
@@ -155,7 +156,7 @@ class MHMoE(nn.Module):
         y = y if self.merge_proj is None else self.merge_proj(y)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x, self.activation)
-        return y, routing
+        return y, mark_first_pass(routing)
 
     def extra_repr(self) -> str:
         return (

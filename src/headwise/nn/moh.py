@@ -11,6 +11,7 @@ from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, Two
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
 from headwise.ops.fields import Count, checked
+from headwise.ops.first_pass import mark_first_pass
 from headwise.ops.head_attention import Impl
 from headwise.ops.head_projection import merge_heads, pays, project_heads
 from headwise.ops.routing import HeadMode
@@ -150,9 +151,9 @@ class MoHAttention(nn.Module):
         skips = mask is None and self._skips(x)
         if isinstance(self.router, QueryNormRouter):
             q = self._heads(self.q_proj(x))
-            routing = self.router(q, mask)
+            routing = mark_first_pass(self.router(q, mask))
         else:
-            routing = self.router(x, mask)
+            routing = mark_first_pass(self.router(x, mask))
             q = (
                 project_heads(x, self.q_proj.weight, self.q_proj.bias, routing.weights)
                 if skips

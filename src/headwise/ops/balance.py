@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import check
+from headwise.ops.first_pass import check_keeps_gradients
 from headwise.ops.processes import in_several_processes, sum_over_processes
 from headwise.ops.routing import Routing
 
@@ -44,9 +45,11 @@ def balance_loss(
         A scalar; its gradient flows through P only. 0 for a layer that routes nothing.
 
     Raises:
-        ValueError: If form or scope is unknown, or the routing is none.
+        ValueError: If form or scope is unknown, the routing is none, or it lost its gradients in
+            reentrant activation checkpointing.
     """
     check("routing", routing, Routing)
+    check_keeps_gradients(routing)
     check_choice("form", form, BalanceForm)
     check_choice("scope", scope, BalanceScope)
     candidates = routing.probabilities.shape[-1]
@@ -101,12 +104,10 @@ def router_z_loss(routing: Routing) -> Float[Tensor, ""]:
     """Mean over tokens of logsumexp(logits)², which keeps a router's logits near 0.
 
     **Source**: ST-MoE, arXiv 2202.08906, Eq. 5. Padding (`routing.mask`) is not counted. 0 for a
-    layer that routes nothing.
-
-    Raises:
-        ValueError: If the routing is none.
+    layer that routes nothing. Raises ValueError where `balance_loss` does for a routing.
     """
     check("routing", routing, Routing)
+    check_keeps_gradients(routing)
     if routing.logits.shape[-1] == 0:
         return routing.logits.sum()
     squares = torch.logsumexp(routing.logits, dim=-1).square()
