@@ -84,7 +84,7 @@ def model(router: str) -> None:
     """A training step of a converted model: the same loss and the same gradients."""
     llama = headwise.convert(
         LlamaForCausalLM(LlamaConfig(**LLAMA)),
-        attention=headwise.MoHConfig(router=router),
+        attention=headwise.MoHConfig(router=router, router_std=0.02),
         mlp=headwise.MHMoEConfig(num_heads=3, **EXPERTS),
     ).train()
     ids, mask = torch.randint(0, 31, (B, T)), half_mask().long()
@@ -99,7 +99,7 @@ def model(router: str) -> None:
 
 def without_labels() -> None:
     """In training, one graph; the loss is the caller's."""
-    attention = headwise.MoHConfig(router="two_stage")
+    attention = headwise.MoHConfig(router="two_stage", router_std=0.02)
     llama = headwise.convert(LlamaForCausalLM(LlamaConfig(**LLAMA)), attention=attention).train()
     ids = torch.randint(0, 31, (B, T))
     compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
@@ -111,7 +111,7 @@ def without_labels() -> None:
 def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     """A padded prompt and its continuation in a static cache, each step one graph."""
     converted = headwise.convert(
-        model_class(config).eval(), attention=headwise.MoHConfig(router=router)
+        model_class(config).eval(), attention=headwise.MoHConfig(router=router, router_std=0.02)
     )
     ids, mask = torch.randint(3, 31, (B, T)), half_mask().long().flip(1)
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}

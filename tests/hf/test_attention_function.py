@@ -9,7 +9,7 @@ from headwise import MoEConfig, MoHConfig, calibrate, convert
 OTHERS = ("flash_attention_2", "flex_attention", "sdpa", "eager")
 ROUTERS = {
     "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
-    "two_stage": MoHConfig(shared=2, active=4),
+    "two_stage": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
 }
 EXPERTS = MoEConfig(num_experts=3, top_k=1, expert_dim=5)
 

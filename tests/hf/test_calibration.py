@@ -129,4 +129,8 @@ def test_what_it_refuses(tiny, batches):
     with pytest.raises(ValueError, match="is converted already; calibrate the original"):
         calibrate(convert(tiny(), attention=CONFIG), batches, CONFIG)
     with pytest.raises(ValueError, match="shared has budgets of 3 layers; the model has 2"):
-        calibrate(tiny(), batches, MoHConfig(shared=[1, 1, 1], active=4))
+        calibrate(
+            tiny(),
+            batches,
+            MoHConfig(shared=[1, 1, 1], active=4, router="two_stage", router_std=0.02),
+        )

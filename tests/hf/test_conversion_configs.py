@@ -4,10 +4,15 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig
 from headwise.hf import Conversion
 from headwise.nn import OneStageRouter, QueryNormRouter, TwoStageRouter
+from headwise.recipes.conversion import ConversionRun
+from headwise.recipes.dit import dit
+from headwise.recipes.lm import lm
+from headwise.recipes.vit import vit
 
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 
@@ -15,10 +20,19 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 @pytest.mark.parametrize(
     "conversion",
     [
-        Conversion(attention=MoHConfig()),
-        Conversion(attention=MoHConfig(shared=2, active=5, mode="paper", balance_coefficient=0)),
-        Conversion(attention=MoHConfig(route_groups=True)),
-        Conversion(attention=MoHConfig(router="one_stage", scores="sigmoid")),
+        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)),
+        Conversion(
+            attention=MoHConfig(
+                shared=2,
+                active=5,
+                mode="paper",
+                balance_coefficient=0,
+                router="two_stage",
+                router_std=0.02,
+            )
+        ),
+        Conversion(attention=MoHConfig(route_groups=True, router="two_stage", router_std=0.02)),
+        Conversion(attention=MoHConfig(router="one_stage", scores="sigmoid", router_std=0.02)),
         Conversion(mlp=MHMoEConfig.first_version(**EXPERTS, num_heads=3)),
         Conversion(mlp=MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1, balance_scope="all")),
         Conversion(mlp=MoEConfig(**EXPERTS, z_loss_coefficient=0.1), every=3),
@@ -27,7 +41,7 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
             mlp=MHMoEConfig(**EXPERTS, num_heads=3, router="cosine", bias=True, head_layer=False),
         ),
         Conversion(ternary="trained"),
-        Conversion(attention=MoHConfig(), ternary="packed"),
+        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02), ternary="packed"),
     ],
 )
 def test_a_conversion_survives_json(conversion):
@@ -37,7 +51,9 @@ def test_a_conversion_survives_json(conversion):
 
 
 def test_a_conversion_from_before_fields_were_added_is_read():
-    want = Conversion(attention=MoHConfig(), mlp=MoEConfig(**EXPERTS))
+    want = Conversion(
+        attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MoEConfig(**EXPERTS)
+    )
     fields = want.to_dict()
     for name in ("route_groups", "scores"):
         del fields["attention"][name]
@@ -47,7 +63,10 @@ def test_a_conversion_from_before_fields_were_added_is_read():
 
 
 def test_only_a_ternary_conversion_needs_format_2():
-    plain, ternary = Conversion(attention=MoHConfig()), Conversion(ternary="trained")
+    plain, ternary = (
+        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)),
+        Conversion(ternary="trained"),
+    )
     assert (plain.to_dict()["format"], ternary.to_dict()["format"]) == (1, 2)
     fields = plain.to_dict()
     del fields["ternary"]
@@ -55,7 +74,9 @@ def test_only_a_ternary_conversion_needs_format_2():
 
 
 def test_a_newer_format_is_refused():
-    fields = Conversion(attention=MoHConfig()).to_dict() | {"format": 3}
+    fields = Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)).to_dict() | {
+        "format": 3
+    }
     with pytest.raises(ValueError, match=r"format 3.*up to 2.*upgrade"):
         Conversion.from_dict(fields)
 
@@ -63,8 +84,13 @@ def test_a_newer_format_is_refused():
 def test_configs_build_what_they_name():
     assert type(MoEConfig(**EXPERTS).build(15)) is MoE
     assert type(MHMoEConfig(**EXPERTS, num_heads=3).build(15)) is MHMoE
-    assert isinstance(MoHConfig().build_router(0, dim=15, num_heads=5), TwoStageRouter)
-    router = MoHConfig(router="one_stage", scores="sparsemax").build_router(0, dim=15, num_heads=5)
+    assert isinstance(
+        MoHConfig(router="two_stage", router_std=0.02).build_router(0, dim=15, num_heads=5),
+        TwoStageRouter,
+    )
+    router = MoHConfig(router="one_stage", scores="sparsemax", router_std=0.02).build_router(
+        0, dim=15, num_heads=5
+    )
     assert isinstance(router, OneStageRouter)
     assert router.scores == "sparsemax"
     router = MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1).build(15).router
@@ -73,7 +99,7 @@ def test_configs_build_what_they_name():
     router = config.build_router(0, dim=15, num_heads=5)
     assert isinstance(router, QueryNormRouter)
     assert (router.budget.shared_heads, router.budget.active_heads) == (1, 3)
-    config = MoHConfig(shared=2, active=4, route_groups=True)
+    config = MoHConfig(shared=2, active=4, route_groups=True, router="two_stage", router_std=0.02)
     assert config.build_router(0, dim=15, num_heads=6, num_kv_heads=3).budget.heads_per_group == 2
     assert config.build_router(0, dim=15, num_heads=6).budget.heads_per_group == 1
 
@@ -108,7 +134,11 @@ def test_configs_build_what_they_name():
         (MHMoEConfig, {"num_heads": 0}, "num_heads is 0"),
         (MHMoEConfig, {"num_heads": 3, "top_k": 0}, "top_k is 0"),
         (Conversion, {}, "attention and mlp are both None"),
-        (Conversion, {"attention": MoHConfig(), "every": 0}, "every is 0"),
+        (
+            Conversion,
+            {"attention": MoHConfig(router="two_stage", router_std=0.02), "every": 0},
+            "every is 0",
+        ),
         (Conversion, {"ternary": True}, "ternary is True"),
     ],
 )
@@ -148,6 +178,32 @@ def test_experts_in_parts(parts):
 
 def test_configs_are_frozen_and_take_keywords_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        MoHConfig().active = 0.5
+        MoHConfig(router="two_stage", router_std=0.02).active = 0.5
     with pytest.raises(TypeError):
         MoHConfig(0.4, 0.75)
+
+
+def test_the_default_is_safe_for_a_pretrained_model():
+    assert (MoHConfig().router, MoHConfig().router_std) == ("query_norm", 0.0)
+    learned = MoHConfig(router="two_stage").build_router(0, dim=15, num_heads=5)
+    gates = learned(torch.randn(2, 7, 15)).weights
+    assert ((gates == 0) | (gates == 1)).all()
+
+
+def test_the_default_is_the_commands(tmp_path):
+    command = ConversionRun(path="none", output=tmp_path / "new").attention()
+    assert dataclasses.replace(command, shared=0.4) == MoHConfig(shared=0.4)
+
+
+def test_what_was_saved_before_a_field_was_there_loads_as_it_was():
+    fields = Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)).to_dict()
+    want = Conversion.from_dict(fields)
+    del fields["attention"]["router_std"], fields["attention"]["router"]
+    assert Conversion.from_dict(fields) == want
+
+
+@pytest.mark.parametrize("build", [lm, vit, dit])
+def test_recipes_that_train_from_scratch_say_what_they_want(build):
+    routed = [v.attention for v in build().variants() if v.attention is not None]
+    assert routed
+    assert all((a.router, a.router_std) == ("two_stage", 0.02) for a in routed)

@@ -22,11 +22,18 @@ from headwise.hf.surgery import RoutedMLP
 MOE = MoEConfig(num_experts=7, top_k=2, expert_dim=11)
 MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
-    "two_stage": {"attention": MoHConfig()},
+    "two_stage": {"attention": MoHConfig(router="two_stage", router_std=0.02)},
     "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
-    "groups": {"attention": MoHConfig(shared=0, active=3, mode="paper", route_groups=True)},
+    "groups": {
+        "attention": MoHConfig(
+            shared=0, active=3, mode="paper", route_groups=True, router="two_stage", router_std=0.02
+        )
+    },
     "moe": {"mlp": MOE},
-    "both": {"attention": MoHConfig(mode="paper"), "mlp": MH_MOE},
+    "both": {
+        "attention": MoHConfig(mode="paper", router="two_stage", router_std=0.02),
+        "mlp": MH_MOE,
+    },
 }
 FAMILIES = ("llama", "mistral", "qwen3")
 
@@ -83,7 +90,9 @@ def test_every_second_layer_starting_with_the_second(tiny):
 def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
     original = tiny()
     before = copy.deepcopy(original.state_dict())
-    converted = convert(original, attention=MoHConfig(), mlp=MOE, every=2)
+    converted = convert(
+        original, attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MOE, every=2
+    )
     assert converted is original
     after = converted.state_dict()
     gone = {name for name in before if name not in after}
@@ -99,18 +108,25 @@ def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
 def test_the_class_and_the_conversion_can_be_asked(tiny):
     original = tiny()
     model_class = type(original)
-    model = convert(original, attention=MoHConfig(shared=2, active=5), mlp=MH_MOE, every=2)
+    model = convert(
+        original,
+        attention=MoHConfig(shared=2, active=5, router="two_stage", router_std=0.02),
+        mlp=MH_MOE,
+        every=2,
+    )
     assert isinstance(model, model_class)
     assert type(model).__name__ == "RoutedLlamaForCausalLM"
     assert model.config.model_type == "headwise"
     assert model.config.base_model_type == "llama"
-    assert model.conversion.attention == MoHConfig(shared=2, active=5)
+    assert model.conversion.attention == MoHConfig(
+        shared=2, active=5, router="two_stage", router_std=0.02
+    )
     assert (model.conversion.mlp, model.conversion.every) == (MH_MOE, 2)
 
 
 @pytest.mark.parametrize("router", ["two_stage", "query_norm"])
 def test_groups_are_those_of_the_models_key_heads(tiny, ids, router):
-    attention = MoHConfig(shared=2, active=4, router=router, route_groups=True)
+    attention = MoHConfig(shared=2, active=4, router=router, route_groups=True, router_std=0.02)
     model = convert(tiny(num_key_value_heads=3), attention=attention)
     with record_routing(model) as routings:
         model(ids)
@@ -127,13 +143,17 @@ def test_groups_of_one_head_change_nothing(tiny, ids, router):
     logits = []
     for route_groups in (False, True):
         model = tiny(num_key_value_heads=6)
-        attention = MoHConfig(shared=1, active=4, router=router, route_groups=route_groups)
+        attention = MoHConfig(
+            shared=1, active=4, router=router, route_groups=route_groups, router_std=0.02
+        )
         logits.append(convert(model, attention=attention)(ids).logits)
     assert torch.equal(*logits)
 
 
 def test_routers_and_experts_take_the_dtype_of_the_model(tiny, ids):
-    model = convert(tiny().bfloat16(), attention=MoHConfig(), mlp=MOE)
+    model = convert(
+        tiny().bfloat16(), attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MOE
+    )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(ids).logits.dtype == torch.bfloat16
 
@@ -157,12 +177,31 @@ def test_a_path_is_loaded_first(tiny, tmp_path, ids):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"attention": MoHConfig(active=7)}, r"layer 0: active is 7.*1\.\.6"),
-        ({"attention": MoHConfig(active=0, shared=0)}, r"layer 0: active is 0.*1\.\.6"),
-        ({"attention": MoHConfig(shared=0, active=4, route_groups=True)}, "active is 4.* of 3"),
-        ({"attention": MoHConfig(shared=3, active=0.5)}, "shared equals active = 3"),
         (
-            {"attention": MoHConfig(), "mlp": MHMoEConfig(num_heads=5, **vars(MOE))},
+            {"attention": MoHConfig(active=7, router="two_stage", router_std=0.02)},
+            r"layer 0: active is 7.*1\.\.6",
+        ),
+        (
+            {"attention": MoHConfig(active=0, shared=0, router="two_stage", router_std=0.02)},
+            r"layer 0: active is 0.*1\.\.6",
+        ),
+        (
+            {
+                "attention": MoHConfig(
+                    shared=0, active=4, route_groups=True, router="two_stage", router_std=0.02
+                )
+            },
+            "active is 4.* of 3",
+        ),
+        (
+            {"attention": MoHConfig(shared=3, active=0.5, router="two_stage", router_std=0.02)},
+            "shared equals active = 3",
+        ),
+        (
+            {
+                "attention": MoHConfig(router="two_stage", router_std=0.02),
+                "mlp": MHMoEConfig(num_heads=5, **vars(MOE)),
+            },
             "num_heads is 5",
         ),
         ({"mlp": MOE, "every": 3}, "every is 3, but the model has 2 layers"),
@@ -179,7 +218,7 @@ def test_what_cannot_be_leaves_the_model_untouched(tiny, ids, wanted, message):
 
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 31}
-HEADS = {"attention": MoHConfig()}
+HEADS = {"attention": MoHConfig(router="two_stage", router_std=0.02)}
 REFUSED = {
     "cross attention": (GPT2LMHeadModel, GPT2Config, {"add_cross_attention": True}, HEADS),
     "AttentionInterface": (BloomForCausalLM, BloomConfig, {}, HEADS),
@@ -215,19 +254,22 @@ def assert_untouched(model, original):
 
 
 def test_converting_twice_is_refused(tiny):
-    model = convert(tiny(), attention=MoHConfig())
+    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
     with pytest.raises(ValueError, match="RoutedLlamaForCausalLM is converted already"):
         convert(model, mlp=MOE)
 
 
 def test_attention_weights_are_refused(tiny, ids):
-    model = convert(tiny(), attention=MoHConfig())
+    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
     with pytest.raises(ValueError, match="output_attentions is True"):
         model(ids, output_attentions=True)
 
 
 def test_with_attention_dropout_heads_that_are_off_stay_off(tiny, ids):
-    model = convert(tiny(attention_dropout=0.5), attention=MoHConfig(shared=0, active=3))
+    model = convert(
+        tiny(attention_dropout=0.5),
+        attention=MoHConfig(shared=0, active=3, router="two_stage", router_std=0.02),
+    )
     heads = []
     projection = model.model.layers[0].self_attn.o_proj
     projection.register_forward_pre_hook(lambda _, args: heads.append(args[0]))

@@ -63,7 +63,7 @@ def test_heads_that_are_off_are_heads_that_are_cut(tiny, ids, router):
     cut = copy.deepcopy(model)
     for layer in cut.model.layers:
         layer.self_attn.o_proj.weight.data[:, 16:] = 0
-    convert(model, attention=MoHConfig(shared=2, active=4, router=router))
+    convert(model, attention=MoHConfig(shared=2, active=4, router=router, router_std=0.02))
     for name, parameter in model.named_parameters():
         if ".router." in name:
             # Scores that tie choose the lowest heads, and all gates that are on are 1.

@@ -50,8 +50,10 @@ LEGACY = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 7, "patch_size": 
 EXPERTS = MHMoEConfig(num_heads=2, num_experts=3, top_k=1, expert_dim=7)
 ROUTERS = {
     "query_norm": MoHConfig(router="query_norm", shared=2, active=3),
-    "two_stage": MoHConfig(shared=2, active=4),
-    "one_stage": MoHConfig(router="one_stage", shared=1, active=3, balance_coefficient=0.5),
+    "two_stage": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
+    "one_stage": MoHConfig(
+        router="one_stage", shared=1, active=3, balance_coefficient=0.5, router_std=0.02
+    ),
 }
 
 
@@ -81,7 +83,7 @@ def test_with_all_heads_on_it_is_the_original(family):
     for config in (
         MoHConfig(router="query_norm", shared=HEADS, active=HEADS),
         MoHConfig(router="query_norm", shared=1, active=HEADS),
-        MoHConfig(shared=HEADS, active=HEADS, router_std=0.0),
+        MoHConfig(shared=HEADS, active=HEADS, router_std=0.0, router="two_stage"),
     ):
         model = convert(copy.deepcopy(original), attention=config)
         assert isinstance(model, type(original))
@@ -161,7 +163,9 @@ def test_the_balance_losses_train_the_routers():
 def test_gradient_checkpointing_changes_no_gradient(router):
     results = []
     for checkpointing in (False, True):
-        model = convert(tiny(), attention=MoHConfig(router=router, shared=2, active=3))
+        model = convert(
+            tiny(), attention=MoHConfig(router=router, shared=2, active=3, router_std=0.02)
+        )
         if checkpointing:
             model.enable_gradient_checkpointing()
         with record_routing(model) as routings:
@@ -273,50 +277,53 @@ def test_flops_equal_torchs_counter_less_the_heads_that_are_off():
 def test_what_cannot_be_converted_is_refused_and_left_alone():
     model = tiny()
     with pytest.raises(ValueError, match=r"of which attention alone can be converted; mlp must"):
-        convert(model, attention=MoHConfig(), mlp=EXPERTS)
+        convert(model, attention=MoHConfig(router="two_stage", router_std=0.02), mlp=EXPERTS)
     with pytest.raises(ValueError, match=r"attention alone can be converted; .* ternary False"):
         convert(model, ternary=True)
     with pytest.raises(ValueError, match="layer 1: active is 6"):
-        convert(model, attention=MoHConfig(shared=1, active=[3, 6]))
+        convert(
+            model, attention=MoHConfig(shared=1, active=[3, 6], router="two_stage", router_std=0.02)
+        )
     assert type(model) is diffusers.DiTTransformer2DModel
     assert not any("router" in name for name, _ in model.named_modules())
     assert "headwise" not in model.config
-    converted = convert(model, attention=MoHConfig())
+    converted = convert(model, attention=MoHConfig(router="two_stage", router_std=0.02))
     with pytest.raises(ValueError, match=r"RoutedDiT.* is converted already; load the original"):
-        convert(converted, attention=MoHConfig())
+        convert(converted, attention=MoHConfig(router="two_stage", router_std=0.02))
     with pytest.raises(ValueError, match=r"a DDIMPipeline; give a model of it"):
         convert(
-            diffusers.DDIMPipeline(tiny(UNET), diffusers.DDIMScheduler()), attention=MoHConfig()
+            diffusers.DDIMPipeline(tiny(UNET), diffusers.DDIMScheduler()),
+            attention=MoHConfig(router="two_stage", router_std=0.02),
         )
 
 
 def test_what_takes_models_of_transformers_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"model is a DiT.*; it must be a transformers model"):
-        calibrate(tiny(), [{}], MoHConfig(), by="query_norm")
+        calibrate(tiny(), [{}], MoHConfig(router="two_stage", router_std=0.02), by="query_norm")
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"it is a {DIT} of diffusers; load it with that class"):
-        convert(tmp_path, attention=MoHConfig())
+        convert(tmp_path, attention=MoHConfig(router="two_stage", router_std=0.02))
 
 
 def test_models_whose_attention_is_another_are_refused():
     own = type("OwnDiT", (diffusers.DiTTransformer2DModel,), {})(**SIZES)
     with pytest.raises(ValueError, match="OwnDiT cannot be converted: diffusers has no class"):
-        convert(own, attention=MoHConfig())
+        convert(own, attention=MoHConfig(router="two_stage", router_std=0.02))
     legacy = diffusers.Transformer2DModel(**SIZES | LEGACY)
     with pytest.raises(ValueError, match=r"Transformer2DModel cannot be .* DiTTransformer2DModel"):
-        convert(legacy, attention=MoHConfig())
+        convert(legacy, attention=MoHConfig(router="two_stage", router_std=0.02))
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(
         ValueError, match=r"attentions\.0 is a Attention with AttnProcessor2_0, and"
     ):
-        convert(vae, attention=MoHConfig())
+        convert(vae, attention=MoHConfig(router="two_stage", router_std=0.02))
     without = diffusers.AutoencoderTiny()
     with pytest.raises(ValueError, match=r"AutoencoderTiny cannot be .* no self-attention"):
-        convert(without, attention=MoHConfig())
+        convert(without, attention=MoHConfig(router="two_stage", router_std=0.02))
 
 
 def test_a_processor_or_a_sequence_that_would_pass_by_the_routers_is_refused():
-    model = convert(tiny(), attention=MoHConfig())
+    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
     attn = model.transformer_blocks[1].attn1
     x = torch.randn(2, TOKENS, HEADS * WIDTH)
     with pytest.raises(ValueError, match="encoder_hidden_states is given; routed heads attend to"):

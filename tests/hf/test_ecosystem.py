@@ -14,7 +14,7 @@ from headwise.hf.checkpointing import checkpoint_activations
 
 CONVERSIONS = {
     "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
-    "two_stage": {"attention": MoHConfig(shared=2, active=4)},
+    "two_stage": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
     "groups": {
         "attention": MoHConfig(router="query_norm", shared=0, active=3, route_groups=True)
     },

@@ -30,7 +30,7 @@ FAMILIES = {
 GENERATING = tuple(name for name, (_, model, _) in FAMILIES.items() if "LM" in model)[:-1]
 ROUTERS = {
     "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
-    "two_stage": MoHConfig(shared=0.25, active=0.75),
+    "two_stage": MoHConfig(shared=0.25, active=0.75, router="two_stage", router_std=0.02),
     "lists": MoHConfig(router="query_norm", shared=[[0, 3], [1], []], active=[4, 3, 2]),
 }
 

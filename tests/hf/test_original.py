@@ -27,7 +27,8 @@ def gpt2() -> GPT2LMHeadModel:
 def test_it_is_the_model_before_the_conversion(build, router, tmp_path):
     before = build().eval()
     converted = convert(
-        copy.deepcopy(before), attention=MoHConfig(shared=2, active=4, router=router)
+        copy.deepcopy(before),
+        attention=MoHConfig(shared=2, active=4, router=router, router_std=0.02),
     )
     back = original_of(converted)
     assert type(back) is type(before)

@@ -15,7 +15,7 @@ from headwise import MoHConfig, convert
 
 ROUTERS = {
     "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
-    "two_stage": MoHConfig(router="two_stage", shared=2, active=4),
+    "two_stage": MoHConfig(router="two_stage", shared=2, active=4, router_std=0.02),
 }
 REFUSED = r"cannot be tensor-parallel: .*FSDP"
 

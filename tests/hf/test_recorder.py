@@ -13,7 +13,7 @@ MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 
 @pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
 def model(request, tiny):
-    attention = MoHConfig(router=request.param, shared=2, active=4)
+    attention = MoHConfig(router=request.param, shared=2, active=4, router_std=0.02)
     return convert(tiny(), attention=attention, mlp=MH_MOE, every=2)
 
 

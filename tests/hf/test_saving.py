@@ -12,12 +12,16 @@ from headwise.hf import Conversion
 
 MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
-    "two_stage": {"attention": MoHConfig(shared=2, active=4)},
-    "one_stage": {"attention": MoHConfig(router="one_stage", scores="sparsemax")},
+    "two_stage": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
+    "one_stage": {"attention": MoHConfig(router="one_stage", scores="sparsemax", router_std=0.02)},
     "query_norm": {"attention": MoHConfig(router="query_norm")},
-    "groups": {"attention": MoHConfig(shared=0, active=3, mode="paper", route_groups=True)},
+    "groups": {
+        "attention": MoHConfig(
+            shared=0, active=3, mode="paper", route_groups=True, router="two_stage", router_std=0.02
+        )
+    },
     "moe": {"mlp": MoEConfig(num_experts=7, top_k=2, expert_dim=11), "every": 2},
-    "both": {"attention": MoHConfig(), "mlp": MH_MOE},
+    "both": {"attention": MoHConfig(router="two_stage", router_std=0.02), "mlp": MH_MOE},
 }
 
 

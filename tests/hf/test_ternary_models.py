@@ -28,7 +28,7 @@ MH_MOE = MHMoEConfig(
 )
 CONVERSIONS = {
     "dense": {},
-    "moh": {"attention": MoHConfig(shared=2, active=4)},
+    "moh": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
     "moe": {"mlp": MoEConfig(num_experts=7, top_k=2, expert_dim=11), "every": 2},
     "both": {"attention": MoHConfig(router="query_norm"), "mlp": MH_MOE},
 }

@@ -33,7 +33,9 @@ MLP = MHMoEConfig(
 
 @pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
 def model(request, tiny):
-    attention = MoHConfig(router=request.param, shared=2, active=4, balance_coefficient=BETA)
+    attention = MoHConfig(
+        router=request.param, shared=2, active=4, balance_coefficient=BETA, router_std=0.02
+    )
     return convert(tiny(num_hidden_layers=3), attention=attention, mlp=MLP, every=2)
 
 
@@ -136,13 +138,17 @@ def test_two_equal_micro_batches_give_the_gradient_of_the_whole(model, ids):
 
 
 def test_a_coefficient_of_zero_leaves_the_loss_alone(tiny, ids):
-    model = convert(tiny(), attention=MoHConfig(balance_coefficient=0))
+    model = convert(
+        tiny(), attention=MoHConfig(balance_coefficient=0, router="two_stage", router_std=0.02)
+    )
     evaluation = model(input_ids=ids, labels=ids).loss
     assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation)
 
 
 def test_a_layer_that_routes_nothing_adds_nothing(tiny, ids):
-    model = convert(tiny(), attention=MoHConfig(shared=1.0, active=1.0))
+    model = convert(
+        tiny(), attention=MoHConfig(shared=1.0, active=1.0, router="two_stage", router_std=0.02)
+    )
     evaluation = model(input_ids=ids, labels=ids).loss
     loss = model.train()(input_ids=ids, labels=ids).loss
     assert_close(loss, evaluation)
@@ -187,7 +193,9 @@ TARGETS = {
 @pytest.mark.parametrize("as_tuple", [False, True])
 @pytest.mark.parametrize(("build", "inputs"), TARGETS.values(), ids=TARGETS)
 def test_what_is_not_called_labels_has_the_balance_too(ids, build, inputs, as_tuple):
-    attention = MoHConfig(router="two_stage", shared=2, active=4, balance_coefficient=BETA)
+    attention = MoHConfig(
+        router="two_stage", shared=2, active=4, balance_coefficient=BETA, router_std=0.02
+    )
     model = convert(build().eval(), attention=attention)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -220,7 +228,7 @@ def test_where_nothing_is_trained_or_balanced_nobody_is_warned(model, tiny, ids)
     model(ids)
     with torch.no_grad():
         model.train()(ids)
-    attention = MoHConfig(router="two_stage", balance_coefficient=0)
+    attention = MoHConfig(router="two_stage", balance_coefficient=0, router_std=0.02)
     experts = dataclasses.replace(MLP, balance_coefficient=0, z_loss_coefficient=0)
     convert(tiny(), attention=attention, mlp=experts).train()(ids)
     with pytest.warns(UserWarning, match="update_biases"):

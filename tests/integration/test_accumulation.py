@@ -22,7 +22,7 @@ def trained(output: Path, balance: float, batch: int, accumulation: int, steps: 
     )  # fmt: skip
     model = convert(
         LlamaForCausalLM(config),
-        attention=MoHConfig(balance_coefficient=balance),
+        attention=MoHConfig(balance_coefficient=balance, router="two_stage", router_std=0.02),
         mlp=MHMoEConfig(
             num_heads=2, num_experts=5, top_k=2, expert_dim=8, balance_coefficient=balance
         ),

@@ -20,7 +20,7 @@ CONVERSIONS = {
     "moe": {"mlp": MoEConfig(num_experts=5, top_k=1, **EXPERTS, normalize_top_k=False), "every": 2},
     "x_moe": {"mlp": MoEConfig(num_experts=5, top_k=2, router="cosine", **EXPERTS)},
     "mh_moe": {"mlp": MHMoEConfig(num_heads=3, num_experts=7, top_k=2, **EXPERTS), "every": 2},
-    "moh": {"attention": MoHConfig(shared=2, active=4)},
+    "moh": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
     "moh_mh_moe": {
         "attention": MoHConfig(router="query_norm", shared=2, active=4),
         "mlp": MHMoEConfig(num_heads=3, num_experts=7, top_k=2, **EXPERTS),

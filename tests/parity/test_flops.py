@@ -69,7 +69,7 @@ def test_mixture_of_experts_equals_torchs_counter(mlp):
 
 @pytest.mark.parametrize("router", ["two_stage", "query_norm"])
 def test_moh_equals_torchs_counter_less_the_heads_that_are_off(router):
-    attention = MoHConfig(router=router, shared=2, active=4)
+    attention = MoHConfig(router=router, shared=2, active=4, router_std=0.02)
     model = convert(llama(num_key_value_heads=2), attention=attention).eval()
     a_head = 4 * 8 * (T + 1) / 2  # scores and sum, 8 channels, (T + 1) / 2 keys on average
     off = 2 * 2 * a_head  # layers times heads that are off

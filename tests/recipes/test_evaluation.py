@@ -25,7 +25,10 @@ def model():
         vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2,
     )  # fmt: skip
-    return convert(LlamaForCausalLM(config), attention=MoHConfig(shared=2, active=4)).eval()
+    return convert(
+        LlamaForCausalLM(config),
+        attention=MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
+    ).eval()
 
 
 @pytest.fixture
@@ -107,7 +110,9 @@ def test_loads_of_routed_groups_are_of_heads(files):
         vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=3,
     )  # fmt: skip
-    attention = MoHConfig(shared=2, active=4, route_groups=True)
+    attention = MoHConfig(
+        shared=2, active=4, route_groups=True, router="two_stage", router_std=0.02
+    )
     model = convert(LlamaForCausalLM(config), attention=attention).eval()
     statistics = RoutingStatistics(model)
     file_losses(

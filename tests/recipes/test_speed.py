@@ -38,7 +38,7 @@ def llama():
 
 
 def routed(router="two_stage"):
-    attention = headwise.MoHConfig(shared=1, active=2, router=router)
+    attention = headwise.MoHConfig(shared=1, active=2, router=router, router_std=0.02)
     return headwise.convert(llama(), attention=attention).eval()
 
 

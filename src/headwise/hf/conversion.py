@@ -63,13 +63,17 @@ class Conversion:
                 )
             attention, mlp = fields["attention"], fields["mlp"]
             return cls(
-                attention=attention and MoHConfig(**attention),
+                attention=attention and MoHConfig(**_FIRST_DEFAULTS | attention),
                 mlp=mlp and _mlp_from_dict(**mlp),
                 every=fields["every"],
                 ternary=fields.get("ternary", "no"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json's 'headwise' is not understood: {error!r}") from error
+
+
+# Of fields that the first saved models may lack.
+_FIRST_DEFAULTS = {"router": "two_stage", "router_std": 0.02}
 
 
 def _kind(mlp: MoEConfig) -> str:

@@ -26,26 +26,27 @@ class MoHConfig:
     Attributes:
         shared: Heads that are always on; the first ones, unless they are named.
         active: Heads that a token switches on, shared ones included.
-        router: "two_stage" (learned), "one_stage" (its ablation: shared heads at 1, no stages) or
-            "query_norm" (without parameters, for pretrained models).
+        router: "query_norm" (without parameters, for pretrained models), "two_stage" (learned, for
+            models trained from scratch) or "one_stage" (its ablation, shared heads at 1).
         mode: Formulas of a learned router: "released" or "paper".
         scores: A learned router's scores of routed heads: "softmax", "sparsemax" or "sigmoid".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
         route_groups: The query heads that share a key head are on or off together, so that decoding
             reads the cache of those groups only that are on. shared and active still count query
             heads and must be whole groups (a share rounds to them).
-        router_std: Deviation with which a learned router starts. With 0 every head that is on has
+        router_std: Deviation with which a learned router starts, 0.02 in the paper's models, which
+            are trained from scratch. With 0 every head that is on has
             a gate of 1 (mode "released"), so that a pretrained model starts with its heads as they
             were, the first ones chosen; the balance loss then spreads the choice.
     """
 
     shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth = 0.4
     active: Budget | Sequence[Budget] | OfDepth = 0.75
-    router: HeadRouterName = "two_stage"
+    router: HeadRouterName = "query_norm"
     mode: HeadMode = "released"
     balance_coefficient: Weight = 0.01
     route_groups: bool = False
-    router_std: Weight = 0.02
+    router_std: Weight = 0.0
     scores: HeadScores = "softmax"
 
     def __post_init__(self) -> None:

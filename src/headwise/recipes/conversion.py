@@ -74,7 +74,7 @@ class ConversionRun:
         """The same as `convert` takes it."""
         return MoHConfig(
             shared=self.shared, active=self.active, router=self.router,
-            route_groups=self.route_groups, router_std=0.0,
+            route_groups=self.route_groups,
         )  # fmt: skip
 
 

@@ -68,6 +68,8 @@ class ImageRun(ComparisonRun):
                 shared=self.shared_heads * active,
                 active=active,
                 balance_coefficient=self.balance_coefficient,
+                router="two_stage",
+                router_std=0.02,
             ),
             position=100 * active,
         )

@@ -45,6 +45,8 @@ class LanguageModelRun(TextRun):
             shared=self.shared_heads,
             active=self.active_heads,
             balance_coefficient=self.balance_coefficient,
+            router="two_stage",
+            router_std=0.02,
         )
         sparse = sparse_moe(self)
         split = mh_moe(self, heads=self.mh_heads, top_k=self.mh_top_k)

@@ -196,6 +196,8 @@ def moh(run: TextRun, **changes: Any) -> MoHConfig:
         "shared": 0.4,
         "active": 0.75,
         "balance_coefficient": run.balance_coefficient,
+        "router": "two_stage",
+        "router_std": 0.02,
     }
     return MoHConfig(**fields | changes)
 
