@@ -1,6 +1,7 @@
 """Classes for converted models: what they add to transformers' own, and how they load again."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
             "register it with one (AutoModel.register)"
         )
     name = f"{_PREFIX}{base_config.__name__}"
-    config_class = type(name, (base_config,), {"model_type": MODEL_TYPE})
+    of_config = {"model_type": MODEL_TYPE, "__reduce_ex__": _reduced_to(model_class, 1)}
+    config_class = type(name, (base_config,), of_config)
     members = {
+        "__reduce_ex__": _reduced_to(model_class, 0),
         "config_class": config_class,
         "forward": with_routing_loss(model_class.forward),
         "_keep_in_fp32_modules_strict": {
@@ -132,6 +135,28 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     for auto in autos:
         auto.register(config_class, routed)
     return routed, config_class
+
+
+def _reduced_to(model_class: Any, which: int) -> Callable[[Any, Any], Any]:
+    """What pickle and copy ask an instance of a class of `routed_classes`: how to make it again.
+
+    They look classes up by name, and in another process these may not be made yet.
+    """
+
+    def reduced(instance: Any, protocol: Any) -> Any:
+        default = object.__reduce_ex__(instance, protocol)
+        # Sharding puts a class of its own before the model's.
+        if type(instance) is not routed_classes(model_class)[which]:
+            return default
+        return (_blank, (model_class, which), *default[2:])
+
+    return reduced
+
+
+def _blank(model_class: Any, which: int) -> Any:
+    """An instance without its state, of the class of a converted model (0) or of its config (1)."""
+    kind: Any = routed_classes(model_class)[which]
+    return kind.__new__(kind)
 
 
 def auto_class_of(model: PreTrainedModel) -> Any:

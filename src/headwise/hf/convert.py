@@ -1,10 +1,13 @@
 """Turning a model into one with routed heads or experts, or ternary, in place."""
 
+import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
 from headwise.hf.conversion import Conversion
@@ -86,12 +89,37 @@ def convert(
     if attention is not None:
         num_layers = len(attention_modules(model))
         conversion = replace(conversion, attention=attention.resolve(num_layers))
-    install(model, conversion, keep_mlps=True)
+    with _own_config(model):
+        install(model, conversion, keep_mlps=True)
     model.__class__ = model_class
     model.config.__class__ = config_class
     model.config.base_model_type = base_model_type
     model.config.headwise = conversion.to_dict()
+    # As saving the model would; a config that is saved alone must say so, too.
+    model.config.architectures = [model_class.__name__]
     return model
+
+
+@contextmanager
+def _own_config(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model a copy of its config, which other models may share; not if inside it fails."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    # The parts of a model keep its config or parts of that.
+    references = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, PreTrainedConfig) and id(value) in copies
+    ]
+    for module, name, value in references:
+        setattr(module, name, copies[id(value)])
+    try:
+        yield
+    except BaseException:
+        for module, name, value in references:
+            setattr(module, name, value)
+        raise
 
 
 def _is_of_diffusers(model: Any) -> bool:

@@ -1,0 +1,94 @@
+"""Converted models and their configs go through pickle, also to a process that has none yet."""
+
+import copy
+import io
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from headwise import MHMoEConfig, MoHConfig, convert
+
+SIZES = {
+    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}  # fmt: skip
+EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+HEADS = MoHConfig(router="two_stage", router_std=0.02, shared=2, active=4)
+IDS = torch.arange(3, 10)[None]
+
+
+def dit():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=3, in_channels=4, num_layers=2, sample_size=4,
+        norm_num_groups=4, num_embeds_ada_norm=7,
+    )  # fmt: skip
+    return convert(model, attention=HEADS)
+
+
+MODELS = {
+    "llama": lambda: convert(LlamaForCausalLM(LlamaConfig(**SIZES)), attention=HEADS, mlp=EXPERTS),
+    "bert": lambda: convert(BertForMaskedLM(BertConfig(**SIZES)), attention=HEADS),
+    "ternary": lambda: convert(LlamaModel(LlamaConfig(**SIZES)), attention=HEADS, ternary=True),
+    "dit": dit,
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def output_of(model):
+    if "DiT" in type(model).__name__:
+        noise = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)
+        return model(noise, timestep=torch.tensor([3]), class_labels=torch.tensor([2])).sample
+    return model(IDS)[0]
+
+
+@pytest.mark.parametrize(
+    "again_of",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: pickle.loads(pickle.dumps(model, protocol=2)),
+    ],
+    ids=["copy", "pickle", "protocol 2"],
+)
+def test_a_model_comes_back_as_it_was(model, again_of):
+    again = again_of(model)
+    assert type(again) is type(model)
+    assert type(again.config) is type(model.config)
+    assert again.conversion == model.conversion
+    assert torch.equal(output_of(again), output_of(model))
+
+
+def test_torch_saves_and_loads_the_whole_model(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(output_of(again), output_of(model))
+
+
+def answer(pipe):
+    """In a process in which no class of a converted model has been made yet."""
+    model = pickle.loads(pipe.recv_bytes())
+    with torch.no_grad():
+        pipe.send((type(model).__name__, type(model.config).__name__, output_of(model).tolist()))
+
+
+def test_a_spawned_process_gets_models(model):
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=answer, args=(there,))
+    process.start()
+    here.send_bytes(pickle.dumps(model))
+    there.close()
+    name, config, output = here.recv()
+    process.join()
+    assert (name, config) == (type(model).__name__, type(model.config).__name__)
+    torch.testing.assert_close(torch.tensor(output), output_of(model).detach())
