@@ -112,6 +112,10 @@ DAMAGE = {
         lambda d: edit_json(d / "config.json", lambda c: c.update(hidden_act="none such")),
         "config.json.*none such",
     ),
+    "a class that is a number": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=7)),
+        "",
+    ),
     "another vocabulary": (
         lambda d: edit_json(d / "config.json", lambda c: c.update(vocab_size=31)),
         "mismatched_keys.*embed_tokens",

@@ -52,7 +52,8 @@ def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
     with reading(path):
         check_place(str(path))
         config = AutoConfig.from_pretrained(path)
-    if kind is not None and (found := kind_of(config)) != kind:
+        found = kind_of(config)
+    if kind is not None and found != kind:
         use = f"; {_USES[found]}" if found else ""
         raise ValueError(f"{path} holds {described(config)}, not {_with_article(kind)}{use}")
     return config
