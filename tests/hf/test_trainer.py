@@ -47,6 +47,7 @@ def trainer(
         model=model or llama(),
         args=TrainingArguments(output_dir=str(output), **arguments | args),
         train_dataset=[{"input_ids": row, "labels": row} for row in ROWS],
+        eval_dataset=[{"input_ids": row, "labels": row} for row in ROWS[:8]],
         data_collator=default_data_collator,
         optimizers=optimizers,
         title="tiny",
@@ -171,23 +172,51 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path, file):
     assert again.state.global_step == 6
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "trainer_state.json",
-    ],
-)
-def test_broken_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, name):
-    trainer(tmp_path).train()
-    broken = tmp_path / "checkpoint-6"
-    (broken / name).write_bytes((broken / name).read_bytes()[:100])
-    again = trainer(tmp_path, max_steps=8)
-    with pytest.raises(ValueError, match=f"{broken} cannot be read .*; delete it"):
-        again.train(resume_from_checkpoint=again.last_checkpoint())
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, empty, halve, flip_a_bit])
+def test_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, damage):
+    trainer(tmp_path / "whole").train()
+    names = entries(tmp_path / "whole" / "checkpoint-6")
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "manifest.json"} < {*names}
+    for name in names:
+        run = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        broken = run / "checkpoint-6"
+        damage(broken / name)
+        again = trainer(run, max_steps=8)
+        with pytest.raises(ValueError, match=f"^{broken}/.*; delete {broken} to go on") as failure:
+            again.train(resume_from_checkpoint=again.last_checkpoint())
+        assert name in str(failure.value)
+        assert again.state.global_step == 0
     shutil.rmtree(broken)
     again.train(resume_from_checkpoint=again.last_checkpoint())
     assert again.state.global_step == 8
+
+
+def evaluated(history: list[dict[str, float]]) -> list[float]:
+    return [entry["step"] for entry in history if "eval_loss" in entry]
+
+
+def test_resuming_does_not_evaluate_again_before_the_first_step(tmp_path):
+    evaluate = {
+        "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True, "save_steps": 3,
+    }  # fmt: skip
+    run = trainer(tmp_path, **evaluate)
+    run.train()
+    whole = run.state.log_history
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = trainer(tmp_path, **evaluate)
+    again.train(resume_from_checkpoint=again.last_checkpoint())
+    assert evaluated(again.state.log_history) == evaluated(whole) == [0, 4, 6]

@@ -36,7 +36,7 @@ def model(run: Path, name: str = "moh_mh_moe"):
 
 def test_directory_holds_the_run_and_nothing_half_written(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "experts.csv", "figure.png", "models", "record.json", "report.html",
+        ".lock", "checkpoints", "experts.csv", "figure.png", "models", "record.json", "report.html",
         "results.csv", "run.json",
     ]  # fmt: skip
     assert not list(run.rglob("*.partial"))

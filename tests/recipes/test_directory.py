@@ -1,12 +1,17 @@
-"""A directory that holds something else is refused and stays as it was."""
+"""A directory that holds something else, or is damaged, is refused and stays as it was."""
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from headwise.recipes import LanguageModelRun
-from headwise.recipes.directory import write_whole
+from headwise.files import write_manifest
+from headwise.recipes import LanguageModelRun, directory
 from headwise.recipes.train import train
 
 LINES = "".join(f"line {i}\n" for i in range(2000))
@@ -106,28 +111,91 @@ def test_data_that_is_missing_is_refused_before_anything_is_written(finished):
     refuse(finished, "there is no such file", overwrite=True, data="/no/such")
 
 
-def test_file_is_whole_or_not_there(tmp_path):
-    file = tmp_path / "file"
-    write_whole(file, lambda partial: partial.write_text("old"))
+WORK_IN = """
+import os, pathlib, sys, time, filelock
 
-    def fail(partial: Path) -> None:
-        partial.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(file, fail)
-    assert tree(tmp_path) == {file: b"old"}
+file = pathlib.Path(sys.argv[1]) / ".lock"
+with filelock.FileLock(file):
+    file.write_text(str(os.getpid()))
+    print("locked", flush=True)
+    time.sleep(60)
+"""
 
 
-def test_directory_is_whole_or_not_there(tmp_path):
-    target = tmp_path / "deep" / "model"
+@pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite": True}])
+def test_only_one_process_works_in_a_directory(finished, changes):
+    command = [sys.executable, "-c", WORK_IN, str(finished.output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        refuse(finished, f"process {other.pid} works in {finished.output}; wait", **changes)
+        # Killed, it cannot give the directory back itself.
+        other.send_signal(signal.SIGKILL)
+    train(dataclasses.replace(finished, **changes))
+    assert (finished.output / ".lock").read_text() == str(os.getpid())
 
-    def write(partial: Path) -> None:
-        partial.mkdir()
-        (partial / "weights").write_text("new")
 
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / ".model.partial").mkdir()  # left by a kill
-    for _ in range(2):
-        write_whole(target, write)
-    assert tree(tmp_path / "deep") == {target: None, target / "weights": b"new"}
+def test_a_run_that_was_killed_as_it_began_starts_again(run):
+    run.output.mkdir()
+    (run.output / ".lock").write_text("1")
+    (run.output / ".run.json.partial").write_text("{")
+    train(run)
+    assert not (run.output / ".run.json.partial").exists()
+
+
+def test_an_overwrite_that_is_killed_leaves_a_run(finished, monkeypatch):
+    def killed_at_the_last(path: Path) -> None:
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        remove(path)
+
+    remove = directory.remove
+    monkeypatch.setattr(directory, "remove", killed_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(finished, overwrite=True))
+    assert sorted(p.name for p in finished.output.iterdir()) == [".lock", "run.json"]
+
+
+def halved(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: "", halved, lambda _: "[]", lambda _: "{}", lambda _: "1", lambda _: "\ud800",
+        lambda text: json.dumps({**json.loads(text), "run": None}),
+        lambda text: json.dumps({"run": json.loads(text)["run"]}),
+        lambda text: json.dumps({**json.loads(text), "fingerprint": ["a"]}),
+    ],
+)  # fmt: skip
+def test_damaged_run_file_is_named(finished, damage):
+    file = finished.output / "run.json"
+    file.write_bytes(damage(file.read_text()).encode(errors="surrogatepass"))
+    refuse(finished, f"^{file} cannot be read: .*; --overwrite deletes", resume=True)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_damaged_model_is_found_before_another_is_trained(finished, damage):
+    broken = finished.output / "models" / "dense-seed0"
+    seeds = {"seeds": (0, 1), "resume": True}
+    saved = json.loads((finished.output / "run.json").read_text())
+    saved["run"]["seeds"] = [0, 1]
+    (finished.output / "run.json").write_text(json.dumps(saved))
+    for file in broken.iterdir():
+        content = file.read_bytes()
+        damage(file)
+        refuse(
+            finished,
+            f"^{file} (is|cannot be) .*; delete {broken} to train that model again",
+            **seeds,
+        )
+        file.write_bytes(content)
+    train(dataclasses.replace(finished, **seeds))
+
+
+def test_result_of_another_form_is_named(finished):
+    model = finished.output / "models" / "dense-seed0"
+    (model / "result.json").write_text(json.dumps({"row": {"model": "dense"}, "record": {}}))
+    write_manifest(model)
+    match = f"^{model}/result.json cannot be read: KeyError: .*; delete {model} to"
+    refuse(finished, match, resume=True)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -146,6 +147,36 @@ def test_resumed_after_the_first_stage(converted, tmp_path, monkeypatch):
     assert [r["perplexity"] for r in rows(whole.output)] == [
         r["perplexity"] for r in rows(cut.output)
     ]
+
+
+def test_resumed_writes_the_same_tables(converted, tmp_path):
+    """Between two evaluations, and after the end."""
+    began = run(converted, tmp_path / "run", save_every=3)
+    tune(began)
+    whole = rows(began.output)
+    assert [row["step"] for row in whole] == ["0", "2", "4"]
+    shutil.rmtree(began.output / "models")
+    shutil.rmtree(began.output / "checkpoints" / "routed-seed0" / "checkpoint-4")
+    for _ in range(2):
+        tune(dataclasses.replace(began, resume=True))
+        for row in (again := rows(began.output)):
+            row["tokens_per_second"] = whole[0]["tokens_per_second"]
+        assert again == whole
+    assert [p.name for p in (began.output / "models").iterdir()] == ["routed-seed0"]
+
+
+def test_damaged_stage_is_found_and_its_card_may_be_edited(converted, tmp_path):
+    began = run(converted, tmp_path / "run")
+    tune(began)
+    finished = began.output / "models" / "routed-seed0"
+    (finished / "README.md").write_text("mine")
+    tune(dataclasses.replace(began, resume=True))
+    for name in ("model.safetensors", "recovery.json"):
+        content = (finished / name).read_bytes()
+        (finished / name).write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=f"^{finished / name} is damaged, .* train that model"):
+            tune(dataclasses.replace(began, resume=True))
+        (finished / name).write_bytes(content)
 
 
 def _fails_on_second_stage(output: Path):

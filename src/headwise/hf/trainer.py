@@ -23,14 +23,17 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from headwise.files import check_manifest, put_in_place, write_manifest
+
 _PARTIAL = ".partial"
 
 
 class SafeTrainer(Trainer):
     """Trainer with checkpoints written beside and renamed, and a stop at a loss that is not finite.
 
-    A directory `checkpoint-N` is therefore always whole, whatever killed the process; what a kill
-    leaves lies under `.partial` and is swept at the next save.
+    A directory `checkpoint-N` is therefore always whole, whatever killed process or machine; what a
+    kill leaves lies under `.partial` and is swept at the next save. A manifest in it has the sums
+    of its files, so that none that is missing or damaged is resumed from.
     """
 
     def __init__(self, *args: Any, title: str, per_step: int, unit: str = "token", **kwargs: Any):
@@ -50,11 +53,15 @@ class SafeTrainer(Trainer):
         more step where the data have no length.
 
         Raises:
-            ValueError: If the checkpoint to resume from is broken.
+            ValueError: If a file of the checkpoint to resume from is missing or damaged.
             FloatingPointError: When a loss or a gradient is not finite.
             OSError: When a checkpoint cannot be written; the ones before stay.
         """
         if resume_from_checkpoint is not None:
+            if self.is_world_process_zero():
+                check_manifest(Path(resume_from_checkpoint), _go_back(resume_from_checkpoint))
+            # Its history has the evaluation before the first step.
+            self.args.eval_on_start = False
             with _reading(resume_from_checkpoint):
                 state = TrainerState.load_from_json(
                     str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
@@ -114,6 +121,10 @@ class SafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                write_manifest(self._saving_to / name)
+                put_in_place(self._saving_to / name, output / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._saving_to, ignore_errors=True)
             raise OSError(
@@ -121,13 +132,14 @@ class SafeTrainer(Trainer):
                 f"{self.last_checkpoint()}"
             ) from error
         finally:
-            partial, self._saving_to = self._saving_to / name, None
-        self.accelerator.wait_for_everyone()
+            self._saving_to = None
         if self.is_world_process_zero():
-            shutil.rmtree(output / name, ignore_errors=True)
-            partial.rename(output / name)
-            partial.parent.rmdir()
+            (output / _PARTIAL).rmdir()
             rotate_checkpoints(str(output), self.args.save_total_limit, use_mtime=False)
+
+
+def _go_back(checkpoint: str | None) -> str:
+    return f"delete {checkpoint} to go on from the one before"
 
 
 @contextmanager
@@ -136,7 +148,7 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{checkpoint} cannot be read ({error}); delete it to go on from the one before"
+            f"{checkpoint} cannot be read ({error}); {_go_back(checkpoint)}"
         ) from error
 
 

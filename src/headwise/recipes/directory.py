@@ -1,17 +1,24 @@
-"""The directory of a run: who may write into it, and files that are whole or not there."""
+"""The directory of a run: who may write into it, and whether it still is what was written."""
 
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+
+from headwise.files import as_object, check_manifest, partial_of, reading, remove
+from headwise.files import write_json as write_json
+from headwise.files import write_whole as write_whole
 
 RUN_FILE = "run.json"
 MODELS = "models"
+_LOCK_FILE = ".lock"
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = {"output", "resume", "overwrite", "report_to", "workers", "speed_contexts"}
 
@@ -25,6 +32,9 @@ class RunDirectory:
     logs/NAME-seedS.log       what a model printed that was trained in a process of its own
     pictures/                 of image models: maps of their heads, what they drew
     results.csv experts.csv figure.png record.json report.html
+    .lock                     number of the process that works in it, or of the last one
+
+    Each model and each checkpoint has a manifest.json, the sums of its files.
     """
 
     def __init__(self, root: Path):
@@ -59,36 +69,79 @@ class RunDirectory:
                 f"output {self.root} already holds a run; choose another, --resume to go on with "
                 "it, or --overwrite to delete it"
             )
-        elif not file.exists() and self.root.is_dir() and any(self.root.iterdir()):
+        elif not file.exists() and self.root.is_dir() and not self._is_new():
             raise ValueError(f"output {self.root} holds files that are no run; choose another")
 
-    def claim(self, run: Any, fingerprint: dict[str, str]) -> None:
+    @contextmanager
+    def claim(self, run: Any, fingerprint: dict[str, str]) -> Iterator[None]:
         """Make the directory this run's, or go on with the same run on the same text.
 
+        While the context is open, no other process may; the lock ends with the process, however
+        that ends.
+
         Raises:
-            ValueError: As `check`, or if the data to resume with have changed; nothing is touched.
+            ValueError: As `check`; if another process works in it, the data to resume with have
+                changed, or a finished model is not what was written. Nothing is touched.
         """
-        self.check(run)
-        file = self.root / RUN_FILE
-        if run.resume:
-            if json.loads(file.read_text())["fingerprint"] != fingerprint:
-                raise ValueError(f"the data have changed since the run in {self.root} began")
-            return
-        if file.exists():
-            shutil.rmtree(self.root)
-        write_json(file, {"run": resolved(run), "fingerprint": fingerprint})
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self.check(run)
+            if run.resume:
+                if self._read()["fingerprint"] != fingerprint:
+                    raise ValueError(f"the data have changed since the run in {self.root} began")
+                self._check_models()
+            else:
+                self._clear()
+                file = self.root / RUN_FILE
+                write_json(file, {"run": resolved(run), "fingerprint": fingerprint})
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        file = self.root / _LOCK_FILE
+        try:
+            lock = FileLock(file).acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"process {file.read_text()} works in {self.root}; wait until it has ended, or end "
+                "it"
+            ) from None
+        with lock:
+            file.write_text(str(os.getpid()))
+            yield
+
+    def _is_new(self) -> bool:
+        """Whether nothing is in it but what a kill leaves before a run has begun."""
+        ours = {self.root / _LOCK_FILE, partial_of(self.root / RUN_FILE)}
+        return ours.issuperset(self.root.iterdir())
+
+    def _clear(self) -> None:
+        # run.json last: killed before, the directory is still known for a run's.
+        inside = sorted(self.root.iterdir(), key=lambda path: path.name == RUN_FILE)
+        for path in inside:
+            if path.name != _LOCK_FILE:
+                remove(path)
+
+    def _check_models(self) -> None:
+        for model in sorted((self.root / MODELS).glob("[!.]*")):
+            check_manifest(model, f"delete {model} to train that model again")
 
     def _check_same_run(self, run: Any) -> None:
-        file = self.root / RUN_FILE
-        if not file.exists():
+        if not (self.root / RUN_FILE).exists():
             raise ValueError(f"output {self.root} holds no run to resume; start without --resume")
-        saved = json.loads(file.read_text())["run"]
+        saved = self._read()["run"]
         for field, value in resolved(run).items():
             if field not in _FREE_TO_CHANGE and saved.get(field) != value:
                 raise ValueError(
                     f"{field} is {value}, but the run in {self.root} has {saved.get(field)}; "
                     "resume with the same fields"
                 )
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        file = self.root / RUN_FILE
+        with reading(file, hint="--overwrite deletes the run and starts anew"):
+            saved = as_object(json.loads(file.read_text()))
+            return {part: as_object(saved[part]) for part in ("run", "fingerprint")}
 
 
 def check_parents(output: Path) -> None:
@@ -109,30 +162,3 @@ def fingerprint(tokens: Mapping[str, Iterable[NDArray[Any]]]) -> dict[str, str]:
         for part in parts:
             digests[domain].update(part.tobytes())
     return {domain: digest.hexdigest() for domain, digest in digests.items()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside, then rename."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file or directory beside `path`, then rename it to `path`."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
-        write(partial)
-    except BaseException:
-        _remove(partial)
-        raise
-    if path.is_dir():
-        shutil.rmtree(path)
-    partial.replace(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

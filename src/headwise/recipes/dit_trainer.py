@@ -43,16 +43,18 @@ class DiffusionTrainer(SafeTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
         """As `SafeTrainer`'s; then the model has the averaged weights."""
-        if resume_from_checkpoint is not None:
-            shadows = load_file(Path(resume_from_checkpoint) / _AVERAGE)
-            steps = shadows.pop("steps")
-            self.average.optimization_step = int(steps)
-            self.average.shadow_params = [
-                shadows[str(i)].to(self.args.device) for i in range(len(shadows))
-            ]
         output = super().train(resume_from_checkpoint=resume_from_checkpoint)
         self.average.copy_to(self.model.parameters())
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        shadows = load_file(Path(resume_from_checkpoint) / _AVERAGE)
+        steps = shadows.pop("steps")
+        self.average.optimization_step = int(steps)
+        self.average.shadow_params = [
+            shadows[str(i)].to(self.args.device) for i in range(len(shadows))
+        ]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any

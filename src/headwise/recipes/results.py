@@ -16,11 +16,12 @@ from headwise.analysis.experts import expert_use
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
 from headwise.analysis.speeds import speed_table, verdict
 from headwise.environment import device_name
+from headwise.files import as_object, reading, write_manifest, write_whole
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_parameters, measure_flops
 from headwise.recipes import table
 from headwise.recipes.comparison import ComparisonRun, Variant
-from headwise.recipes.directory import RunDirectory, write_whole
+from headwise.recipes.directory import RunDirectory
 from headwise.recipes.measures import demerit
 from headwise.recipes.speed import Timed
 from headwise.recipes.task import Task
@@ -102,18 +103,20 @@ def _curve(history: list[dict[str, float]], key: str) -> Curve:
 
 
 def write_result(directory: Path, trained: Trained) -> None:
-    """Beside the weights of a finished model."""
+    """Beside the weights of a finished model, with the sums of all its files."""
     result = {"row": trained.row, "record": dataclasses.asdict(trained.record)}
     (directory / _RESULT_FILE).write_text(json.dumps(result))
+    write_manifest(directory)
 
 
 def read_result(directory: Path) -> Trained | None:
     """What `write_result` wrote; None where the model is not finished."""
-    file = directory / _RESULT_FILE
-    if not file.exists():
+    if not directory.exists():
         return None
-    saved = json.loads(file.read_text())
-    return Trained(saved["row"], model_from_dict(saved["record"]))
+    file = directory / _RESULT_FILE
+    with reading(file, hint=f"delete {directory} to train that model again"):
+        saved = json.loads(file.read_text())
+        return Trained(as_object(saved["row"]), model_from_dict(saved["record"]))
 
 
 def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:

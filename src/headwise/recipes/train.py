@@ -1,14 +1,16 @@
 """Carrying out a run: data, models one after another, table, report. All of it resumes."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import default_data_collator, set_seed
 
+from headwise.files import write_whole
 from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.comparison import ComparisonRun, Variant
-from headwise.recipes.directory import RunDirectory, write_whole
+from headwise.recipes.directory import RunDirectory
 from headwise.recipes.results import Trained, measure, read_result, report, write_result
 from headwise.recipes.task import Task
 from headwise.recipes.workers import side_by_side
@@ -24,19 +26,23 @@ def train(run: ComparisonRun) -> None:
     state, directory = begin(run)
     task = run.read()
     task.check()
-    if state.is_main_process:
-        directory.claim(run, task.fingerprint())
-    state.wait_for_everyone()
+    main = state.is_main_process
+    with directory.claim(run, task.fingerprint()) if main else nullcontext():
+        state.wait_for_everyone()
+        trained = _train_all(task)
+        if main:
+            report(task, directory, trained)
+
+
+def _train_all(task: Task) -> list[Trained]:
+    run = task.run
     models = [(variant, seed) for variant in run.chosen() for seed in run.seeds]
     if run.workers > 1:
-        trained = side_by_side(train_one, task, models)
-    else:
-        trained = [
-            train_one(task, variant, seed, count=f"{index}/{len(models)}  ")
-            for index, (variant, seed) in enumerate(models, start=1)
-        ]
-    if state.is_main_process:
-        report(task, directory, trained)
+        return side_by_side(train_one, task, models)
+    return [
+        train_one(task, variant, seed, count=f"{index}/{len(models)}  ")
+        for index, (variant, seed) in enumerate(models, start=1)
+    ]
 
 
 def train_one(task: Task, variant: Variant, seed: int, *, count: str = "") -> Trained:

@@ -1,6 +1,7 @@
 """Carrying out a tuning run: the original measured, every head on, heads routed. It resumes."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
+from headwise.files import reading, write_manifest, write_whole
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.original import original_of
 from headwise.recipes import recovery
 from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.card import model_card
-from headwise.recipes.directory import RunDirectory, fingerprint, write_whole
+from headwise.recipes.directory import RunDirectory, fingerprint
 from headwise.recipes.loading import check_length, load_causal_lm, load_tokenizer
 from headwise.recipes.recovery import Point
 from headwise.recipes.tuning import TuningRun
@@ -54,20 +56,28 @@ def tune(run: TuningRun) -> None:
     text = load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
     dense_blocks, routed_blocks = training_blocks(run, text)
     setting = _Setting(run, directory, state, tokenizer, held_out_blocks(run, text), original)
-    if state.is_main_process:
-        directory.claim(run, fingerprint({name: [x] for name, x in text.training.items()}))
-    state.wait_for_everyone()
-    points = []
+    main = state.is_main_process
+    sums = fingerprint({name: [stream] for name, stream in text.training.items()})
+    with directory.claim(run, sums) if main else nullcontext():
+        state.wait_for_everyone()
+        points = _train_stages(setting, model, dense_blocks, routed_blocks)
+        if main:
+            recovery.report(run, points)
+
+
+def _train_stages(
+    setting: _Setting, model: Any, dense_blocks: Dataset, routed_blocks: Dataset
+) -> list[Point]:
+    run, points = setting.run, []
     if run.dense.steps:
         dense = original_of(model) if isinstance(model, Routed) else model
         points += _train(setting, "dense", run.dense, dense, dense_blocks)
     if isinstance(model, Routed) and run.routed.steps:
         if run.dense.steps:
-            adapted = _load(directory.model("dense", run.seed))
+            adapted = _load(setting.directory.model("dense", run.seed))
             model.load_state_dict(adapted.state_dict(), strict=False)  # all but the routers
         points += _train(setting, "routed", run.routed, model, routed_blocks)
-    if state.is_main_process:
-        recovery.report(run, points)
+    return points
 
 
 def _load(path: str | Path) -> Any:
@@ -97,9 +107,10 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
     """Train a stage and save its model; when it is finished already, read what it came to."""
     run, state = setting.run, setting.state
     finished = setting.directory.model(name, run.seed)
-    file = finished / _POINTS_FILE
-    if file.exists():
-        return [Point(**point) for point in json.loads(file.read_text())]
+    if finished.exists():
+        file = finished / _POINTS_FILE
+        with reading(file, hint=f"delete {finished} to train that stage again"):
+            return [Point(**point) for point in json.loads(file.read_text())]
     set_seed(run.seed)
     trainer = _trainer(setting, name, stage, model, blocks)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
@@ -114,9 +125,11 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
         model.save_pretrained(directory, state_dict=weights)
         if setting.tokenizer is not None:
             setting.tokenizer.save_pretrained(directory)
+        (directory / _POINTS_FILE).write_text(json.dumps([p._asdict() for p in points]))
+        write_manifest(directory)
+        # After the manifest: the card may be edited.
         if isinstance(model, Routed):
             (directory / "README.md").write_text(_card(run, finished, model, points))
-        (directory / _POINTS_FILE).write_text(json.dumps([p._asdict() for p in points]))
 
     if state.is_main_process:
         write_whole(finished, save)

@@ -1,0 +1,126 @@
+"""Files that are whole or not there, whatever ends the process or the machine; known by sums."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside, then rename."""
+    write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file or directory beside `path`, then put it in place."""
+    partial = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    try:
+        write(partial)
+        put_in_place(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where `write_whole` fills what it then renames to `path`; a kill may leave it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file or directory, once the disk has all of it; what `path` was before is gone.
+
+    Without that, a machine that loses its power may keep the new name and not what it names.
+    """
+    _sync(partial)
+    if path.is_dir():
+        shutil.rmtree(path)
+    partial.replace(path)
+    _sync_entry(path.parent)
+
+
+def remove(path: Path) -> None:
+    """A file, or a directory with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_manifest(directory: Path) -> None:
+    """Into a directory that is not in place yet: the sha256 of each file that it holds by now."""
+    manifest = directory / MANIFEST
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != manifest]
+    sums = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+    manifest.write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def check_manifest(directory: Path, hint: str) -> None:
+    """Whether all that `write_manifest` found in a directory is there, bit for bit.
+
+    Raises:
+        ValueError: Naming the file that is missing or is not what was written; `hint` ends it.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{manifest} is missing; {hint}")
+    with reading(manifest, hint=hint):
+        sums = as_object(json.loads(manifest.read_text()))
+    for name, expected in sums.items():
+        file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {hint}")
+        if _sha256(file) != expected:
+            raise ValueError(f"{file} is damaged, its sha256 is not the one in {MANIFEST}; {hint}")
+
+
+@contextmanager
+def reading(path: Path, *, hint: str = "") -> Iterator[None]:
+    """While a user's file is read: whatever is raised becomes a ValueError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        advice = f"; {hint}" if hint else ""
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read: {kind}{error}{advice}") from error
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """What JSON calls an object, with something in it.
+
+    Raises:
+        ValueError: If the value is anything else.
+    """
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"it holds {json.dumps(value)[:40]} where an object with entries belongs")
+    return value
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+    _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # which Windows does not open, and need not
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
