@@ -1,6 +1,7 @@
 """A study from end to end: side by side or one by one, killed and started again."""
 
 import csv
+import json
 import os
 import shlex
 import signal
@@ -32,6 +33,11 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
 
 
+def losses(run: Path) -> list[list[float]]:
+    models = json.loads((run / "record.json").read_text())["models"]
+    return [model["training"]["losses"] for model in models]
+
+
 @pytest.fixture(scope="module")
 def whole(commands, arguments, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("studies") / "whole"
@@ -53,6 +59,7 @@ def test_leaves_table_figure_page_and_logs(whole):
 def test_one_by_one_equals_side_by_side(commands, arguments, whole, tmp_path):
     commands.run(arguments(tmp_path / "run", "--workers", "1"))
     assert rows(tmp_path / "run") == rows(whole)
+    assert losses(tmp_path / "run") == losses(whole)
 
 
 def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, whole, tmp_path):
