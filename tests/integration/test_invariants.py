@@ -32,7 +32,7 @@ def plain(commands, tmp_path_factory) -> list[list[float]]:
 
 
 def check_alike(got: list[list[float]], plain: list[list[float]], at_first: float) -> None:
-    """`at_first` bounds the first two losses; later one choice between near equals changes others."""
+    """`at_first` bounds the first two losses; a choice between near equals moves later ones."""
     pairs = zip(got, plain, strict=True)
     differences = [[x - y for x, y in zip(*pair, strict=True)] for pair in pairs]
     assert max(abs(x) for of_seed in differences for x in of_seed[:2]) < at_first
