@@ -4,6 +4,7 @@ It lies beside the package, for nothing in the package can run before `import he
 registers what transformers' AutoModel needs.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ _MISSING = {
 def main() -> None:
     """Run the command line, or end with status 2 where its directory is missing."""
     command, path, *_ = [*sys.argv[1:], "", ""]
-    # Options may come before the directory; then the command finds out by itself.
-    if command in _MISSING and path and not path.startswith("-") and not Path(path).exists():
+    # Options may come before the directory, or a name be none that a line can show; then the
+    # command finds out by itself.
+    plain = path.isprintable() and not path.startswith("-")
+    if command in _MISSING and path and plain and not os.path.exists(path):
         print(f"headwise: {_MISSING[command].format(Path(path))}", file=sys.stderr)
         raise SystemExit(2)
     from headwise.cli import main as run

@@ -10,7 +10,10 @@ import pytest
 from transformers.utils import logging
 
 import headwise
+from headwise import cli
+from headwise.analysis import Curve, ExpertLoads, ModelRecord, RunRecord, to_json
 from headwise.cli import main
+from headwise.errors import DivergedError, UnreadableError
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
 from headwise.recipes import RECIPES
 
@@ -179,6 +182,22 @@ def test_broken_record_is_named(fails, tmp_path, content):
     assert str(tmp_path) in fails(2, "report", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"steps": [10]', '"steps": "x"'), ('"losses": [1.5]', '"losses": [null]'),
+     ('"seed": 0', '"seed": true'), ("0.5]]", "-7]]")],
+)  # fmt: skip
+def test_a_record_with_wrong_values_is_named_and_the_page_stays(fails, tmp_path, old, new):
+    loads = ExpertLoads([1], {"code": [[0.5, 0.5]]}, 1, {"code": [3]}, {"code": [None]})
+    curve = Curve([10], [1.5])
+    record = RunRecord("t", {}, [], [], [], [ModelRecord("a", "A", 0, curve, curve, None, loads)])
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "record.json").write_text(to_json(record).replace(old, new))
+    said = fails(2, "report", tmp_path)
+    assert said.startswith(f"headwise: {tmp_path}/record.json cannot be read: ")
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
 def test_output_that_is_a_file_stays(fails, tmp_path, flags):
     text = "".join(f"line {i}\n" for i in range(20))
@@ -213,3 +232,70 @@ def test_what_tyro_refuses_is_one_line_as_all_else(capsys, arguments, line):
     with pytest.raises(SystemExit, match="2"):
         main(arguments.split())
     assert capsys.readouterr().err == f"headwise: {line}\n"
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def env() -> None:
+        raise error
+
+    return env
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (TypeError("a is\nno b"), 70, "this is a bug in headwise: TypeError: a is no b; the same "
+         "command with --debug shows where"),
+        (RuntimeError("boom"), 70, "this is a bug in headwise: RuntimeError: boom; the same "
+         "command with --debug shows where"),
+        (UnreadableError("x cannot be read"), 2, "x cannot be read"),
+        (DivergedError("the loss is nan"), 1, "the loss is nan"),
+        (MemoryError(), 1, "there is not enough memory (MemoryError)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1,
+         "there is not enough memory (DefaultCPUAllocator: can't allocate memory: 8 bytes)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_every_failure_is_one_line_and_a_traceback_only_with_debug(
+    capsys, monkeypatch, error, status, line
+):
+    monkeypatch.setattr(cli, "env", raising(error))
+    with pytest.raises(SystemExit) as end:
+        main(["env"])
+    assert (end.value.code, capsys.readouterr().err) == (status, f"headwise: {line}\n")
+    for arguments in (["--debug", "env"], ["env", "--debug"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        *above, last = capsys.readouterr().err.splitlines()
+        assert (end.value.code, last) == (status, f"headwise: {line}")
+        assert "Traceback" in above[0]
+        assert type(error).__name__ in "".join(above)
+
+
+@pytest.mark.parametrize("command", ["train", "experiment", "tune", "convert", "compile", "bench"])
+def test_ctrl_c_advises_resume_where_there_is_one(capsys, monkeypatch, command):
+    def interrupt(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command, interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main([command])
+    said = capsys.readouterr().err
+    assert ("--resume" in said) == (command in ("train", "experiment", "tune"))
+    assert said.startswith("headwise: interrupted")
+
+
+def test_arguments_that_are_no_text_are_refused(fails):
+    message = fails(2, "generate", "x", "--prompt", "\udcff")
+    assert message == "headwise: argument 4 is '\\udcff', which is no UTF-8 text"
+
+
+def test_a_directory_with_any_name_is_refused_before_torch_is_loaded():
+    for name in ("a\nb", "x" * 5000):
+        script = "import headwise_command; headwise_command.main()"
+        command = [sys.executable, "-c", script, "report", name]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode in (1, 2)
+        assert ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith("headwise: ")

@@ -4,14 +4,16 @@ import logging
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import tyro
 from safetensors import SafetensorError
 
+from headwise.errors import HeadwiseError, in_a_line, reading, reason
 from headwise.ops.choice import look_up
 from headwise.parsing import called, first_field, parsed
 
@@ -30,31 +32,61 @@ _USAGE = """usage: headwise COMMAND [OPTIONS]
   compile        build the CPU kernels, once          headwise compile
   env            what is installed here, and missing  headwise env
   bench          measure speed on this machine        headwise bench --help
+
+--debug, anywhere, shows the traceback of a command that fails.
 """
 
+_DEBUG = "--debug"
+_RESUMABLE = ("train", "experiment", "tune")
+_BUG = 70  # EX_SOFTWARE of sysexits.h
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Wrong input ends with a message and status 2, a failed run with 1."""
+    """Run one command.
+
+    Whatever goes wrong is one line: wrong input with status 2, a failed run with 1, a bug of ours
+    with 70. With `--debug` its traceback comes before.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != _DEBUG] or ["--help"]
     try:
         try:
-            _run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+            _run(*arguments)
         finally:
             sys.stdout.flush()
-    except ValueError as error:
-        _fail(2, error)
-    except (FloatingPointError, OSError, SafetensorError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_unread():
             # Python would flush again at its end, and say that it cannot.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(_CLOSED_PIPE) from None
-        _fail(1, error)
-    except KeyboardInterrupt:
-        _fail(130, "interrupted; the same command with --resume goes on from the last checkpoint")
+        if _DEBUG in given:
+            traceback.print_exception(error)
+        status, message = _verdict(error, arguments[0])
+        print(f"headwise: {in_a_line(message)}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def _verdict(error: BaseException, command: str) -> tuple[int, object]:
+    """The status that a command ends with, and what it says."""
+    if isinstance(error, KeyboardInterrupt):
+        resume = "; the same command with --resume goes on from the last checkpoint"
+        return 130, "interrupted" + resume * (command in _RESUMABLE)
+    if isinstance(error, ValueError):
+        return 2, error
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        said = str(error) or type(error).__name__
+        return 1, f"there is not enough memory ({said})"
+    if isinstance(error, HeadwiseError | FloatingPointError | OSError | SafetensorError):
+        return 1, error
+    where = f"the same command with {_DEBUG} shows where"
+    return _BUG, f"this is a bug in headwise: {reason(error)}; {where}"
 
 
 def _run(command: str, *rest: str) -> None:
+    for number, argument in enumerate((command, *rest), start=1):
+        if not _is_text(argument):
+            raise ValueError(f"argument {number} is {argument!r}, which is no UTF-8 text")
     if command in ("-h", "--help"):
         print(_USAGE, end="")
     elif command == "--version":
@@ -63,6 +95,11 @@ def _run(command: str, *rest: str) -> None:
         print(f"headwise {__version__}")
     else:
         look_up("command", command, _COMMANDS)(list(rest))
+
+
+def _is_text(argument: str) -> bool:
+    """Python keeps other bytes as surrogates, which nothing that reads text can encode."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _train(argv: list[str]) -> None:
@@ -187,16 +224,15 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         directory: Directory of the run, for example runs/lm.
     """
     from headwise.analysis.records import from_json
-    from headwise.analysis.report import write_report
+    from headwise.analysis.report import render_report, write_page
 
     file = directory / "record.json"
     if not file.is_file():
         raise ValueError(f"{directory} holds no finished run (no record.json)")
-    try:
-        record = from_json(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    print(write_report(record, directory / "report.html"))
+    # Values that do not fit are found out as they are drawn.
+    with reading(file):
+        page = render_report(from_json(file.read_text()))
+    print(write_page(page, directory / "report.html"))
 
 
 def _eval(argv: list[str]) -> None:
@@ -233,6 +269,7 @@ def compile_kernels() -> None:
     """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
     from headwise.ops import native
     from headwise.ops.native.build import build
+    from headwise.ops.native.kernel_file import NoKernelsError
 
     if native.is_built():
         print(f"built already: {native.library()}")
@@ -240,7 +277,9 @@ def compile_kernels() -> None:
     try:
         print(build(say=partial(print, flush=True)))
     except (RuntimeError, OSError) as error:
-        _fail(1, f"cannot build the kernels: {error}; everything works without, more slowly")
+        raise NoKernelsError(
+            f"cannot build the kernels: {error}; everything works without, more slowly"
+        ) from error
 
 
 def _env(argv: list[str]) -> None:
@@ -297,8 +336,3 @@ def _stdout_is_unread() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return bool(poll.poll(0))
-
-
-def _fail(status: int, message: object) -> NoReturn:
-    print(f"headwise: {message}", file=sys.stderr)
-    raise SystemExit(status)

@@ -30,8 +30,43 @@ def test_a_bare_record_round_trips():
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{}]}', '{"models": [], "x": 1}'])
 def test_what_is_no_record_is_refused(text):
-    with pytest.raises(ValueError, match=r"not the record|Expecting"):
+    with pytest.raises(ValueError, match=r"RunRecord|Expecting"):
         from_json(text)
+
+
+def places(value, path=()):
+    """Paths to all that a value holds, of a list's entries the first."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else ()
+    for key, entry in list(enumerate(value))[:1] if isinstance(value, list) else entries:
+        yield from places(entry, (*path, key))
+
+
+def swapped(value, path, other):
+    if not path:
+        return other
+    copied = value.copy()
+    copied[path[0]] = swapped(value[path[0]], path[1:], other)
+    return copied
+
+
+@pytest.mark.parametrize(
+    "other", [None, [], {}, 3, -1, 10**400, math.nan, "x", True, [[]]], ids=str
+)
+def test_a_value_of_another_kind_is_refused_anywhere_in_a_record(record, pictures, other):
+    models = [*record.models[1:], pictures.models[1]]
+    raw = json.loads(to_json(replace(record, models=models)))
+    every = [
+        ("models", i, *path) for i, model in enumerate(raw["models"]) for path in places(model)
+    ]
+    refused = 0
+    for path in [*places(raw), *every]:
+        text = json.dumps(swapped(raw, path, other))
+        try:
+            from_json(text)
+        except ValueError as error:
+            refused += "RunRecord" in str(error)
+    assert refused > 30
 
 
 def test_unknown_fields_are_refused(record):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from headwise.errors import UnreadableError
 from headwise.recipes.local_documents import SOURCES, read_documents, source_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -67,37 +68,61 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data is .*, where there is no piqa\.json"):
         read("piqa", tmp_path)
     (tmp_path / "piqa.json").write_text("not json")
-    with pytest.raises(ValueError, match=r"piqa\.json, entry 1: "):
+    with pytest.raises(ValueError, match=r"piqa\.json cannot be read as entries in JSON: "):
         read("piqa", tmp_path)
     choices = "Q: q\n\nSolution1: one\n\nSolution2: two\n\nAnswer format: a/b"
     write(tmp_path / "piqa.json", (choices, "solution1"), ("Q: no choices", "solution1"))
-    with pytest.raises(ValueError, match=r"piqa\.json, entry 2: its instruction is no question"):
+    with pytest.raises(
+        ValueError, match=r"piqa\.json, entry 2, cannot be read: its instruction is no question"
+    ):
         read("piqa", tmp_path)
     write(tmp_path / "piqa.json", (choices, "solution3"))
-    with pytest.raises(ValueError, match=r"entry 1: its answer is 'solution3' of 2"):
+    with pytest.raises(
+        ValueError, match=r"entry 1, cannot be read: its answer is 'solution3' of 2"
+    ):
         read("piqa", tmp_path)
     write(tmp_path / "boolq.json", ("Say, question: so?\n\nAnswer format: true/false", "maybe"))
-    with pytest.raises(ValueError, match=r"boolq\.json, entry 1: "):
+    with pytest.raises(ValueError, match=r"boolq\.json, entry 1, cannot be read: "):
         read("boolq_no_passage", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("task", "content", "reason"),
     [
-        ("piqa", '[{"goal": "q", "sol1": "a", "sol2": "b"}]', "it has no field 'instruction'"),
-        ("boolq_no_passage", "[{}]", "it has no field 'instruction'"),
-        ("blimp_some", '{"sentence_good": "a"}', "it has no field 'sentence_bad'"),
-        ("piqa", '{"data": []}', "it is 'data' and has no fields"),
+        ("piqa", '[{"goal": "q", "sol1": "a", "sol2": "b"}]', "it has no 'instruction'"),
+        ("boolq_no_passage", "[{}]", "it has no 'instruction'"),
+        ("blimp_some", '{"sentence_good": "a"}', "it has no 'sentence_bad'"),
+        ("piqa", '["data"]', "it is 'data' and has no fields"),
+        ("piqa", '[{"instruction": 3, "answer": "a"}]', "TypeError: "),
+        ("blimp_some", '{"sentence_good": "a", "sentence_bad": 3}', "its sentence_bad is 3"),
     ],
 )
 def test_what_an_entry_should_look_like_is_said_and_is_read(tmp_path, task, content, reason):
     source = source_of(task)
     (tmp_path / source.file).write_text(content)
-    with pytest.raises(ValueError, match=f"entry 1: {reason}.*; an entry looks like ") as refused:
+    with pytest.raises(
+        ValueError, match=f"entry 1, cannot be read: {reason}.*; an entry looks like "
+    ) as refused:
         read(task, tmp_path)
     form = str(refused.value).partition("looks like ")[2]
     (tmp_path / source.file).write_text(form if source.file.endswith("l") else f"[{form}]")
     assert len(read(task, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "holds no documents; an entry looks like"),
+        (b"{}", "it is a dict and must be a list"),
+        (b"null", "it is a NoneType and must be a list"),
+        (b"[" * 100_000, "RecursionError"),
+        (b"\xff", "can't decode byte 0xff"),
+    ],
+)
+def test_files_that_hold_no_list_of_documents_are_named(tmp_path, content, reason):
+    (tmp_path / "piqa.json").write_bytes(content)
+    with pytest.raises(UnreadableError, match=rf"^{tmp_path}/piqa\.json .*{reason}"):
+        read("piqa", tmp_path)
 
 
 @pytest.mark.parametrize("task", [*SOURCES, "blimp_anaphor_number_agreement"])

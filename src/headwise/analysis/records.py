@@ -3,7 +3,8 @@
 import json
 from dataclasses import asdict, dataclass, field
 
-from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid
+from headwise.analysis.image_records import RoutedImage, SampleGrid
+from headwise.analysis.plain_data import from_plain
 
 Layers = list[list[float]]
 
@@ -240,42 +241,22 @@ def to_json(record: RunRecord) -> str:
 
 
 def from_json(text: str) -> RunRecord:
-    """The record that `to_json` wrote.
+    """The record that `to_json` wrote. Records of earlier versions lack what has a default.
 
     Raises:
-        ValueError: If the text is not JSON, or a field is missing, unknown or inconsistent.
+        ValueError: If the text is not JSON, or a field is missing, unknown, of another type or
+            inconsistent.
     """
-    raw = json.loads(text)
-    try:
-        models = [model_from_dict(fields) for fields in raw["models"]]
-        # Records of earlier versions have no speeds.
-        speeds = [Speed(**speed) for speed in raw.get("speeds", [])]
-        return RunRecord(**{**raw, "models": models, "speeds": speeds})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"this is not the record of a run: {error}") from error
+    return from_plain(RunRecord, json.loads(text))
 
 
 def model_from_dict(fields: dict) -> ModelRecord:
-    """The inverse of `dataclasses.asdict`."""
-    heads, experts = fields["heads"], fields["experts"]
-    # Records of earlier versions have neither of these.
-    images, samples = fields.get("images", []), fields.get("samples")
-    return ModelRecord(
-        **{
-            **fields,
-            "training": Curve(**fields["training"]),
-            "validation": Curve(**fields["validation"]),
-            "heads": HeadLoads(**heads) if heads else None,
-            "experts": ExpertLoads(**experts) if experts else None,
-            "texts": [RoutedText(**text) for text in fields["texts"]],
-            "images": [_image_from_dict(**image) for image in images],
-            "samples": SampleGrid(**samples) if samples else None,
-        }
-    )
+    """The inverse of `dataclasses.asdict`.
 
-
-def _image_from_dict(maps: list[dict], **fields: str) -> RoutedImage:
-    return RoutedImage(maps=[PatchMap(**patches) for patches in maps], **fields)
+    Raises:
+        ValueError: As `from_json`.
+    """
+    return from_plain(ModelRecord, fields)
 
 
 def _check_same_shape(name: str, by_domain: dict[str, Layers]) -> None:

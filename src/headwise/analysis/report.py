@@ -26,14 +26,20 @@ from headwise.analysis.summary import best_cells, headline, representatives, til
 def write_report(record: RunRecord, path: str | os.PathLike[str]) -> Path:
     """Write the page of a record to `path` and return the path.
 
-    It is written beside and renamed, so that a failure leaves an older page whole.
+    Raises:
+        OSError: If the directory is missing or the disk is full.
+    """
+    return write_page(render_report(record), path)
+
+
+def write_page(page: str, path: str | os.PathLike[str]) -> Path:
+    """Write beside and rename, so that a failure leaves an older page whole.
 
     Raises:
         OSError: If the directory is missing or the disk is full.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
-    page = render_report(record)
     try:
         # A lone surrogate, which a broken tokenizer can produce, becomes "?".
         beside.write_text(page, encoding="utf-8", errors="replace", newline="\n")

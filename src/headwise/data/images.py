@@ -11,6 +11,7 @@ from PIL import Image
 
 from headwise.data.pixels import stacked
 from headwise.data.text import held_out, hugging_face_rows
+from headwise.errors import reading
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT_CAPTIONS = ("a handwritten {}", "the number {} in pen", "a {}", "this is the digit {}")
@@ -157,29 +158,22 @@ def _folders(root: Path, image_size: int | None) -> ImageSet:
 
 
 def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except Exception as error:  # each format breaks in its own way
-        raise ValueError(
-            f"{file} cannot be read as an image: {error}; mend or remove it (only hidden files are "
-            "passed over)"
-        ) from None
+    hint = "mend or remove it (only hidden files are passed over)"
+    with reading(file, "an image", hint=hint), Image.open(file) as image:
+        image.load()
     return image
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow
     from datasets import Dataset
     from pyarrow import parquet
 
-    try:
+    hint = (
+        "images come as one, as a directory with a directory for each class, or by the name of a "
+        "Hugging Face dataset"
+    )
+    with reading(path, "a Parquet file", hint=hint):
         return Dataset(parquet.read_table(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a Parquet file; images come as one, as a directory with a "
-            "directory for each class, or by the name of a Hugging Face dataset"
-        ) from error
 
 
 def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
@@ -205,24 +199,19 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
 
 
 def _as_images(name: str, rows: Any, column: str) -> Any:
-    import pyarrow
     from datasets import Image as ImageFeature
 
-    try:
+    where = f"column {column!r} of {name!r}"
+    hint = f"it holds {rows.features[column]}; it must hold images"
+    with reading(where, "images", hint=hint):
         return rows.cast_column(column, ImageFeature())[column]
-    except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        raise ValueError(
-            f"column {column!r} of {name!r} holds {rows.features[column]}; it must hold images"
-        ) from error
 
 
 def _decoded(name: str, column: Any) -> Iterable[tuple[str, Image.Image]]:
     for i in range(len(column)):
         where = f"row {i} of {name!r}"
-        try:
+        with reading(where, "an image"):
             image = column[i]
-        except Exception as error:  # each format breaks in its own way
-            raise ValueError(f"{where} cannot be read as an image: {error}") from None
         if image is None:
             raise ValueError(f"{where} has no image")
         yield where, image

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from headwise.data.sources import Source, check_names
+from headwise.errors import reading
 
 MOH_LLM = (
     Source("emozilla/dolma-v1_7-305B", weight=61.28, domain="Dolma"),
@@ -64,9 +65,7 @@ def find_mixture(data: str | None) -> tuple[Source, ...] | None:
     """
     if data is None or not data.endswith(SUFFIX):
         return MIXTURES.get(data or "")
-    try:
+    with reading(data, "a list of sources"):
         sources = tuple(Source(**fields) for fields in json.loads(Path(data).read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{data} cannot be read as a list of sources: {error}") from None
-    check_names(sources)
+        check_names(sources)
     return sources

@@ -1,6 +1,7 @@
 """Text to train on: embedded in every Python, from files, or from Hugging Face datasets."""
 
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from headwise.errors import UnreadableError, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _HELD_OUT_ONE_IN = 10
@@ -194,7 +197,7 @@ def _split(name: str, documents: dict[str, str], source: str) -> Domain:
 
 def held_out(names: Iterable[str]) -> set[str]:
     """One in ten, at least one, chosen by a hash of the name."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     return set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
 
 
@@ -226,12 +229,13 @@ def read(path: Path) -> str:
     Raises:
         ValueError: Naming the file, if it is not UTF-8 or cannot be read.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert or remove it") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with reading(path):
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UnreadableError(
+                f"{path} is not UTF-8 text ({error}); convert or remove it"
+            ) from None
 
 
 def _pieces(path: Path, count: int = 50) -> dict[str, str]:

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from headwise.files import check_manifest, put_in_place, write_manifest
+from headwise.errors import DivergedError
 
 _PARTIAL = ".partial"
 
@@ -104,7 +105,7 @@ class SafeTrainer(Trainer):
         """Raise FloatingPointError with the step and what is kept."""
         last = self.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise FloatingPointError(
+        raise DivergedError(
             f"{what} at step {self.state.global_step + 1}; {kept}. "
             "A lower learning_rate or a longer warmup often helps"
         )

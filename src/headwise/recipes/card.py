@@ -88,7 +88,7 @@ def _hub_name(path: str) -> str | None:
     if not directory.is_dir():
         return path
     name = json.loads((directory / "config.json").read_text()).get("_name_or_path", "")
-    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) else None
 
 
 def calibration_figures(perplexities: Mapping[str, float]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from headwise.recipes.harness_tasks import load_tasks, wanted_tasks
 from headwise.recipes.loading import load_causal_lm, load_config, load_tokenizer
@@ -60,7 +60,7 @@ def _evaluate(run: EvalRun, path: str, tasks: dict[str, Any]) -> dict[str, Any]:
     model = load_causal_lm(path, dtype=run.dtype).to(device)
     harness_model = HFLM(
         pretrained=model,
-        tokenizer=AutoTokenizer.from_pretrained(path),
+        tokenizer=load_tokenizer(path),
         backend="causal",
         batch_size=run.batch_size,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headwise.errors import reading
 from headwise.recipes.local_documents import read_documents, source_of
 
 # Source: arXiv 2410.11842, Tables 3 and 4; the shots are those in Table 4's heads, 0 without one.
@@ -116,10 +117,12 @@ def _from_files(
     if shots:
         raise ValueError(f"num_fewshot is {shots}; with data, which has no examples, it must be 0")
     source = source_of(name)
-    documents = Dataset.from_list(read_documents(source, data))
+    documents = read_documents(source, data)
+    with reading(source.file, "a table"):
+        table = Dataset.from_list(documents)
     spec = {
         "task": source.task,
-        "custom_dataset": lambda **_: {"validation": documents},
+        "custom_dataset": lambda **_: {"validation": table},
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,

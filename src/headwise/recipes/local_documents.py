@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from headwise.errors import UnreadableError, reading
 
 Document = dict[str, Any]
 
@@ -89,7 +91,10 @@ def _choices(entry: Document) -> tuple[str, list[str], int]:
 
 
 def _minimal_pair(entry: Document) -> Document:
-    return entry | {field: entry[field] for field in ("sentence_good", "sentence_bad")}
+    for field in ("sentence_good", "sentence_bad"):
+        if not isinstance(entry[field], str):
+            raise ValueError(f"its {field} is {entry[field]!r} and must be text")
+    return entry
 
 
 # The files keep no passages, so this is another task than boolq, and has another name.
@@ -128,20 +133,25 @@ def read_documents(source: Source, directories: Sequence[Path]) -> list[Document
         where = " or ".join(map(str, directories))
         raise ValueError(f"data is {where}, where there is no {source.file}")
     documents = []
-    try:
-        for entry in _entries(paths[0]):
-            documents.append(source.read(entry))
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"it has no field {error}" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{paths[0]}, entry {len(documents) + 1}: {reason}; an entry looks like {source.form}"
-        ) from error
+    for number, entry in enumerate(_entries(paths[0]), start=1):
+        with reading(f"{paths[0]}, entry {number},", hint=f"an entry looks like {source.form}"):
+            documents.append(source.read(_fields(entry)))
+    if not documents:
+        raise UnreadableError(f"{paths[0]} holds no documents; an entry looks like {source.form}")
     return documents
 
 
-def _entries(path: Path) -> Iterator[Document]:
-    with path.open() as file:
-        for entry in map(json.loads, file) if path.suffix == ".jsonl" else json.load(file):
-            if not isinstance(entry, dict):
-                raise ValueError(f"it is {entry!r} and has no fields")
-            yield entry
+def _entries(path: Path) -> list[Any]:
+    with reading(path, "entries in JSON"):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+        if not isinstance(entries := json.loads(text), list):
+            raise ValueError(f"it is a {type(entries).__name__} and must be a list")
+        return entries
+
+
+def _fields(entry: Any) -> Document:
+    if not isinstance(entry, dict):
+        raise ValueError(f"it is {entry!r} and has no fields")
+    return entry

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headwise.analysis.spread import with_spread
+from headwise.errors import reading
 from headwise.recipes.directory import write_whole
 from headwise.recipes.measures import measures
 from headwise.recipes.published import PUBLISHED
@@ -55,7 +56,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def read_csv(path: Path) -> list[Row]:
     """The rows that `write_csv` wrote; every value is text."""
-    with path.open(newline="") as file:
+    with reading(path, "a table"), path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from headwise.errors import HeadwiseError
+
 FLAGS = [
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno",
     "-fno-trapping-math",
@@ -24,7 +26,7 @@ FLAGS = [
 _SOURCES = files("headwise.ops.native").joinpath("kernels")
 
 
-class NoKernelsError(RuntimeError):
+class NoKernelsError(HeadwiseError, RuntimeError):
     """Why no kernels can be loaded, and what to do, in a line."""
 
 
