@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import compute, parquet
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from headwise.data.text import MixedBlocks, load_text, tokenize
+from headwise.errors import UnreadableError, reading
 from headwise.recipes.evaluation import Tokens
 from headwise.recipes.tuning import TuningRun
 
@@ -64,14 +66,32 @@ def token_rows(file: Path) -> list[Tokens]:
     """The rows of a file that `headwise samples` wrote.
 
     Raises:
-        ValueError: If there is no such file, or it has no column "input_ids".
+        ValueError: If there is no such file, it has no column "input_ids", or that holds something
+            else than rows of tokens.
     """
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
-    rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    if TOKEN_COLUMN not in rows.column_names:
-        raise ValueError(f"{file} has columns {rows.column_names}; one must be {TOKEN_COLUMN!r}")
-    return [np.asarray(row, dtype=np.int32) for row in rows.with_format("numpy")[TOKEN_COLUMN]]
+    with reading(file, "a Parquet file"):
+        table = parquet.read_table(file)
+    if TOKEN_COLUMN not in table.column_names:
+        raise UnreadableError(
+            f"{file} has columns {table.column_names}; one must be {TOKEN_COLUMN!r}"
+        )
+    column = table[TOKEN_COLUMN]
+    kind = getattr(column.type, "value_type", None)
+    if kind is None or not pyarrow.types.is_integer(kind):
+        raise UnreadableError(
+            f"column {TOKEN_COLUMN!r} of {file} holds {column.type}; it must hold lists of integers"
+        )
+    tokens = compute.list_flatten(column)
+    if column.null_count or tokens.null_count:
+        raise UnreadableError(f"column {TOKEN_COLUMN!r} of {file} has gaps (null)")
+    # Before they become int32, where a token beyond it would be another one.
+    ends = compute.min_max(tokens)
+    for token in (ends["min"].as_py(), ends["max"].as_py()):
+        if token is not None and not 0 <= token < 2**31:
+            raise UnreadableError(f"{file} has token {token}; tokens lie in 0..{2**31 - 1}")
+    return [row.values.to_numpy(zero_copy_only=False).astype(np.int32) for row in column]
 
 
 def training_blocks(run: TuningRun, text: TuningText) -> tuple[Dataset, Dataset]:
