@@ -1,11 +1,15 @@
 """Progress of long steps where no terminal is there."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from headwise import progress
-from headwise.progress import followed
+from headwise.progress import followed, plain_console
 
 
 @pytest.fixture
@@ -38,3 +42,21 @@ def test_a_terminal_has_a_bar_that_names_the_item(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert list(followed("ab", "letters", total=2, describe=str.upper)) == [*"ab"]
     assert "letters  B" in capsys.readouterr().out
+
+
+def test_text_of_the_users_is_no_markup(capsys, monkeypatch):
+    """Nothing that anybody may call a model, a file or a prompt is taken for markup."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    name = "[/INST] [red]a[/b] :smile: \\["
+    table = Table(name, title=name, caption=name, min_width=60)
+    table.add_row(name)
+    plain_console().print(name, table)
+    assert list(followed("a", name, total=1, describe=lambda _: name))
+    shown = Text.from_ansi(capsys.readouterr().out).plain
+    assert shown.count(name) == 1 + 4 + 2
+
+
+def test_consoles_and_columns_of_text_are_made_in_one_place():
+    sources = Path(progress.__file__).parent.rglob("*.py")
+    makers = {p.name for p in sources if re.search(r"\b(Console|TextColumn)\(", p.read_text())}
+    assert makers == {"progress.py"}

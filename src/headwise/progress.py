@@ -12,6 +12,19 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def plain_console() -> Console:
+    """A terminal on which text stays as it is.
+
+    Names, paths and prompts may hold what rich's markup means by brackets ("[/INST]") and colons.
+    """
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def text_column(text: str) -> TextColumn:
+    """A column of a bar, its text as it is; "{task.description}" stands for a task's."""
+    return TextColumn(text, markup=False)
+
+
 def followed(
     items: Iterable[T],
     title: str,
@@ -31,7 +44,7 @@ def followed(
         alike: Whether items take about equal time, so that the time left can be told.
         shown: False shows nothing, as in all processes but the first.
     """
-    console = Console()
+    console = plain_console()
     if not shown:
         yield from items
     elif console.is_terminal:
@@ -49,7 +62,7 @@ def _with_bar(
     console: Console,
 ) -> Iterator[T]:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        text_column("{task.description}"), BarColumn(), MofNCompleteColumn(),
         *([TimeRemainingColumn()] if alike else []),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, Row, environment, measure
-from headwise.progress import followed
+from headwise.progress import followed, plain_console
 from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
 
@@ -76,7 +76,7 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     rounds, seconds, warmups = (3, 0.0, 1) if run.quick or toy else (7, long, 2)
     effort = Effort(device, run.rounds or rounds, seconds, warmups, run.quick, toy)
     names = [*BENCHMARKS] if run.which == "all" else [run.which]
-    console = Console()
+    console = plain_console()
     rows: list[Row] = []
     for name in names:
         for row in _rows(name, effort, console):
@@ -103,7 +103,7 @@ def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
         except RuntimeError as error:
             # A GPU with too little memory for a shape, say, still has others to measure.
             reason = str(error).strip().partition("\n")[0]
-            console.print(f"not measured: {what}: {reason}", style="red", highlight=False)
+            console.print(f"not measured: {what}: {reason}", style="red")
 
 
 def _memory_row(effort: Effort) -> Row:
@@ -138,4 +138,4 @@ def _write(directory: Path, rows: list[Row], console: Console) -> None:
         page = table.page(rows, to_svg(figure, "shares"))
         write_whole(directory / "performance.html", lambda path: path.write_text(page))
         written += [directory / "performance.png", directory / "performance.html"]
-    console.print("\n".join(str(path) for path in written), highlight=False)
+    console.print("\n".join(str(path) for path in written))

@@ -79,8 +79,7 @@ class RecoveringTrainer(SafeTrainer):
             if self.is_world_process_zero():
                 self.progress.console.print(
                     f"{self.progress.title}  step {self.state.global_step}  perplexity "
-                    f"{logs['eval_perplexity']:.4g}, {logs['eval_recovery']:.1f} % of the original",
-                    highlight=False,
+                    f"{logs['eval_perplexity']:.4g}, {logs['eval_recovery']:.1f} % of the original"
                 )
         super().log(logs, start_time)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from safetensors import SafetensorError
 from transformers import (
     PrinterCallback,
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from headwise.files import check_manifest, put_in_place, write_manifest
 from headwise.errors import DivergedError
+from headwise.progress import plain_console, text_column
 
 _PARTIAL = ".partial"
 
@@ -206,7 +206,7 @@ class _Progress(TrainerCallback):
 
     def __init__(self, title: str, speed: _Speed):
         self.title, self.speed = title, speed
-        self.console = Console()
+        self.console = plain_console()
         self.loss = float("nan")
         self.bar: Progress | None = None
 
@@ -216,8 +216,8 @@ class _Progress(TrainerCallback):
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"), TimeRemainingColumn(), TextColumn("left"),
+            text_column("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            text_column("{task.fields[status]}"), TimeRemainingColumn(), text_column("left"),
         )  # fmt: skip
         self.bar = Progress(*columns, console=self.console)
         self.task = self.bar.add_task(

@@ -50,10 +50,10 @@ def score_on_images(run: EvalRun, console: Console) -> list[Row]:
     """
     images, part = _images(run)
     classifiers = [_load(run, path, images) for path in run.models]
-    console.print(f"{len(images):,} images: {part} of {run.images}", highlight=False)
+    console.print(f"{len(images):,} images: {part} of {run.images}")
     rows = []
     for classifier in classifiers:
-        console.print(classifier.path, highlight=False)
+        console.print(classifier.path)
         rows += _rows(run, classifier, images)
     return rows
 

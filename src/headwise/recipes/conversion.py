@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
@@ -20,7 +19,7 @@ from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
-from headwise.progress import followed
+from headwise.progress import followed, plain_console
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss, Tokens
@@ -85,7 +84,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         ValueError: If there is no model or it cannot be converted, or the text does not do.
         OSError: If the directory cannot be written.
     """
-    console = Console()
+    console = plain_console()
     model, tokenizer = load_original(run.path), load_tokenizer(run.path)
     attention, perplexities = run.attention(), {}
     if run.calibrate is not None:
@@ -97,8 +96,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
         console.print(
             f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
-            f"compared on the next {kept}",
-            highlight=False,
+            f"compared on the next {kept}"
         )
         console.print(_table(perplexities))
     convert(model, attention=attention)
@@ -124,10 +122,10 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
 
     write_whole(run.output, write)
     if tokenizer is None and image_processor is None:
-        console.print(f"{run.path} has no tokenizer, so {run.output} has none", highlight=False)
+        console.print(f"{run.path} has no tokenizer, so {run.output} has none")
     for line in budget_lines(model):
-        console.print(line, highlight=False)
-    console.print(f"saved in {run.output}", highlight=False)
+        console.print(line)
+    console.print(f"saved in {run.output}")
     return model
 
 

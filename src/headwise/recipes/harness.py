@@ -29,12 +29,12 @@ def score_on_tasks(run: EvalRun, console: Console) -> list[Row]:
     """
     for path in run.models:
         _check_model(path)
-    console.print("reading the harness's index of tasks", highlight=False)
+    console.print("reading the harness's index of tasks")
     wanted = wanted_tasks(run.tasks, run.num_fewshot)
     tasks = load_tasks(wanted, run.data)
     rows = []
     for path in run.models:
-        console.print(path, highlight=False)
+        console.print(path)
         rows += _rows(run, path, _evaluate(run, path, tasks))
     return rows
 

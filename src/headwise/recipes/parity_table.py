@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from headwise.parity import Match, Mixture, match_sparse_moe
+from headwise.progress import plain_console
 
 COLUMNS = ("heads", "s", "k", "f", "E", "MFLOPs", "ratio", "params (M)", "ratio")
 LEGEND = (
@@ -84,7 +84,7 @@ def print_parity(run: ParityRun) -> None:
         table.add_column(column, justify="right", overflow="fold")
     for line in cells:
         table.add_row(*line)
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     console.print(table)
     for note in notes:
         console.print(note)

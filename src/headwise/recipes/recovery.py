@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from headwise.analysis.spread import with_spread
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.surgery import attention_modules
+from headwise.progress import plain_console
 from headwise.recipes.directory import RunDirectory
 from headwise.recipes.results import environment
 from headwise.recipes.table import Row, in_markdown, write_csv
@@ -86,7 +86,7 @@ def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
     table = Table(*columns, box=SIMPLE_HEAD, caption=LEGEND)
     for line in cells:
         table.add_row(*line)
-    Console().print(table)
+    plain_console().print(table)
     for stage in dict.fromkeys(point.stage for point in evaluations):
         print(f"{stage}: {RunDirectory(run.output).model(stage, run.seed)}")
     print(f"curve: {run.output / 'recovery.png'}")

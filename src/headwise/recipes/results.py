@@ -19,6 +19,7 @@ from headwise.environment import device_name
 from headwise.files import as_object, reading, write_manifest, write_whole
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_parameters, measure_flops
+from headwise.progress import plain_console
 from headwise.recipes import table
 from headwise.recipes.comparison import ComparisonRun, Variant
 from headwise.recipes.directory import RunDirectory
@@ -134,7 +135,7 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
     columns, cells = table.comparison(rows)
     best = min(trained, key=lambda result: demerit(result.row)).record
     sample = task.sample(directory.model(best.name, best.seed))
-    console = Console()
+    console = plain_console()
     console.print(table.for_terminal(rows, run.title))
     timed = task.speed(directory)
     record = RunRecord(
@@ -157,8 +158,8 @@ def report(task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
     if timed:
         _print_speed(timed, console)
     if sample:
-        console.print(f"\n[bold]{record.sample_model}[/bold] continues {sample.prompt!r}:\n")
-        console.print(sample.text, markup=False, highlight=False)
+        console.print(f"\n{record.sample_model} continues {sample.prompt!r}:\n", style="bold")
+        console.print(sample.text)
     written = {"Table": "results.csv", "Figure": "figure.png", "Page": page.name}
     if pictures:
         written["Pictures"] = "pictures"
@@ -176,8 +177,8 @@ def _print_speed(timed: Timed, console: Console) -> None:
         for line in cells:
             shown.add_row(*line)
         console.print("", shown)
-        console.print(verdict(timed.speeds), highlight=False)
-    console.print(timed.note, highlight=False)
+        console.print(verdict(timed.speeds))
+    console.print(timed.note)
 
 
 def _expert_rows(trained: list[Trained]) -> list[table.Row]:

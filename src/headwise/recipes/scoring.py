@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from headwise.ops.choice import check_choice
+from headwise.progress import plain_console
 from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved, write_json
 from headwise.recipes.table import Row, write_csv
@@ -115,13 +115,13 @@ def score_models(run: EvalRun) -> list[Row]:
         from headwise.recipes.harness import score_on_tasks as score
     else:
         from headwise.recipes.classification import score_on_images as score
-    console = Console()
+    console = plain_console()
     rows = score(run, console)
     console.print(harness_table.for_terminal(rows))
     if run.output is not None:
         write_json(run.output / "eval.json", {"run": resolved(run), "rows": rows})
         write_csv(run.output / "eval.csv", rows)
-        console.print(f"saved in {run.output}", highlight=False)
+        console.print(f"saved in {run.output}")
     return rows
 
 

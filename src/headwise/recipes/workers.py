@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from headwise.progress import plain_console, text_column
 from headwise.recipes.comparison import Variant
 from headwise.recipes.directory import RunDirectory
 from headwise.recipes.measures import measures
@@ -59,10 +59,10 @@ def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
     """A bar, and a line for each model that is finished, until all are."""
     began, total = time.perf_counter(), len(futures)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
+        text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        text_column("{task.fields[left]}"),
     )  # fmt: skip
-    console = Console()
+    console = plain_console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("models", total=total, left="")
         for done, future in enumerate(as_completed(futures), start=1):
@@ -73,7 +73,7 @@ def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
             scores = "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
             bar.update(task, advance=1, left=left)
             line = f"{done}/{total}  {name}  {scores}  {left}"
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
 
 def _result(future: Future[Trained], name: str) -> Trained:
