@@ -10,6 +10,7 @@ from rich.console import Console
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, Row, environment, measure
+from headwise.memory import check_memory
 from headwise.progress import followed, plain_console
 from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
     "vision": vision.comparisons,
 }
 _MEMORY_LENGTH = 8192
+_OF_A_THREAD = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class BenchRun:
         for name, value in (("threads", self.threads), ("rounds", self.rounds)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        stacks = _OF_A_THREAD * (self.threads or 1)
+        check_memory(stacks, "the threads' stacks", threads=self.threads)
+        check_memory(8 * (self.rounds or 1), "the times", rounds=self.rounds)
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output is {self.output}, a file; it must be a directory")
 

@@ -12,6 +12,7 @@ from PIL import Image
 from headwise.data.pixels import stacked
 from headwise.data.text import held_out, hugging_face_rows
 from headwise.errors import reading
+from headwise.memory import check_memory
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT_CAPTIONS = ("a handwritten {}", "the number {} in pen", "a {}", "this is the digit {}")
@@ -120,6 +121,7 @@ def _digits(image_size: int | None) -> ImageSet:
             "give data, or install the extra vision: `pip install 'headwise[vision]'`"
         ) from None
     digits = load_digits()
+    _check_memory(len(digits.images), image_size)
     images = (Image.fromarray(x) for x in (digits.images * (255 / 16)).round().astype(np.uint8))
     labels = digits.target.astype(np.int64)
     named = {f"digit {i}": image for i, image in enumerate(images)}
@@ -147,6 +149,7 @@ def _folders(root: Path, image_size: int | None) -> ImageSet:
         for file in sorted(directory.rglob("*"))
         if file.is_file() and not any(p[0] == "." for p in file.relative_to(root).parts)
     ]
+    _check_memory(len(files), image_size)
     labels = np.array([label for label, _ in files], dtype=np.int64)
     opened = ((str(file), _open(file)) for _, file in files)
     return ImageSet(
@@ -155,6 +158,10 @@ def _folders(root: Path, image_size: int | None) -> ImageSet:
         labels=labels,
         classes=classes,
     )
+
+
+def _check_memory(count: int, image_size: int | None) -> None:
+    check_memory(count * (image_size or 1) ** 2, "the images", image_size=image_size)
 
 
 def _open(file: Path) -> Image.Image:
@@ -189,6 +196,7 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
             f"data {name!r} has columns {rows.column_names}; one must hold images ('image'), and "
             "one their captions ('caption' or 'text') or classes ('label')"
         )
+    _check_memory(len(rows), image_size)
     pixels = stacked(_decoded(name, _as_images(name, rows, of_images[0])), image_size)
     labels, names = _classes(name, rows, classes[0]) if classes else (None, ())
     if captions:

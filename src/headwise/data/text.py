@@ -148,12 +148,12 @@ class MixedBlocks(Dataset[dict[str, Tensor]]):
         counts = np.floor(weights / weights.sum() * num_blocks).astype(int)
         counts[np.argmax(counts)] += num_blocks - counts.sum()
         self.shares = dict(zip(streams, counts / num_blocks, strict=True))
-        draws = [
-            (domain, block)
-            for domain, count in enumerate(counts)
-            for block in draw(len(self.streams[domain]) // sequence_length, count, generator)
+        blocks = [
+            draw(len(stream) // sequence_length, count, generator)
+            for stream, count in zip(self.streams, counts, strict=True)
         ]
-        self.draws = generator.permutation(np.array(draws))
+        domains = np.repeat(np.arange(len(counts)), counts)
+        self.draws = generator.permutation(np.stack([domains, np.concatenate(blocks)], axis=1))
 
     def __len__(self) -> int:
         return len(self.draws)

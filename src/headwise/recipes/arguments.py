@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from headwise.hf.checkpointing import checkpointing_arguments
+from headwise.memory import check_memory
 from headwise.ops.choice import check_choice
 from headwise.recipes.directory import RunDirectory
 
@@ -54,6 +55,9 @@ def check_training(run: Any) -> None:
     check_choice("precision", run.precision, Precision)
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         check_at_least(1, name, getattr(run, name))
+    steps = getattr(run, "steps", None) or run.dense.steps + run.routed.steps
+    order = 8 * run.batch_size * steps
+    check_memory(order, "the order of the examples", batch_size=run.batch_size, steps=steps)
     if not 0 <= run.weight_decay < math.inf:
         raise ValueError(f"weight_decay is {run.weight_decay}; it must be at least 0 and finite")
     if run.resume and run.overwrite:
@@ -158,6 +162,7 @@ def begin(run: Any) -> tuple[PartialState, RunDirectory]:
 
 
 def _check_batch(run: Any, state: PartialState) -> None:
+    """Whether processes share a step's examples evenly, and hold what they compute at a time."""
     if run.batch_size % state.num_processes:
         raise ValueError(
             f"batch_size is {run.batch_size}; {state.num_processes} processes must divide it"
@@ -169,6 +174,13 @@ def _check_batch(run: Any, state: PartialState) -> None:
             f"device_batch_size is {at_a_time}; it must divide a process's share of batch_size, "
             f"{share}"
         )
+    # Of text every layer keeps what came in for the backward pass; of images one channel is enough.
+    sizes = [x for x in ("sequence_length", "dim", "num_layers") if hasattr(run, x)]
+    side = getattr(run, "image_size", None) or 1
+    numbers = max(math.prod(getattr(run, x) for x in sizes), side**2)
+    fields = {x: getattr(run, x) for x in ("batch_size", *sizes)}
+    fields |= {"image_size": side} if side > 1 else {}
+    check_memory(4 * (at_a_time or share) * numbers, "what a step computes", **fields)
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

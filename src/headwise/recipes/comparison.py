@@ -1,15 +1,19 @@
 """A comparison of models: what every such run says of sizes, training and output."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.data.text import check_exponent
 from headwise.hf import MoEConfig, MoHConfig
+from headwise.memory import check_memory
 from headwise.recipes.arguments import Precision, check_at_least, check_seed, check_training
 
 if TYPE_CHECKING:
     from headwise.recipes.task import Task
+
+_OF_A_PROCESS = 2**27  # bytes: torch alone needs more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ class ComparisonRun:
         check_training(self)
         for name in ("steps", "workers"):
             check_at_least(1, name, getattr(self, name))
+        check_memory(_OF_A_PROCESS * self.workers, "the processes", workers=self.workers)
         check_at_least(0, "warmup_steps", self.warmup_steps)
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
@@ -179,7 +184,26 @@ class LayeredRun(ComparisonRun):
             raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
         if self.initializer_range is not None and not self.initializer_range > 0:
             raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
+        self._check_weights()
         super().__post_init__()
+        self._check_experts()
+
+    def _check_weights(self) -> None:
+        """In float32; of an MLP two matrices, for not all are gated."""
+        sizes = {"dim": self.dim, "num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
+        layers = 4 * self.num_layers * (4 * self.dim**2 + 2 * self.dim * self.mlp_dim)
+        check_memory(layers, "the weights of the layers", **sizes)
+        if (entries := getattr(self, "vocab_size", 0)) > 0:
+            embeddings = 4 * entries * self.dim
+            check_memory(embeddings, "the embeddings", vocab_size=entries, dim=self.dim)
+
+    def _check_experts(self) -> None:
+        """The same, where a model has experts."""
+        names = ("num_experts", "dim", "mlp_dim", "num_layers")
+        weights = 4 * math.prod(getattr(self, name) for name in names) // self.every
+        if any(variant.mlp for variant in self.chosen()):
+            sizes = {name: getattr(self, name) for name in names}
+            check_memory(weights, "the weights of the experts", **sizes)
 
     @property
     def initial_deviation(self) -> float:
@@ -222,6 +246,7 @@ class TextRun(LayeredRun):
         check_exponent("domain_exponent", self.domain_exponent)
         for context in self.speed_contexts:
             check_at_least(1, "speed_contexts", context)
+            check_memory(8 * context, "the tokens to time", speed_contexts=context)
         super().__post_init__()
         if (self.dim // self.num_heads) % 2:
             raise ValueError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from headwise.memory import check_memory
 from headwise.recipes.arguments import check_at_least, check_guidance
 from headwise.recipes.image_run import ImageRun
 from headwise.recipes.task import Task
@@ -68,6 +69,9 @@ class DiffusionRun(ImageRun):
         check_guidance(self.guidance_scale)
         for name in ("sampling_steps", "samples"):
             check_at_least(1, name, getattr(self, name))
+        side = self.image_size or 1
+        sizes = {"samples": self.samples, "image_size": self.image_size}
+        check_memory(4 * self.samples * side**2, "the samples", **sizes)
         super().__post_init__()
 
     @property

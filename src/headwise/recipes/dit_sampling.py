@@ -12,6 +12,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from headwise.memory import check_memory
 from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
 from headwise.progress import followed
@@ -59,6 +60,8 @@ class SampleRun:
         for name in ("per_class", "steps", "scale"):
             check_at_least(1, name, getattr(self, name))
         check_seed("seed", self.seed)
+        grid = self.per_class * self.scale**2
+        check_memory(grid, "the grid", per_class=self.per_class, scale=self.scale)
         if self.output.suffix != ".png":
             raise ValueError(f"output is {self.output}; it must be the name of a .png file")
         if self.output.exists():

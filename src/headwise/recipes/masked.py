@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from headwise.memory import check_memory
 from headwise.recipes.arguments import check_at_least
 from headwise.recipes.comparison import LayeredRun, Variant
 from headwise.recipes.task import Task
@@ -67,6 +68,7 @@ class MaskedRun(LayeredRun):
         for name in ("mask_text", "mask_image"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        check_memory(8 * self.text_length, "the tokens", text_length=self.text_length)
         super().__post_init__()
 
     @property

@@ -9,7 +9,9 @@ import torch
 import tyro
 from transformers import set_seed
 
+from headwise.memory import check_memory
 from headwise.progress import followed
+from headwise.recipes.arguments import check_seed
 from headwise.recipes.directory import write_whole
 from headwise.recipes.loading import check_length, load_causal_lm
 from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
@@ -46,6 +48,9 @@ class SamplesRun:
         for name, least in (("count", 1), ("length", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        tokens = 8 * self.count * self.length
+        check_memory(tokens, "the tokens", count=self.count, length=self.length)
+        check_seed("seed", self.seed)
 
 
 def write_samples(run: SamplesRun) -> None:

@@ -1,0 +1,70 @@
+"""Sizes that no memory can hold are refused by name, before anything is read or built."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from headwise.bench import BenchRun
+from headwise.data.images import load_images
+from headwise.memory import check_memory
+from headwise.recipes import RECIPES
+from headwise.recipes.arguments import begin
+from headwise.recipes.dit_sampling import SampleRun
+from headwise.recipes.samples import SamplesRun
+from headwise.recipes.tuning import SCHEDULES, TuningRun
+
+HUGE = 10**12
+
+
+def test_what_fits_passes_and_what_does_not_is_named():
+    check_memory(2**20, "x", size=3)
+    with pytest.raises(ValueError, match=r"^a is 3, b is 5: x alone would need 1,048,576 GiB of"):
+        check_memory(2**50, "x", a=3, b=5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        *((recipe, f) for recipe in RECIPES for f in ("batch_size", "steps", "workers")),
+        *((recipe, f) for recipe in ("lm", "multilingual", "masked")
+          for f in ("dim", "num_layers", "mlp_dim", "num_experts", "vocab_size")),
+        ("lm", "sequence_length"), ("lm", "speed_contexts"), ("masked", "text_length"),
+        ("vit", "image_size"), ("dit", "image_size"), ("masked", "image_size"), ("dit", "samples"),
+    ],
+)  # fmt: skip
+def test_a_run_of_an_absurd_size(recipe, field, tmp_path):
+    value = (HUGE,) if field == "speed_contexts" else HUGE
+    with pytest.raises(ValueError, match=rf"{field} is \(?{HUGE}.*: .* GiB of memory"):
+        begin(type(RECIPES[recipe]())(**{field: value, "output": tmp_path / "run"}))
+
+
+@pytest.mark.parametrize("field", ["batch_size", "sequence_length", "steps"])
+def test_tuning_at_an_absurd_size(field, tmp_path):
+    default = SCHEDULES["small"]("model", tmp_path / "run")
+    fields = vars(default) | {field: HUGE}
+    if field == "steps":
+        del fields["steps"]
+        fields["routed"] = type(default.routed)(**vars(default.routed) | {"steps": HUGE})
+    with pytest.raises(ValueError, match=rf"{field} is {HUGE}.*: .* GiB of memory"):
+        begin(TuningRun(**fields))
+
+
+def test_other_commands_at_an_absurd_size(tmp_path):
+    for field in ("count", "length"):
+        with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
+            SamplesRun("model", tmp_path / "a.parquet", **{field: HUGE})
+    for field in ("per_class", "scale"):
+        with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
+            SampleRun(directory=Path("model"), output=tmp_path / "a.png", **{field: HUGE})
+    for field in ("threads", "rounds"):
+        with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
+            BenchRun(**{field: HUGE})
+
+
+def test_images_that_are_to_become_too_large(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (5, 5)).save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"image_size is 1000000: the images alone .* GiB"):
+        load_images(str(tmp_path), image_size=10**6)
