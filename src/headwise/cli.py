@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 from safetensors import SafetensorError
 
+from headwise.data.text import is_text
 from headwise.errors import HeadwiseError, in_a_line, reading, reason
 from headwise.ops.choice import look_up
 from headwise.parsing import called, first_field, parsed
@@ -85,7 +86,7 @@ def _verdict(error: BaseException, command: str) -> tuple[int, object]:
 
 def _run(command: str, *rest: str) -> None:
     for number, argument in enumerate((command, *rest), start=1):
-        if not _is_text(argument):
+        if not is_text(argument):
             raise ValueError(f"argument {number} is {argument!r}, which is no UTF-8 text")
     if command in ("-h", "--help"):
         print(_USAGE, end="")
@@ -95,11 +96,6 @@ def _run(command: str, *rest: str) -> None:
         print(f"headwise {__version__}")
     else:
         look_up("command", command, _COMMANDS)(list(rest))
-
-
-def _is_text(argument: str) -> bool:
-    """Python keeps other bytes as surrogates, which nothing that reads text can encode."""
-    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _train(argv: list[str]) -> None:
@@ -185,7 +181,7 @@ def _generate(argv: list[str]) -> None:
 def generate(
     directory: Annotated[Path, tyro.conf.Positional],
     prompt: str,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> None:
@@ -194,7 +190,7 @@ def generate(
     Args:
         directory: Directory of the model, for example runs/lm/models/moh-seed0.
         prompt: The text to continue.
-        max_new_tokens: How many tokens to write.
+        max_new_tokens: How many tokens to write; without it 100, or fewer where the model ends.
         temperature: Temperature of the sampling; 0 takes the likeliest token each time.
         seed: Seed of the sampling.
     """

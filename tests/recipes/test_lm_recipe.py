@@ -47,6 +47,14 @@ def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
     assert [model.label for model in record.models] == [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize("prompt", ["", "ZYXWVUTSRQPON&{}~!"])
+def test_a_prompt_that_leaves_nothing_to_write_is_refused_before_training(text, tmp_path, prompt):
+    fields = {"output": tmp_path / "run", "data": text, "sample_prompt": prompt} | TINY
+    with pytest.raises(ValueError, match=r"sample_prompt has \d+ tokens; .* sequence_length = 16"):
+        train(dataclasses.replace(lm(), **fields))
+    assert not (tmp_path / "run").exists()
+
+
 def test_languages_come_from_a_directory(tmp_path):
     with pytest.raises(ValueError, match=r"data is None; .*docs/multilingual.sh"):
         train(multilingual())

@@ -166,6 +166,11 @@ class MixedBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can encode it: Python keeps bytes that are none as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def check_exponent(field: str, value: float) -> None:
     """Raises ValueError unless `MixedBlocks` can take it as its exponent."""
     if not 0 <= value <= 1:

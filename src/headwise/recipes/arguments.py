@@ -10,6 +10,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from headwise.data.text import is_text
 from headwise.hf.checkpointing import checkpointing_arguments
 from headwise.memory import check_memory
 from headwise.ops.choice import check_choice
@@ -88,6 +89,12 @@ def check_seed(name: str, value: int) -> None:
     """Raises ValueError if numpy could not be seeded with the field of that name."""
     if not 0 <= value < 2**32:
         raise ValueError(f"{name} is {value}; it must lie in 0..{2**32 - 1}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError if nothing could encode the field of that name: for lone surrogates."""
+    if not is_text(text):
+        raise ValueError(f"{name} is {text!r}, which is no UTF-8 text")
 
 
 def training_arguments(

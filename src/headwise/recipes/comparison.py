@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from headwise.data.text import check_exponent
 from headwise.hf import MoEConfig, MoHConfig
 from headwise.memory import check_memory
-from headwise.recipes.arguments import Precision, check_at_least, check_seed, check_training
+from headwise.recipes.arguments import (
+    Precision,
+    check_at_least,
+    check_seed,
+    check_text,
+    check_training,
+)
 
 if TYPE_CHECKING:
     from headwise.recipes.task import Task
@@ -244,6 +250,7 @@ class TextRun(LayeredRun):
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
         check_exponent("domain_exponent", self.domain_exponent)
+        check_text("sample_prompt", self.sample_prompt)
         for context in self.speed_contexts:
             check_at_least(1, "speed_contexts", context)
             check_memory(8 * context, "the tokens to time", speed_contexts=context)

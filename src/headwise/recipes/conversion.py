@@ -99,7 +99,10 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
             f"compared on the next {kept}"
         )
         console.print(_table(perplexities))
-    convert(model, attention=attention)
+    try:
+        convert(model, attention=attention)
+    except ValueError as error:
+        raise ValueError(f"{run.path} cannot be converted: {error}") from error
     image_processor = cached_file(
         run.path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False
     )

@@ -1,12 +1,19 @@
 """Continuing a text with a saved model."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from headwise.recipes.loading import load_causal_lm, load_tokenizer
+from headwise.memory import check_memory
+from headwise.recipes.arguments import check_at_least, check_seed, check_text
+from headwise.recipes.loading import load_causal_lm, load_tokenizer, longest_sequence
+
+_LEAST_TEMPERATURE = 1e-6
+_NEW_TOKENS = 100
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
@@ -27,22 +34,33 @@ def continue_text(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     seed: int,
 ) -> str:
-    """The prompt and what the model makes of it; temperature 0 takes the likeliest token.
+    """The prompt and what the model makes of it.
+
+    Args:
+        model: A language model.
+        tokenizer: Its own.
+        prompt: What to continue, of at least one token.
+        max_new_tokens: How many tokens to write; None for 100, or fewer where the model ends.
+        temperature: 0 takes the likeliest token.
+        seed: Of the sampling.
 
     Raises:
-        ValueError: For a prompt without tokens, a negative temperature or no new tokens.
+        ValueError: For a prompt without tokens, a temperature that cannot be divided by, or more
+            tokens than the model takes.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    # Below it float32 would end at infinity; the likeliest token is all that is left of it anyway.
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0 or lie in {_LEAST_TEMPERATURE}..inf"
+        )
+    check_seed("seed", seed)
+    check_text("prompt", prompt)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("prompt is empty; give the model at least one token to continue")
+    max_new_tokens = new_tokens("prompt", inputs["input_ids"].shape[1], max_new_tokens, model)
     set_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -55,3 +73,32 @@ def continue_text(
             **sampling,
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def new_tokens(field: str, tokens: int, wanted: int | None, model: Any) -> int:
+    """How many tokens to write after a prompt.
+
+    Args:
+        field: What the prompt is called.
+        tokens: Of the prompt.
+        wanted: How many should be written; None for 100, or fewer where the model ends.
+        model: Anything with a config.
+
+    Raises:
+        ValueError: If the prompt is empty or fills the model, or does so with what is wanted.
+    """
+    if tokens == 0:
+        raise ValueError(f"{field} is empty; give the model at least one token to continue")
+    most = longest_sequence(model)
+    limit = f"the model takes at most {most} (max_position_embeddings)"
+    if tokens >= most:
+        raise ValueError(f"{field} has {tokens} tokens; {limit}, with those that it writes")
+    if wanted is None:
+        return int(min(_NEW_TOKENS, most - tokens))
+    check_at_least(1, "max_new_tokens", wanted)
+    if tokens + wanted > most:
+        raise ValueError(
+            f"max_new_tokens is {wanted}, after a prompt of {tokens} tokens; {limit} together"
+        )
+    check_memory(8 * wanted, "the tokens", max_new_tokens=wanted)
+    return wanted

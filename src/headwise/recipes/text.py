@@ -41,6 +41,7 @@ from headwise.recipes.variants import build_model, model_flops, model_width
 
 _CURVE_FILES = 16  # of each domain
 _PASSAGE_TOKENS = 160
+_NEW_TOKENS = 160
 # Documents of each source of a mixture.
 _HELD_OUT, _FOR_TOKENIZER = 200, 2000
 
@@ -134,6 +135,7 @@ class TextTask(Task):
         for variant in {variant.train_on: variant for variant in variants}.values():
             self._training(variant, self.run.seeds[0])
         self._validation()
+        self._prompt()
 
     def model(self, variant: Variant, seed: int) -> PreTrainedModel:
         return build_model(self.run, variant, vocab_size=len(self.tokenizer), seed=seed)
@@ -226,11 +228,26 @@ class TextTask(Task):
 
     def sample(self, directory: Path) -> Sample:
         model = load_causal_lm(directory)
+        new = min(_NEW_TOKENS, self.length - self._prompt())
         prompt = self.run.sample_prompt
         text = continue_text(
-            model, self.tokenizer, prompt, max_new_tokens=160, temperature=0.8, seed=0
+            model, self.tokenizer, prompt, max_new_tokens=new, temperature=0.8, seed=0
         )
         return Sample(prompt, text)
+
+    def _prompt(self) -> int:
+        """Tokens of the prompt that the best model continues.
+
+        Raises:
+            ValueError: If it has none, or leaves the models nothing to write.
+        """
+        tokens = len(self.tokenizer(self.run.sample_prompt)["input_ids"])
+        if not 0 < tokens < self.length:
+            raise ValueError(
+                f"sample_prompt has {tokens} tokens; it must have at least 1 and fewer than "
+                f"sequence_length = {self.length}"
+            )
+        return tokens
 
 
 def _passage(files: dict[str, Tokens]) -> Tokens:
