@@ -55,6 +55,12 @@ def test_a_prompt_that_leaves_nothing_to_write_is_refused_before_training(text, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("deviation", [0.0, -1.0, 3.0, float("nan")])
+def test_a_deviation_that_no_model_takes_is_refused(deviation):
+    with pytest.raises(ValueError, match=r"initializer_range is .*; it must lie in 0..1, above 0"):
+        LanguageModelRun(initializer_range=deviation)
+
+
 def test_languages_come_from_a_directory(tmp_path):
     with pytest.raises(ValueError, match=r"data is None; .*docs/multilingual.sh"):
         train(multilingual())

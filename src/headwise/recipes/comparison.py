@@ -188,8 +188,10 @@ class LayeredRun(ComparisonRun):
             check_at_least(1, name, getattr(self, name))
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
-        if self.initializer_range is not None and not self.initializer_range > 0:
-            raise ValueError(f"initializer_range is {self.initializer_range}; it must be above 0")
+        if self.initializer_range is not None and not 0 < self.initializer_range <= 1:
+            raise ValueError(
+                f"initializer_range is {self.initializer_range}; it must lie in 0..1, above 0"
+            )
         self._check_weights()
         super().__post_init__()
         self._check_experts()
