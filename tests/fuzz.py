@@ -189,6 +189,8 @@ def _child(case: Case, directory: Path) -> None:
     status = 70
     try:
         os.chdir(directory)
+        # No compiler is found, and nothing that the user built.
+        os.environ |= {"PATH": "", "XDG_CACHE_HOME": str(directory.with_suffix(".cache"))}
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(directory.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), number)
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
