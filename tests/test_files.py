@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from headwise.files import check_manifest, put_in_place, reading, write_manifest, write_whole
+from headwise.files import check_manifest, put_in_place, write_manifest, write_whole
 
 
 def tree(directory: Path) -> dict[Path, bytes | None]:
@@ -103,9 +103,3 @@ def test_damaged_manifest_is_named(model, content):
     (model / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"^{model}/manifest.json cannot be read: .*; again"):
         check_manifest(model, "again")
-
-
-def test_errors_of_reading_name_the_file(tmp_path):
-    for error in (KeyError("row"), TypeError("what"), OSError("gone"), ValueError("bad")):
-        with pytest.raises(ValueError, match=f"^{tmp_path} cannot be read: "), reading(tmp_path):
-            raise error

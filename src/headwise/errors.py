@@ -45,9 +45,16 @@ def reading(path: str | Path, kind: str = "", *, hint: str = "") -> Iterator[Non
         raise UnreadableError(f"{what}: {reason(error).rstrip('.')}{advice}") from error
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, in a line; its kind too where that is not said in words for people."""
-    said = in_a_line(getattr(error, "strerror", None) or error)
+def reason(error: BaseException, *, first_line: bool = False) -> str:
+    """What an error says, in a line; its kind too where that is not said in words for people.
+
+    Args:
+        error: Of any kind.
+        first_line: Whether the lines after the first are left out: transformers lists there all
+            classes that it has.
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    said = in_a_line(text.partition("\n")[0] if first_line else text)
     if isinstance(error, KeyError) and said:
         return f"it has no {said}"
     if isinstance(error, ValueError | OSError | HeadwiseError) and said:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from headwise.errors import UnreadableError, reading
 
 MANIFEST = "manifest.json"
 
@@ -67,30 +68,21 @@ def check_manifest(directory: Path, hint: str) -> None:
     """Whether all that `write_manifest` found in a directory is there, bit for bit.
 
     Raises:
-        ValueError: Naming the file that is missing or is not what was written; `hint` ends it.
+        UnreadableError: Naming the file that is missing or is not what was written; `hint` ends it.
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"{manifest} is missing; {hint}")
+        raise UnreadableError(f"{manifest} is missing; {hint}")
     with reading(manifest, hint=hint):
         sums = as_object(json.loads(manifest.read_text()))
     for name, expected in sums.items():
         file = directory / name
         if not file.is_file():
-            raise ValueError(f"{file} is missing; {hint}")
+            raise UnreadableError(f"{file} is missing; {hint}")
         if _sha256(file) != expected:
-            raise ValueError(f"{file} is damaged, its sha256 is not the one in {MANIFEST}; {hint}")
-
-
-@contextmanager
-def reading(path: Path, *, hint: str = "") -> Iterator[None]:
-    """While a user's file is read: whatever is raised becomes a ValueError that names it."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        advice = f"; {hint}" if hint else ""
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path} cannot be read: {kind}{error}{advice}") from error
+            raise UnreadableError(
+                f"{file} is damaged, its sha256 is not the one in {MANIFEST}; {hint}"
+            )
 
 
 def as_object(value: Any) -> dict[str, Any]:

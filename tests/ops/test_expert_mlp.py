@@ -101,7 +101,7 @@ def test_no_tokens_give_no_rows(impl):
         ({"activation": "tanh"}, "activation is 'tanh'.*'silu'"),
         ({"up_proj": torch.randn(E, 3 * HIDDEN, D)}, r"up_proj has shape \[11, 21, 5\].*7 or 14"),
         ({"up_proj": torch.randn(E, HIDDEN, 3)}, r"up_proj has shape \[11, 7, 3\]"),
-        ({"weights": torch.rand(N, 2)}, r"indices has shape \[13, 3\].*that of weights, \[13, 2\]"),
+        ({"weights": torch.rand(N, 2)}, r"indices has shape \[13, 3\]; it must be \[13, 2\]"),
         ({"x": torch.randn(3, D)}, r"weights has shape \[13, 3\].*\[N, K\] = \[3, K\]"),
     ],
 )

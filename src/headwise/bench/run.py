@@ -10,9 +10,9 @@ from rich.console import Console
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, Row, environment, measure
+from headwise.files import write_whole
 from headwise.memory import check_memory
 from headwise.progress import followed, plain_console
-from headwise.recipes.directory import write_whole
 from headwise.recipes.table import write_csv
 
 Benchmark = Literal[

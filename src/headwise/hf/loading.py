@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel
 
 from headwise.hf.auto import MODEL_TYPE, class_named
-from headwise.hf.reading import load_strictly, reading
+from headwise.hf.reading import load_strictly, reading_model
 
 
 def check_holds_model(directory: Path) -> None:
@@ -69,7 +69,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(f"path is {name}, where there is no directory")
     if directory.is_dir():
         check_holds_model(directory)
-    with reading(name, "holds no model that can be converted"):
+    with reading_model(name, "holds no model that can be converted"):
         check_place(name)
         _refuse_diffusers(directory)
         config = AutoConfig.from_pretrained(name)

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
-
-class UnreadableModelError(ValueError):
-    """What a place holds cannot be read; the message names the place."""
+from headwise.errors import HeadwiseError, UnreadableError, reason
 
 
 @contextmanager
-def reading(place: Any, otherwise: str = "holds no model that can be loaded") -> Iterator[None]:
+def reading_model(
+    place: Any, otherwise: str = "holds no model that can be loaded"
+) -> Iterator[None]:
     """While inside, any error is one of reading what is in that place.
 
     transformers checks little of what it reads: damaged files end in every kind of error.
@@ -27,24 +27,16 @@ def reading(place: Any, otherwise: str = "holds no model that can be loaded") ->
         otherwise: What to say of it.
 
     Raises:
-        ValueError: In the place of any other error, but for a lack of memory.
+        UnreadableError: In the place of any other error, but for a lack of memory.
     """
     try:
         yield
-    except (UnreadableModelError, MemoryError, torch.OutOfMemoryError):
+    except (HeadwiseError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UnreadableModelError(
-            f"{place} {otherwise}: {_blamed(error)}{reason(error)}"
+        raise UnreadableError(
+            f"{place} {otherwise}: {_blamed(error)}{reason(error, first_line=True)}"
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says: after it transformers lists all classes that it has."""
-    line = (str(error).splitlines() or [""])[0]
-    # These are written for people; of the others the kind says half of it.
-    told = line and isinstance(error, OSError | ValueError | SafetensorError)
-    return line if told else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _blamed(error: Exception) -> str:
@@ -80,14 +72,14 @@ def load_strictly(
     """
     # Otherwise a misshapen weight is transformers' own error, which does not name it.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with reading(path):
+    with reading_model(path):
         model, info = load(path, *args, **kwargs | told)
     kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not surplus_allowed)
     wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if wrong:
-        raise UnreadableModelError(f"the weights in {path} do not fit the model: {wrong}")
+        raise UnreadableError(f"the weights in {path} do not fit the model: {wrong}")
     if not_finite := _not_finite(model):
-        raise UnreadableModelError(
+        raise UnreadableError(
             f"the weights in {path} have values that are not finite: {not_finite}"
         )
     return model, info

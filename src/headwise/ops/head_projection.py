@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.gradients import learns
-from headwise.ops.operands import check_operands, check_same_dtype
+from headwise.ops.tensors import check_operands, check_same_dtype
 
 # Gathering rows and weights of a head costs what so many rows of it do; see `pays`.
 _FEWEST_ROWS = {torch.float32: 256, torch.bfloat16: 512}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.ops import native
-from headwise.ops.operands import adjacent
+from headwise.ops.tensors import adjacent
 
 
 def takes(logits: Tensor, scores: str) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from headwise.ops import native_routing
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Index, check
-from headwise.ops.operands import check_operands
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
+from headwise.ops.tensors import check_operands
 
 HeadMode = Literal["released", "paper"]
 

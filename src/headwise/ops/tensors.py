@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["any", "floating", "real", "whole", "torch.bool", "torch.uint8"]
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(
@@ -25,8 +26,8 @@ def check_tensor(
         name: Of the argument.
         x: What came.
         sizes: Of the axes: a number, or a name for any; "..." in the first place for any axes.
-        kind: "floating", "real" (those and whole numbers), "whole" (int32 or int64), "torch.bool",
-            "torch.uint8" or "any".
+        kind: "floating", "whole" (signed integers), "real" (both), "torch.bool", "torch.uint8" or
+            "any".
         like: A tensor whose device it must share; weights on the meta device are somewhere else
             until they are needed, and not asked.
 
@@ -46,8 +47,8 @@ def check_tensor(
         raise ValueError(f"{name} is {x.dtype}; it must be torch.uint8")
     if kind == "real" and (x.is_complex() or x.dtype == torch.bool):
         raise ValueError(f"{name} is {x.dtype}; it must be of real numbers")
-    if kind == "whole" and x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} is {x.dtype}; it must be torch.int64 or torch.int32")
+    if kind == "whole" and x.dtype not in _WHOLE:
+        raise ValueError(f"{name} is {x.dtype}; it must be an integer, as torch.int64 is")
     if like is not None and not like.is_meta and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; it must be on {like.device} like the others")
 
@@ -61,3 +62,79 @@ def _fits(x: Tensor, sizes: Sequence[Any]) -> bool:
     return len(shape) == len(sizes) and all(
         isinstance(size, str) or n == size for n, size in zip(shape, sizes, strict=True)
     )
+
+
+def check_operands(
+    operands: dict[str, tuple[Any, str]], *, sizes: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Refuse tensors whose axes do not agree, that are not floating, or lie on several devices.
+
+    Axes are named: check_operands({"q": (q, "B T H C"), "k": (k, "B S Hkv C")}) wants B and C of
+    k to be those of q. The first tensor that has an axis decides its size. "..." stands for any
+    number of axes in front, the same ones in all tensors.
+
+    Args:
+        operands: Each tensor, by name, with its axes.
+        sizes: Of axes that are known already.
+
+    Returns:
+        The size of each axis.
+
+    Raises:
+        ValueError: Naming the tensor, what it is and what it must be.
+    """
+    sizes = dict(sizes or {})
+    batch: tuple[int, ...] | None = None
+    first = next(iter(operands))
+    for name, (x, axes) in operands.items():
+        check_tensor(name, x, ("...",))
+        check_same_device(**{first: operands[first][0], name: x})
+        symbols = axes.removeprefix("...").split()
+        in_front = x.ndim - len(symbols)
+        shape = x.shape[max(in_front, 0) :]
+        if in_front >= 0 and axes.startswith("..."):
+            batch = x.shape[:in_front] if batch is None else batch
+            fits = x.shape[:in_front] == batch
+        else:
+            fits = in_front == 0
+        own = list(zip(symbols, shape, strict=False))
+        if fits and all(sizes.get(axis, size) == size for axis, size in own):
+            sizes.update(own)
+        else:
+            known = [str(sizes.get(axis, axis)) for axis in symbols]
+            if axes.startswith("..."):
+                symbols, known = ["...", *symbols], [*map(str, batch or ["..."]), *known]
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}] = "
+                f"[{', '.join(known)}]"
+            )
+    return sizes
+
+
+def check_same_device(**operands: Tensor) -> None:
+    """Refuse tensors on several devices; one on the meta device is elsewhere, too.
+
+    Raises:
+        ValueError: Naming the first that differs, and the device that it must be on.
+    """
+    first, device = next((name, x.device) for name, x in operands.items())
+    for name, x in operands.items():
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}; it must be on {first}'s, {device}")
+
+
+def check_same_dtype(**operands: Tensor) -> None:
+    """Refuse tensors of several dtypes.
+
+    Raises:
+        ValueError: Naming the first that differs, and the dtype that it must have.
+    """
+    first, dtype = next((name, x.dtype) for name, x in operands.items())
+    for name, x in operands.items():
+        if x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be {first}'s, {dtype}")
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """The same with the last axis side by side in memory: kernels follow every stride but that."""
+    return x if x.stride(-1) == 1 else x.contiguous()

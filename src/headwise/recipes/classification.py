@@ -15,8 +15,9 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.data.images import ImageSet, load_all_images, load_images
+from headwise.errors import reason
 from headwise.hf import record_routing
-from headwise.hf.reading import load_strictly, reading, reason
+from headwise.hf.reading import load_strictly, reading_model
 from headwise.progress import followed
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.loading import load_config
@@ -95,7 +96,7 @@ def _load(run: EvalRun, path: str, images: ImageSet) -> _Classifier:
     """A model that takes the images, as one of them shows."""
     config = load_config(path, "image classifier")
     numbers = class_numbers(path, config, images.classes)
-    with reading(path, "has no image processor that can be read; save one beside the model"):
+    with reading_model(path, "has no image processor that can be read; save one beside the model"):
         processor = AutoImageProcessor.from_pretrained(path)
     load = AutoModelForImageClassification.from_pretrained
     model, _ = load_strictly(load, path, surplus_allowed=True, dtype=run.dtype)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.data.text import read
+from headwise.files import write_whole
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
@@ -21,7 +22,6 @@ from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
 from headwise.progress import followed, plain_console
 from headwise.recipes.card import budget_lines, calibration_figures, model_card
-from headwise.recipes.directory import write_whole
 from headwise.recipes.evaluation import FileLoss, Tokens
 from headwise.recipes.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows

@@ -12,9 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from headwise.files import as_object, check_manifest, partial_of, reading, remove
-from headwise.files import write_json as write_json
-from headwise.files import write_whole as write_whole
+from headwise.errors import reading
+from headwise.files import as_object, check_manifest, partial_of, remove, write_json
 
 RUN_FILE = "run.json"
 MODELS = "models"

@@ -12,12 +12,13 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from headwise.files import write_whole
 from headwise.memory import check_memory
 from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
 from headwise.progress import followed
 from headwise.recipes.arguments import check_at_least, check_guidance, check_seed
-from headwise.recipes.directory import check_parents, write_whole
+from headwise.recipes.directory import check_parents
 from headwise.recipes.loading import load_config
 from headwise.recipes.vae import load_vae
 

@@ -8,8 +8,8 @@ from typing import Any
 from headwise.analysis import plots
 from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.summary import representatives
+from headwise.files import write_whole
 from headwise.recipes import table
-from headwise.recipes.directory import write_whole
 from headwise.recipes.measures import measures
 from headwise.recipes.studies import STUDIES
 

@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from headwise.errors import UnreadableError
 from headwise.hf.auto import MODEL_TYPE
 from headwise.hf.loading import check_holds_model, check_place
-from headwise.hf.reading import UnreadableModelError, load_strictly, reading
+from headwise.hf.reading import load_strictly, reading_model
 from headwise.models import DiTConfig
 
 Kind = Literal["language model", "image classifier", "DiT"]
@@ -49,7 +50,7 @@ def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
     # A name on the hub is no Path.
     if isinstance(path, Path) or Path(path).is_dir():
         check_holds_model(Path(path))
-    with reading(path):
+    with reading_model(path):
         check_place(str(path))
         config = AutoConfig.from_pretrained(path)
         found = kind_of(config)
@@ -88,9 +89,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         ValueError: If there is one that cannot be read.
     """
     try:
-        with reading(path, "holds a tokenizer that cannot be read"):
+        with reading_model(path, "holds a tokenizer that cannot be read"):
             return AutoTokenizer.from_pretrained(path)
-    except UnreadableModelError:
+    except UnreadableError:
         if _has_vocabulary(path):
             raise
         return None

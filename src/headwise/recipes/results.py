@@ -16,7 +16,8 @@ from headwise.analysis.experts import expert_use
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
 from headwise.analysis.speeds import speed_table, verdict
 from headwise.environment import device_name
-from headwise.files import as_object, reading, write_manifest, write_whole
+from headwise.errors import reading
+from headwise.files import as_object, write_manifest, write_whole
 from headwise.hf.trainer import SafeTrainer
 from headwise.parity import count_parameters, measure_flops
 from headwise.progress import plain_console

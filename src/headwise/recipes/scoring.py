@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from headwise.files import write_json
 from headwise.ops.choice import check_choice
 from headwise.progress import plain_console
 from headwise.recipes import harness_table
-from headwise.recipes.directory import resolved, write_json
+from headwise.recipes.directory import resolved
 from headwise.recipes.table import Row, write_csv
 
 _OF_TASKS, _OF_IMAGES = ("data", "num_fewshot"), ("split", "image_size")

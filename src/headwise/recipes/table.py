@@ -11,7 +11,7 @@ from rich.table import Table
 
 from headwise.analysis.spread import with_spread
 from headwise.errors import reading
-from headwise.recipes.directory import write_whole
+from headwise.files import write_whole
 from headwise.recipes.measures import measures
 from headwise.recipes.published import PUBLISHED
 

@@ -10,7 +10,8 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from headwise.files import reading, write_manifest, write_whole
+from headwise.errors import reading
+from headwise.files import write_manifest, write_whole
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.original import original_of

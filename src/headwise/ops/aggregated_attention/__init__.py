@@ -14,7 +14,7 @@ from headwise.ops.aggregated_attention import dense, native, reference
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Count, check
 from headwise.ops.native import is_ready
-from headwise.ops.operands import check_operands, check_same_dtype
+from headwise.ops.tensors import check_operands, check_same_dtype
 
 Impl = Literal["auto", "reference", "dense", "native"]
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.aggregated_attention.window import inside
-from headwise.ops.operands import adjacent
+from headwise.ops.tensors import adjacent
 
 
 def aggregated_attention(

@@ -16,7 +16,7 @@ from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.expert_mlp import grouped, grouped_mm, native, reference
 from headwise.ops.native import is_ready
-from headwise.ops.operands import INTEGERS, check_operands, check_same_dtype, check_tensor
+from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
 
 Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
 
@@ -95,12 +95,8 @@ def _check(x: Tensor, weights: Tensor, indices: Tensor, up_proj: Tensor, down_pr
             "down_proj": (down_proj, "E D F"),
         }
     )
-    check_tensor("indices", indices, device=x.device, dtypes=INTEGERS)
-    if indices.shape != weights.shape:
-        raise ValueError(
-            f"indices has shape {list(indices.shape)}; it must be that of weights, "
-            f"{list(weights.shape)}"
-        )
+    check_tensor("indices", indices, weights.shape, kind="whole")
+    check_same_device(x=x, indices=indices)
     if not torch.is_autocast_enabled(x.device.type):
         check_same_dtype(x=x, up_proj=up_proj, down_proj=down_proj)
     experts, hidden = sizes["E"], sizes["F"]

@@ -19,7 +19,13 @@ from headwise.ops.fields import Share, check
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
 from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.native import is_built, is_ready
-from headwise.ops.operands import FLOATS, check_operands, check_same_dtype, check_tensor
+from headwise.ops.tensors import (
+    Kind,
+    check_operands,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
@@ -186,10 +192,15 @@ def _check(
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise ValueError(f"mask has dtype {mask.dtype}; it must be bool (additive ones are `bias`)")
     scores = [sizes[axis] for axis in ("B", "H", "T", "S")]
-    for name, tensor, dtypes in (("mask", mask, (torch.bool,)), ("bias", bias, FLOATS)):
+    added: tuple[tuple[str, Tensor | None, Kind], ...] = (
+        ("mask", mask, "torch.bool"),
+        ("bias", bias, "floating"),
+    )
+    for name, tensor, kind in added:
         if tensor is None:
             continue
-        check_tensor(name, tensor, device=q.device, dtypes=dtypes)
+        check_tensor(name, tensor, ("...",), kind=kind)
+        check_same_device(**{"q": q, name: tensor})
         if not _broadcastable(tensor.shape, scores):
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; it must be broadcastable to "

@@ -15,7 +15,7 @@ from headwise.ops.gradients import learns
 from headwise.ops.head_attention import whole
 from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.head_attention.gathered import attention_flops, share_on
-from headwise.ops.operands import adjacent
+from headwise.ops.tensors import adjacent
 
 _MOST_CHANNELS = 1024
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share

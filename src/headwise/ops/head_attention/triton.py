@@ -23,7 +23,7 @@ from headwise.ops.head_attention.triton_tiles import (
     described,
     expanded,
 )
-from headwise.ops.operands import adjacent
+from headwise.ops.tensors import adjacent
 
 __all__ = ["decode_attention", "head_attention"]
 

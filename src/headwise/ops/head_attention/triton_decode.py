@@ -24,7 +24,7 @@ from headwise.ops.head_attention.triton_tiles import (
     load_tile,
     whole_blocks,
 )
-from headwise.ops.operands import adjacent
+from headwise.ops.tensors import adjacent
 
 MAX_ROWS = 128
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
