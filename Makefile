@@ -14,7 +14,7 @@ KERNELS := $(BIN)/headwise compile || true
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
-.PHONY: help demo test lowest latest lint tables clean
+.PHONY: help demo test sanitize lowest latest lint tables clean
 
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
@@ -29,6 +29,15 @@ test: $(VENV)/dev  ## the whole test suite
 
 lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproject.toml allows; the newest
 	.venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# The sanitizers must be loaded before Python. Python and torch free nothing at their end, and torch
+# allocates what is too large on purpose, to see whether there is memory.
+WATCHED := tests/ops/test_*native*.py tests/ops/test_head_projection.py tests/ops/test_logits.py \
+    tests/ops/test_properties.py tests/ops/test_misuse.py
+sanitize: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
+sanitize: export LD_PRELOAD = $(foreach x,asan ubsan,$(shell c++ -print-file-name=lib$(x).so))
+sanitize: $(VENV)/dev  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pytest --sanitize $(WATCHED)
 
 lint: $(VENV)/dev  ## style, types, import contracts
 	$(BIN)/ruff check

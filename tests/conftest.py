@@ -54,8 +54,12 @@ def two_processes(tmp_path: Path) -> Callable[..., None]:
     return partial(run_in_two, f"file://{tmp_path / 'store'}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sanitize", action="store_true", help="build kernels with sanitizers")
+
+
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory with kernels built for this machine, once for all processes of a run."""
     from headwise.ops.native.build import build, missing_tools
 
@@ -64,7 +68,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.getbasetemp()
     home = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "kernels"
     with _cache(home):
-        build()
+        build(sanitize=request.config.getoption("--sanitize"))
     return home
 
 
@@ -74,6 +78,18 @@ def native_kernels(kernels: Path) -> Iterator[None]:
     with _cache(kernels) as native:
         assert native.is_built()
         yield
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["kernels", "no kernels"])
+def kernels_built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[bool]:
+    """Once kernels are built, and once none are."""
+    built: bool = request.param
+    home = request.getfixturevalue("kernels") if built else tmp_path_factory.mktemp("none")
+    with _cache(home) as native:
+        assert native.is_built() is built
+        yield built
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def curve(end, steps=(10, 20, 30)):
 def record():
     """Three variants, one of them with two seeds; two layers, one shared head and three routed."""
     heads = HeadLoads(
-        [1, 1],
+        [[0], [0]],
         {
             "code": [[1.0, 0.5, 0.25, 0.25], [1.0, 0.0, 0.5, 0.5]],
             "prose": [[1.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.5, 0.5]],
@@ -68,7 +68,7 @@ def record():
 def pictures(record):
     """The record of models of images: two classes, one of them of a hostile name."""
     square = Image.fromarray(np.full((3, 3), 7, dtype=np.uint8))
-    heads = HeadLoads([1], {"cat": [[1.0, 0.5]], HOSTILE: [[1.0, 0.0]]})
+    heads = HeadLoads([[0]], {"cat": [[1.0, 0.5]], HOSTILE: [[1.0, 0.0]]})
     images = [
         RoutedImage("cat", to_png(square), [PatchMap(0, [1, 2], [[0, 1], [0]])]),
         RoutedImage(HOSTILE, to_png(square), [PatchMap(0, [1, 2], [[0], [0]])]),

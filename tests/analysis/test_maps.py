@@ -14,7 +14,7 @@ from headwise.ops import Routing
 
 # Two layers of one shared and two routed heads.
 LOADS = HeadLoads(
-    [1, 1],
+    [[0], [0]],
     {
         "cat": [[1.0, 0.5, 0.25], [1.0, 0.0, 0.75]],
         "dog": [[1.0, 0.0, 1.0], [1.0, 0.5, 0.5]],
@@ -25,7 +25,7 @@ LOADS = HeadLoads(
 
 def of_classes(count, layers=2):
     return HeadLoads(
-        [1] * layers, {f"class {i}": [[1.0, i / count, 0.5]] * layers for i in range(count)}
+        [[0]] * layers, {f"class {i}": [[1.0, i / count, 0.5]] * layers for i in range(count)}
     )
 
 
@@ -44,7 +44,7 @@ def test_a_row_is_a_class_and_a_column_a_routed_head():
 def test_without_a_layer_all_stand_side_by_side():
     # The second layer has all heads shared, so that nothing of it is drawn.
     heads = HeadLoads(
-        [1, 2, 1],
+        [[0], [0, 1], [0]],
         {
             "cat": [[1.0, 0.5, 0.25], [1.0, 1.0], [1.0, 0.0]],
             "dog": [[1.0, 0.0, 1.0], [1.0, 1.0], [1.0, 0.75]],
@@ -56,7 +56,7 @@ def test_without_a_layer_all_stand_side_by_side():
     ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
     assert [(x, text.get_text()) for x, text in ticks] == [(0.5, "0"), (2, "2")]
     assert plots.last_routed_layer(heads) == 2
-    assert plots.last_routed_layer(HeadLoads([1, 2], {"cat": [[1.0, 0.5], [1.0, 1.0]]})) == 0
+    assert plots.last_routed_layer(HeadLoads([[0], [0, 1]], {"cat": [[1.0, 0.5], [1.0, 1.0]]})) == 0
 
 
 def test_a_thousand_classes_fit():
@@ -71,7 +71,7 @@ def test_a_thousand_classes_fit():
 
 
 def test_without_routed_heads_there_is_no_map():
-    heads = HeadLoads([2], {"cat": [[1.0, 1.0]]})
+    heads = HeadLoads([[0, 1]], {"cat": [[1.0, 1.0]]})
     assert plots.last_routed_layer(heads) is None
     for layer in (0, None):
         with pytest.raises(ValueError, match="no head is routed"):

@@ -142,8 +142,8 @@ def test_the_legend_of_the_speeds_covers_nothing():
 
 
 def test_many_heads_and_experts_get_room():
-    heads = HeadLoads([0], {"code": [[0.5] * 24]})
+    heads = HeadLoads([[]], {"code": [[0.5] * 24]})
     experts = ExpertLoads([0], {"code": [[1 / 44] * 44]}, 1, {"code": [44]}, {"code": [None]})
     wide = plots.head_load_chart(heads, 0).get_figwidth()
     assert wide == plots.expert_load_chart(experts, 0).get_figwidth()
-    assert wide > plots.head_load_chart(HeadLoads([0], {"code": [[0.5] * 8]}), 0).get_figwidth()
+    assert wide > plots.head_load_chart(HeadLoads([[]], {"code": [[0.5] * 8]}), 0).get_figwidth()

@@ -87,12 +87,12 @@ def test_variants_group_seeds(record):
 
 def test_what_does_not_fit_is_refused():
     empty = Curve([], [])
-    heads = HeadLoads([1], {"code": [[1.0, 0.5]]})
+    heads = HeadLoads([[0]], {"code": [[1.0, 0.5]]})
     text = RoutedText("code", ["a"], [[[0]]])
     with pytest.raises(ValueError, match="steps has 2 entries, losses 1"):
         Curve([1, 2], [0.5])
     with pytest.raises(ValueError, match="differ in layers or candidates"):
-        HeadLoads([1], {"code": [[1.0]], "prose": [[1.0, 0.5]]})
+        HeadLoads([[0]], {"code": [[1.0]], "prose": [[1.0, 0.5]]})
     loads, counted, overlap = {"code": [[1.0]]}, {"code": [7]}, {"code": [None]}
     with pytest.raises(ValueError, match=r"by_domain\['code'\] has 1 layers; layers names 2"):
         ExpertLoads([1, 3], loads, 1, counted, overlap)
@@ -113,10 +113,10 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_shared_heads_are_counted_for_each_layer():
-    heads = HeadLoads([1, 2], {"cat": [[1.0, 0.5, 0.5], [1.0, 1.0, 0.25]]})
+    heads = HeadLoads([[0], [0, 1]], {"cat": [[1.0, 0.5, 0.5], [1.0, 1.0, 0.25]]})
     assert [heads.routed("cat", layer) for layer in (0, 1)] == [[0.5, 0.5], [0.25]]
     with pytest.raises(ValueError, match="shared_heads has 1 entries; there are 2 layers"):
-        HeadLoads([1], {"cat": [[1.0], [1.0]]})
+        HeadLoads([[0]], {"cat": [[1.0], [1.0]]})
 
 
 def test_shared_heads_may_be_any():

@@ -59,14 +59,14 @@ def test_tiles(record):
 
 
 def test_heads_on_of_layers_that_differ_are_a_share():
-    loads = HeadLoads([1, 1], {"code": [[1.0, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]})
+    loads = HeadLoads([[0], [0]], {"code": [[1.0, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]})
     model = replace(run("a", 0, 1.0), heads=loads)
     assert tiles(page(model))[1].value == "62%"
 
 
 def test_heads_need_two_domains_to_differ():
-    assert head_distance(HeadLoads([0], {"code": [[0.5, 0.5]]})) is None
-    assert head_distance(HeadLoads([1], {"code": [[1.0]], "prose": [[1.0]]})) is None
+    assert head_distance(HeadLoads([[]], {"code": [[0.5, 0.5]]})) is None
+    assert head_distance(HeadLoads([[0]], {"code": [[1.0]], "prose": [[1.0]]})) is None
     assert head_distance(None) is None
 
 

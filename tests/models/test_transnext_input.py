@@ -31,12 +31,12 @@ def model() -> TransNeXtForImageClassification:
 )  # fmt: skip
 def test_images_that_do_not_fit_are_refused(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        model()(torch.zeros(shape))
+        model().eval()(torch.zeros(shape))
 
 
 def test_images_in_bytes_are_refused():
     with pytest.raises(ValueError, match=r"pixel_values is torch\.uint8; it must be floating"):
-        model()(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+        model().eval()(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from headwise.ops.native import build as builder
 
-def compile(workshop):
+def compile(workshop, more_flags):
     file = workshop / "built.so"
     {compile}
     return file
@@ -43,7 +43,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that takes no time; nothing here loads what it builds."""
 
-    def compile(workshop: Path) -> Path:
+    def compile(workshop: Path, _: list[str]) -> Path:
         (workshop / "built.so").write_bytes(b"kernels" * 100)
         return workshop / "built.so"
 

@@ -27,13 +27,12 @@ from headwise.ops.head_attention import decode
 from headwise.ops.head_projection import merge_heads, project_heads
 from headwise.ops.logits import router_logits
 
-pytestmark = pytest.mark.usefixtures("native_kernels")
 LENGTHS = st.sampled_from([1, 2, 3, 5, 31, 64, 65, 129, 257])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @given(data=st.data(), seed=SEEDS)
-def test_head_attention(data, seed):
+def test_head_attention(kernels_built, data, seed):
     torch.manual_seed(seed)
     B, G, R = (data.draw(st.integers(1, 3)) for _ in range(3))
     T, S = data.draw(LENGTHS), data.draw(LENGTHS)
@@ -57,7 +56,8 @@ def test_head_attention(data, seed):
         tensors["bias"] = data.draw(scored(sizes, lambda shape: torch.randn(shape).to(dtype)))
     learns = data.draw(st.booleans())
     names = ["auto", "gathered", "dense"]
-    names += ["native"] if "bias" not in tensors and ("mask" not in options or not learns) else []
+    if kernels_built and "bias" not in tensors and ("mask" not in options or not learns):
+        names += ["native"]
     names += [] if learns else ["decode"]
     impl = data.draw(st.sampled_from(names))
     few = decode.is_decoding(*(tensors[name].detach() for name in ("q", "k", "v", "gate")))
@@ -80,7 +80,7 @@ def test_head_attention(data, seed):
 
 
 @given(data=st.data(), seed=SEEDS)
-def test_expert_mlp(data, seed):
+def test_expert_mlp(kernels_built, data, seed):
     torch.manual_seed(seed)
     N, K, E = (data.draw(st.integers(low, 7)) for low in (0, 0, 1))
     N = N * data.draw(st.sampled_from([1, 1, 83]))
@@ -96,7 +96,7 @@ def test_expert_mlp(data, seed):
     of_indices = data.draw(st.sampled_from([torch.int32, torch.int64]))
     indices = torch.randint(-1, E, (N, K), dtype=of_indices)
     activation = data.draw(st.sampled_from(["silu", "relu", "gelu"]))
-    names = ["auto", "grouped"] + ["native"] * (activation != "gelu")
+    names = ["auto", "grouped"] + ["native"] * (kernels_built and activation != "gelu")
     impl = data.draw(st.sampled_from(names))
 
     def run(impl: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def test_expert_mlp(data, seed):
 
 
 @given(data=st.data(), seed=SEEDS)
-def test_route_heads(data, seed):
+def test_route_heads(kernels_built, data, seed):
     torch.manual_seed(seed)
     batch = tuple(data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=2)))
     shared, routed = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 9))
@@ -138,6 +138,7 @@ def test_route_heads(data, seed):
     assert_close(got, want, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
+@pytest.mark.usefixtures("native_kernels")
 @given(data=st.data(), seed=SEEDS)
 def test_projections_of_heads(data, seed):
     torch.manual_seed(seed)
@@ -169,7 +170,7 @@ def test_projections_of_heads(data, seed):
 
 
 @given(data=st.data(), seed=SEEDS)
-def test_aggregated_attention(data, seed):
+def test_aggregated_attention(kernels_built, data, seed):
     torch.manual_seed(seed)
     B, H, height, width, P = (data.draw(st.integers(low, 5)) for low in (1, 1, 1, 1, 0))
     C = data.draw(st.sampled_from([2, 14, 24]))
@@ -194,5 +195,5 @@ def test_aggregated_attention(data, seed):
         y = aggregated_attention(**own, size=(height, width), window=window, impl=impl)
         return value_and_gradients(y, own)
 
-    impl = data.draw(st.sampled_from(["auto", "native", "dense"]))
+    impl = data.draw(st.sampled_from(["auto", "dense"] + ["native"] * kernels_built))
     assert_as_near(run(impl), run("dense"), run("dense", torch.float64), largest=16)

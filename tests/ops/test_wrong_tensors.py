@@ -31,7 +31,9 @@ CALLS = {
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", [*NO_TENSORS, COMPLEX, WHOLE, torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [*NO_TENSORS, COMPLEX, WHOLE, torch.tensor(1.0)], ids=lambda x: type(x).__name__
+)
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_no_such_tensor_is_named(call, wrong):
     with pytest.raises(ValueError, match=f"^{call.split()[0]} "):
@@ -39,7 +41,7 @@ def test_what_is_no_such_tensor_is_named(call, wrong):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", [*NO_TENSORS, COMPLEX], ids=repr)
+@pytest.mark.parametrize("wrong", [*NO_TENSORS, COMPLEX], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize(
     ("field", "call"),
     [
@@ -88,7 +90,11 @@ def test_a_tensor_is_asked_for_shape_kind_and_device():
     check_tensor("x", torch.zeros(3), ("...", 3), like=torch.zeros(1, device="meta"))
     for x, kind, message in (
         (torch.zeros(3), "floating", r"has shape \[3\]; it must be \[B, 3\]"),
-        (torch.zeros(2, 3), "whole", r"is torch\.float32; it must be torch\.int64 or torch\.int32"),
+        (
+            torch.zeros(2, 3),
+            "whole",
+            r"is torch\.float32; it must be an integer, as torch\.int64 is",
+        ),
         (torch.zeros(2, 3), "torch.bool", r"is torch\.float32 \[2, 3\]; it must be torch\.bool"),
         (torch.zeros(2, 3), "torch.uint8", r"is torch\.float32; it must be torch\.uint8"),
         (torch.zeros(2, 3).bool(), "real", r"is torch\.bool; it must be of real numbers"),

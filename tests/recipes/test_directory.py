@@ -197,5 +197,5 @@ def test_result_of_another_form_is_named(finished):
     model = finished.output / "models" / "dense-seed0"
     (model / "result.json").write_text(json.dumps({"row": {"model": "dense"}, "record": {}}))
     write_manifest(model)
-    match = f"^{model}/result.json cannot be read: KeyError: .*; delete {model} to"
+    match = f"^{model}/result.json cannot be read: .*; delete {model} to"
     refuse(finished, match, resume=True)

@@ -44,7 +44,7 @@ def test_impossible_heads_say_why_and_the_others_stand():
     assert {len(line) for line in cells} == {len(COLUMNS)}
     assert notes == [
         "5 heads: heads is 5; it must divide dim = 768",
-        "0 heads: heads is 0; it must be an int of at least 1",
+        "0 heads: heads is 0; it must be at least 1",
     ]
 
 

@@ -10,6 +10,9 @@ T = TypeVar("T")
 def from_plain(kind: type[T], value: Any) -> T:
     """A value of that kind: a dataclass with fields of plain types, lists, dicts, dataclasses.
 
+    Where earlier versions wrote fields in another way, a class has a function `of_earlier` that
+    takes them and gives those of today.
+
     Raises:
         ValueError: Naming the field that is missing, unknown or of another type.
     """
@@ -36,6 +39,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
 
 def _dataclass(kind: Any, fields: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
+    fields = getattr(kind, "of_earlier", dict)(fields)
     if unknown := sorted(fields.keys() - hints.keys()):
         raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
     values = {name: _made(hints[name], x, f"{where}.{name}") for name, x in fields.items()}

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from headwise.analysis.image_records import RoutedImage, SampleGrid
 from headwise.analysis.plain_data import from_plain
 
 Layers = list[list[float]]
+_MOST_HEADS = 1024  # that a count in a record may mean
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class HeadLoads:
     """How often each head is on.
 
     Attributes:
-        shared_heads: Of each layer, which heads are always on, ascending. A count n, as records of
-            earlier versions have it, becomes the first n.
+        shared_heads: Of each layer, which heads are always on, ascending.
         by_domain: For each domain [layer][head], share of the tokens in 0..1.
     """
 
@@ -35,19 +36,28 @@ class HeadLoads:
     by_domain: dict[str, Layers]
 
     def __post_init__(self) -> None:
-        named = [list(range(x)) if isinstance(x, int) else list(x) for x in self.shared_heads]
-        object.__setattr__(self, "shared_heads", named)
         _check_same_shape("by_domain", self.by_domain)
         for layers in self.by_domain.values():
-            if len(layers) != len(named):
+            if len(layers) != len(self.shared_heads):
                 raise ValueError(
-                    f"shared_heads has {len(named)} entries; there are {len(layers)} layers"
+                    f"shared_heads has {len(self.shared_heads)} entries; there are {len(layers)} "
+                    "layers"
                 )
-            for layer, (loads, shared) in enumerate(zip(layers, named, strict=True)):
+            for layer, (loads, shared) in enumerate(zip(layers, self.shared_heads, strict=True)):
                 if not set(range(len(loads))).issuperset(shared):
                     raise ValueError(
                         f"shared_heads[{layer}] is {shared}; the layer has {len(loads)} heads"
                     )
+
+    @staticmethod
+    def of_earlier(fields: dict[str, Any]) -> dict[str, Any]:
+        """A count n of shared heads, as it was written once, is the first n."""
+        shared = fields.get("shared_heads")
+        if not isinstance(shared, list):
+            return fields
+        counts = range(_MOST_HEADS + 1)
+        named = [list(range(x)) if type(x) is int and x in counts else x for x in shared]
+        return fields | {"shared_heads": named}
 
     def share_on(self) -> float:
         """Heads on over all heads, mean over domains and layers, in 0..1."""

@@ -1,5 +1,6 @@
 """Reading what a model's directory holds: strictly, and whatever is wrong names the directory."""
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ def load_strictly(
     Args:
         load: The `from_pretrained` of a model class.
         path: Of the model.
-        surplus_allowed: Leave out weights that the model does not have.
+        surplus_allowed: Leave out weights that the model does not have; but not those of more
+            layers or experts, such as layers.2 of a model whose config says that it has two.
 
     Raises:
         ValueError: If a weight is missing, misshapen, not finite, or unexpected and not allowed, or
@@ -74,8 +76,12 @@ def load_strictly(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading_model(path):
         model, info = load(path, *args, **kwargs | told)
-    kinds = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not surplus_allowed)
-    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    wrong = {kind: sorted(map(str, info[kind])) for kind in _KINDS_OF_KEYS if info[kind]}
+    if surplus_allowed:
+        numberless = {_without_numbers(name) for name in model.state_dict()}
+        surplus = wrong.pop("unexpected_keys", [])
+        if more := [name for name in surplus if _without_numbers(name) in numberless]:
+            wrong["unexpected_keys"] = more
     if wrong:
         raise UnreadableError(f"the weights in {path} do not fit the model: {wrong}")
     if not_finite := _not_finite(model):
@@ -83,6 +89,13 @@ def load_strictly(
             f"the weights in {path} have values that are not finite: {not_finite}"
         )
     return model, info
+
+
+_KINDS_OF_KEYS = ("missing_keys", "mismatched_keys", "unexpected_keys")
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def _not_finite(model: nn.Module) -> list[str]:

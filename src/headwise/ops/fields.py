@@ -203,7 +203,7 @@ def describe(hint: Any) -> str:
     if kind is tuple and ... not in parts:
         return f"a tuple of {len(parts)} entries"
     if kind in (list, tuple, Sequence):
-        entries = f" (each {describe(parts[0])})" if parts[0] is not Any else ""
-        return f"a {'list' if kind is Sequence else kind.__name__}{entries}"
+        whole, entry = "list" if kind is Sequence else kind.__name__, describe(parts[0])
+        return f"a {whole}" + f" (each {entry})" * (parts[0] is not Any and len(entry) < 30)
     known = hint if kind is None else kind
     return _NAMES.get(known) or f"a {getattr(known, '__name__', known)}"

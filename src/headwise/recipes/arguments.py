@@ -56,7 +56,7 @@ def check_training(run: Any) -> None:
     check_choice("precision", run.precision, Precision)
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         check_at_least(1, name, getattr(run, name))
-    steps = getattr(run, "steps", None) or run.dense.steps + run.routed.steps
+    steps = run.steps if hasattr(run, "steps") else run.dense.steps + run.routed.steps
     order = 8 * run.batch_size * steps
     check_memory(order, "the order of the examples", batch_size=run.batch_size, steps=steps)
     if not 0 <= run.weight_decay < math.inf:

@@ -54,6 +54,9 @@ def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
         check_place(str(path))
         config = AutoConfig.from_pretrained(path)
         found = kind_of(config)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if num_layers < 1:
+            raise ValueError(f"num_hidden_layers is {num_layers}; it must be at least 1")
     if kind is not None and found != kind:
         use = f"; {_USES[found]}" if found else ""
         raise ValueError(f"{path} holds {described(config)}, not {_with_article(kind)}{use}")

@@ -17,6 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from headwise.ops import native
 from headwise.ops.native.kernel_file import (
     FLAGS,
+    SANITIZERS,
     cache_directory,
     key,
     name_of,
@@ -25,7 +26,7 @@ from headwise.ops.native.kernel_file import (
 )
 
 
-def build(say: Callable[[str], None] = lambda line: None) -> Path:
+def build(say: Callable[[str], None] = lambda line: None, *, sanitize: bool = False) -> Path:
     """Compile the kernels for this machine, check them, keep them; returns where they are.
 
     Where they are built already, nothing happens; where another process builds them, this one
@@ -33,6 +34,8 @@ def build(say: Callable[[str], None] = lambda line: None) -> Path:
 
     Args:
         say: Called with a line before the compiler starts.
+        sanitize: Let AddressSanitizer and UndefinedBehaviorSanitizer watch the kernels: for tests
+            of these, in a process that has both preloaded (`make sanitize`).
 
     Raises:
         RuntimeError: If a tool is missing, the compiler fails, the result is wrong here, or others
@@ -56,7 +59,7 @@ def build(say: Callable[[str], None] = lambda line: None) -> Path:
             _remove_what_is_left(directory)
         say("compiling, about half a minute …")
         with tempfile.TemporaryDirectory(dir=directory) as workshop:
-            built = _compile(Path(workshop))
+            built = _compile(Path(workshop), SANITIZERS if sanitize else [])
             _check()
             built.chmod(0o755)
             # The name holds the checksum: whoever sees the file can tell whether it is whole.
@@ -101,7 +104,7 @@ def _remove_what_is_left(directory: Path) -> None:
         unusable.unlink()
 
 
-def _compile(workshop: Path) -> Path:
+def _compile(workshop: Path, more_flags: list[str]) -> Path:
     """Run compiler and linker; load what they built."""
     # It warns where CUDA's compiler lies beside no GPU; kernels for CPUs need neither.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -114,8 +117,9 @@ def _compile(workshop: Path) -> Path:
     try:
         # Linked without -fopenmp: threads must be those of torch, not a second pool beside them.
         load(
-            "headwise_native_build", [str(workshop / "library.cpp")], extra_cflags=FLAGS,
-            is_python_module=False, build_directory=str(workshop),
+            "headwise_native_build", [str(workshop / "library.cpp")],
+            extra_cflags=FLAGS + more_flags, extra_ldflags=more_flags, is_python_module=False,
+            build_directory=str(workshop),
         )  # fmt: skip
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise RuntimeError(_reason(str(error), workshop)) from error

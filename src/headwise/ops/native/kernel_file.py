@@ -23,6 +23,11 @@ FLAGS = [
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno",
     "-fno-trapping-math",
 ]  # fmt: skip
+# For a cache of its own: the library then loads only where the sanitizers came first.
+SANITIZERS = [
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
+    "-g",
+]  # fmt: skip
 _SOURCES = files("headwise.ops.native").joinpath("kernels")
 
 
