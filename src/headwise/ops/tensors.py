@@ -85,30 +85,40 @@ def check_operands(
     """
     sizes = dict(sizes or {})
     batch: tuple[int, ...] | None = None
-    first = next(iter(operands))
+    device = None
+    # Every call of an op comes by here, so what is right passes without a detour.
     for name, (x, axes) in operands.items():
-        check_tensor(name, x, ("...",))
-        check_same_device(**{first: operands[first][0], name: x})
-        symbols = axes.removeprefix("...").split()
-        in_front = x.ndim - len(symbols)
-        shape = x.shape[max(in_front, 0) :]
-        if in_front >= 0 and axes.startswith("..."):
-            batch = x.shape[:in_front] if batch is None else batch
-            fits = x.shape[:in_front] == batch
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            check_tensor(name, x, ("...",))
+        device = x.device if device is None else device
+        if x.device != device:
+            check_same_device(**{next(iter(operands)): operands[next(iter(operands))][0], name: x})
+        symbols, shape = axes.split(), x.shape
+        if symbols[0] == "...":
+            in_front = len(shape) - len(symbols) + 1
+            batch = shape[: max(in_front, 0)] if batch is None else batch
+            fits = in_front >= 0 and shape[:in_front] == batch
+            symbols, shape = symbols[1:], shape[max(in_front, 0) :]
         else:
-            fits = in_front == 0
-        own = list(zip(symbols, shape, strict=False))
-        if fits and all(sizes.get(axis, size) == size for axis, size in own):
-            sizes.update(own)
-        else:
-            known = [str(sizes.get(axis, axis)) for axis in symbols]
-            if axes.startswith("..."):
-                symbols, known = ["...", *symbols], [*map(str, batch or ["..."]), *known]
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}] = "
-                f"[{', '.join(known)}]"
-            )
+            fits = len(shape) == len(symbols)
+        if not fits or any(sizes.get(n, m) != m for n, m in zip(symbols, shape, strict=True)):
+            raise ValueError(_misfit(name, x, axes, sizes, batch))
+        sizes.update(zip(symbols, shape, strict=True))
     return sizes
+
+
+def _misfit(
+    name: str, x: Tensor, axes: str, sizes: dict[str, int], batch: tuple[int, ...] | None
+) -> str:
+    """What `check_operands` says of a tensor of another shape."""
+    symbols = axes.split()
+    known = [str(sizes.get(axis, axis)) for axis in symbols]
+    if symbols[0] == "..." and batch is not None:
+        known = [*map(str, batch), *known[1:]]
+    return (
+        f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}] = "
+        f"[{', '.join(known)}]"
+    )
 
 
 def check_same_device(**operands: Tensor) -> None:

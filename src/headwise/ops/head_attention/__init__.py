@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.choice import check_choice
-from headwise.ops.fields import Share, check
 from headwise.ops.head_attention import decode, dense, gathered, native, reference
 from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.native import is_built, is_ready
@@ -38,6 +37,7 @@ _SMALLEST_CACHE = 8 * 2**20
 # On an H100 the kernels are as fast as cuDNN's for all heads of up to 64 channels, and for three in
 # four of wider ones (results/gpu.csv).
 _NARROW, _MOST_ON_A_GPU = 64, 0.75
+_LARGEST_SCALE = 1e38  # of float32
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
@@ -108,9 +108,7 @@ def head_attention(
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
-    check("causal", causal, bool)
-    check("scale", scale, float | None)
-    check("share_on", share_on, Share | None)
+    _check_options(causal, scale, share_on)
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -206,6 +204,20 @@ def _check(
                 f"{name} has shape {list(tensor.shape)}; it must be broadcastable to "
                 f"[B, H, T, S] = {scores}"
             )
+
+
+def _check_options(causal: bool, scale: float | None, share_on: float | None) -> None:
+    # Annotations would tell more slowly: every step of a decoding model comes by here.
+    if causal is not True and causal is not False:
+        raise ValueError(f"causal is {causal!r}; it must be True or False")
+    if scale is not None and not (_is_number(scale) and abs(scale) < _LARGEST_SCALE):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if share_on is not None and not (_is_number(share_on) and 0 <= share_on <= 1):
+        raise ValueError(f"share_on is {share_on!r}; it must lie in 0..1")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, float | int) and not isinstance(x, bool)
 
 
 def _four_dimensional(x: Tensor | None) -> Tensor | None:
