@@ -56,7 +56,7 @@ def test_error_is_at_most_twice_that_of_plain_attention(size, dtype):
     for got, usual, true in zip(ours, plain, exact, strict=True):
         error, usual_error = ((x.double() - true).norm() for x in (got, usual))
         # Where the truth is 0, as a gradient through one key is, plain may be exact by luck.
-        assert error <= 2 * usual_error + torch.finfo(dtype).eps / 8 * exact[0].norm()
+        assert error <= 2 * usual_error + torch.finfo(dtype).eps / 2 * exact[0].norm()
 
 
 def test_keys_of_a_head_that_nobody_selected_get_no_gradient():

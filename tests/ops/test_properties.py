@@ -90,8 +90,8 @@ def test_expert_mlp(kernels_built, data, seed):
     tensors = {
         "x": laid_out(torch.randn(N, D).to(dtype), data.draw(layout)),
         "weights": torch.randn(N, K),
-        "up_proj": laid_out(torch.randn(E, F * gated, D).to(dtype), data.draw(layout)),
-        "down_proj": laid_out(torch.randn(E, D, F).to(dtype), data.draw(layout)),
+        "up_proj": laid_out((torch.randn(E, F * gated, D) / D**0.5).to(dtype), data.draw(layout)),
+        "down_proj": laid_out((torch.randn(E, D, F) / F**0.5).to(dtype), data.draw(layout)),
     }
     of_indices = data.draw(st.sampled_from([torch.int32, torch.int64]))
     indices = torch.randint(-1, E, (N, K), dtype=of_indices)
