@@ -21,7 +21,12 @@ def parsed(kind: type[T], argv: list[str], command: str, default: T | None = Non
     members = {"__doc__": _plain(kind.__doc__ or ""), "__post_init__": lambda _: None}
     unchecked: Any = type(kind.__name__, (kind,), members)
     defaults = {} if default is None else {"default": unchecked(**vars(default))}
-    return kind(**vars(_read(unchecked, argv, command, **defaults)))
+    given = vars(_read(unchecked, argv, command, **defaults))
+    for name, value in given.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{name} is {number}; it must fit into 64 bits")
+    return kind(**given)
 
 
 def called(function: Callable[..., None], argv: list[str], command: str) -> None:

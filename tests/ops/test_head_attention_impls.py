@@ -324,12 +324,12 @@ def test_decoding_from_a_cache_whose_channels_are_apart():
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("size", [1, 100])
-def test_a_negative_scale(impl, size):
+@pytest.mark.parametrize(("size", "scale"), [(1, -0.7), (100, -0.7), (1, 0.0)])
+def test_a_scale_that_is_not_positive(impl, size, scale):
     leaves, _ = case(T=31, S=37, causal=True)
     with torch.no_grad():
         leaves["q"] *= size
-    options = {"causal": True, "scale": -0.7}
+    options = {"causal": True, "scale": scale}
     assert_close(
         value_and_gradients(leaves, options, impl),
         value_and_gradients(leaves, options, "reference"),

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from headwise.errors import UnreadableError, reading
+from headwise.errors import UnreadableError, in_a_line, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _HELD_OUT_ONE_IN = 10
@@ -271,7 +271,8 @@ def hugging_face_rows(data: str, *, split: str = "train") -> Any:
         raise ValueError(f"data is {data!r}; there is no such file or directory")
     repository, _, configuration = data.partition(":")
     # Without a network it takes half a minute to find out that there is none.
-    print(f"{data} is no file or directory here: asking the Hugging Face hub", file=sys.stderr)
+    name = in_a_line(data)
+    print(f"{name} is no file or directory here: asking the Hugging Face hub", file=sys.stderr)
     try:
         return datasets.load_dataset(repository, configuration or None, split=split)
     except Exception as error:

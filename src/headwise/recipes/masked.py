@@ -69,6 +69,9 @@ class MaskedRun(LayeredRun):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         check_memory(8 * self.text_length, "the tokens", text_length=self.text_length)
+        masks = 8 * self.eval_masks * self.eval_pairs
+        sizes = {"eval_masks": self.eval_masks, "eval_pairs": self.eval_pairs}
+        check_memory(masks, "the order of the held-out pairs", **sizes)
         super().__post_init__()
 
     @property

@@ -112,9 +112,9 @@ def head_attention(
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0:
+    if scale <= 0:
         # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
-        q, scale = -q, -scale
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     mask, bias = _four_dimensional(mask), _four_dimensional(bias)
     if impl == "auto":
         impl = choose(q, k, v, gate, mask, bias, causal=causal, share_on=share_on)
