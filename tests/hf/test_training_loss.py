@@ -23,6 +23,7 @@ from headwise import (
     record_routing,
     router_z_loss,
 )
+from headwise.hf.checkpointing import checkpoint_activations
 
 BETA, ALPHA, ZETA = 0.3, 0.7, 0.11
 MLP = MHMoEConfig(
@@ -255,3 +256,21 @@ def test_a_trainer_that_keeps_the_labels_to_itself_warns(model, ids, tmp_path, h
     with pytest.warns(UserWarning, match=WARNING) as told:
         trainer.train()
     assert len([w for w in told if "nothing balances" in str(w.message)]) == 1
+
+
+def test_a_trainer_that_gives_the_model_a_forward_of_its_own_is_told(model, ids):
+    """As TRL does to compute the loss in chunks: labels come, and our forward is never called."""
+
+    def forward(input_ids, labels):
+        hidden = model.model(input_ids).last_hidden_state
+        return cross_entropy(model.lm_head(hidden).flatten(end_dim=1), labels.flatten())
+
+    model.train().forward = forward
+    with pytest.warns(UserWarning, match=WARNING):
+        model(ids, ids).backward()
+    model(ids, ids).backward()
+
+
+def test_layers_that_are_computed_again_are_no_reason_to_warn(model, ids):
+    checkpoint_activations(model.train())
+    model(ids, labels=ids).loss.backward()

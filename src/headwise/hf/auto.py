@@ -64,15 +64,6 @@ class Routed(PreTrainedModel):
         """What `headwise.convert` made of this model."""
         return Conversion.from_dict(self.config.headwise)
 
-    @property
-    def balances_load(self) -> bool:
-        """Whether training is to balance the routers: by losses, or by biases of experts."""
-        heads, experts = self.conversion.attention, self.conversion.mlp
-        factors = [heads.balance_coefficient] if heads else []
-        if experts:
-            factors += [experts.balance_coefficient, experts.z_loss_coefficient, experts.bias_rate]
-        return any(factors)
-
     def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
         """The balance losses (and z-losses) of a forward, weighted as configured.
 

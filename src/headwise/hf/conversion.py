@@ -36,6 +36,15 @@ class Conversion:
                 "attention and mlp are both None; give at least one to convert, or ternary=True"
             )
 
+    @property
+    def balances_load(self) -> bool:
+        """Whether training is to balance the routers: by losses, or by biases of experts."""
+        heads, experts = self.attention, self.mlp
+        factors = [heads.balance_coefficient] if heads else []
+        if experts:
+            factors += [experts.balance_coefficient, experts.z_loss_coefficient, experts.bias_rate]
+        return any(factors)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; the mlp's type is kept under "kind"."""
         return {

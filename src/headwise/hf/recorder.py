@@ -87,12 +87,10 @@ def collect_routings(
         into.update({name: _mark_padding(into[name], attention_mask.bool()) for name in into})
 
 
-def routes_unrecorded(model: nn.Module) -> bool:
-    """Whether the model has routers, and nobody collects what they decide."""
-    routers = [m for m in model.modules() if isinstance(m, Router)]
-    hooks = [hook for router in routers for hook in router._forward_hooks.values()]
-    collected = any(getattr(hook, "__module__", None) == __name__ for hook in hooks)
-    return bool(routers) and not collected
+def is_collected(router: nn.Module) -> bool:
+    """Whether somebody collects what a router decides."""
+    hooks = router._forward_hooks.values()
+    return any(getattr(hook, "__module__", None) == __name__ for hook in hooks)
 
 
 def named_arguments(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
 from headwise.hf.head_configs import MoHConfig
+from headwise.hf.training_loss import watch_training
 from headwise.hf.upcycling import start_as_slices
 from headwise.nn import HeadRouter, MHMoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
@@ -52,6 +53,7 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)
+    watch_training(model, conversion)
     become(kinds)
     if conversion.ternary == "packed":
         pack_layers(model)
@@ -89,7 +91,7 @@ def build_routers(model: PreTrainedModel, attention: MoHConfig) -> dict[str, Hea
 
 
 def placed(new: Any, neighbour: nn.Module) -> Any:
-    """The new module, on the device and in the dtype of its neighbour."""
+    """The new module, on the device, in the dtype and in the mode of its neighbour."""
     reference = next(neighbour.parameters())
     offloaded = reference.is_meta and any(hasattr(m, "_hf_hook") for m in neighbour.modules())
     if offloaded and list(new.parameters()):
@@ -97,7 +99,7 @@ def placed(new: Any, neighbour: nn.Module) -> Any:
             "the model's weights are offloaded, where new ones cannot go; convert it without "
             "device_map, save it, and load that with device_map"
         )
-    return new.to(reference.device, reference.dtype)
+    return new.to(reference.device, reference.dtype).train(neighbour.training)
 
 
 def _config_of(model: PreTrainedModel, attention: str) -> Any:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from headwise.hf.recorder import collect_routings, routes_unrecorded
+from headwise.hf.conversion import Conversion
+from headwise.hf.recorder import collect_routings, is_collected
+from headwise.nn import Router
 from headwise.nn.expert_routers import keep_loads, move_biases
 from headwise.ops import Routing
 
@@ -35,7 +37,6 @@ def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not self.training:
             return forward(self, **kwargs)
         if not any(kwargs.get(name) is not None for name in targets):
-            _warn_of_missing_loss(self)
             return forward(self, **kwargs)
         # Not after the last forward, whose backward pass may compute layers again.
         move_biases(self)
@@ -45,7 +46,7 @@ def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not routings:
             return output
         if _loss_of(output) is None:
-            _warn_of_missing_loss(self)
+            _warn_of_missing_loss(type(self).__name__)
             return output
         keep_loads(self, routings)
         return _with_loss(output, self.routing_loss(routings) * _share_of_batch(self, kwargs))
@@ -80,22 +81,36 @@ def _with_loss(output: Any, added: Tensor) -> Any:
     return output
 
 
-def _warn_of_missing_loss(model: Any) -> None:
-    """Once a model; not where nothing is trained, or somebody collects the routings."""
+def watch_training(model: nn.Module, conversion: Conversion) -> None:
+    """Let the first router warn, as it is first trained, if nobody collects what routers decide.
+
+    It is the router that watches, because a trainer may call a part of the model, or give the whole
+    a forward of its own.
+    """
+    router = next((m for m in model.modules() if isinstance(m, Router)), None)
+    if router is not None and conversion.balances_load:
+        router.register_forward_pre_hook(functools.partial(_see_once, type(model).__name__))
+
+
+def _see_once(model: str, router: Any, _: Any) -> None:
     # What torch.compile traces cannot warn.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not (router.training and torch.is_grad_enabled()):
         return
-    if getattr(model, "_warned_of_missing_loss", False) or not routes_unrecorded(model):
-        return
-    model._warned_of_missing_loss = True
-    if not model.balances_load:
-        return
+    # Once: activation checkpointing computes layers again when nobody collects any more.
+    if not getattr(router, "was_seen_training", False):
+        router.was_seen_training = True
+        if not is_collected(router):
+            _warn_of_missing_loss(model)
+
+
+def _warn_of_missing_loss(model: str) -> None:
     warnings.warn(
-        f"{type(model).__name__} is in training, but its forward computes no loss (it got no "
-        "labels), so nothing balances its routers. To balance them, run the forward inside `with "
-        "headwise.record_routing(model) as routings:` and add `model.routing_loss(routings)` to "
-        "your loss (with bias_rate, also call `headwise.update_biases(model, routings)` after the "
-        "step); not to, set the coefficients of the conversion to 0",
+        f"{model} is in training, but the model computes no loss that its routers' balance losses "
+        "could join, because the caller computes it; so nothing balances them. To balance them, "
+        "run the forward inside `with headwise.record_routing(model) as routings:` and add "
+        "`model.routing_loss(routings)` to your loss (with bias_rate, also call "
+        "`headwise.update_biases(model, routings)` after the step); not to, set the coefficients "
+        "of the conversion to 0",
         UserWarning,
         stacklevel=3,
     )
