@@ -86,19 +86,23 @@ def test_loads_count_real_tokens_only(model, files):
     np.testing.assert_allclose(*loads, atol=0.01)
 
 
-def test_loads_say_which_heads_are_shared(files):
+def head_loads(files, attention, *, num_kv_heads):
     config = LlamaConfig(
         vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=6,
+        num_attention_heads=6, num_key_value_heads=num_kv_heads,
     )  # fmt: skip
-    attention = MoHConfig(shared=[[1, 3], [0, 1]], active=4)
     model = convert(LlamaForCausalLM(config), attention=attention).eval()
     statistics = RoutingStatistics(model)
     file_losses(
         model, files, sequence_length=T, max_blocks=99,
         observe=lambda routings: statistics.add("text", routings),
     )  # fmt: skip
-    loads = statistics.head_loads()
+    return statistics.head_loads()
+
+
+def test_loads_say_which_heads_are_shared(files):
+    attention = MoHConfig(shared=[[1, 3], [0, 1]], active=4)
+    loads = head_loads(files, attention, num_kv_heads=6)
     assert loads.shared_heads == [[1, 3], [0, 1]]
     first = loads.by_domain["text"][0]
     assert (first[1], first[3]) == (1, 1)
@@ -106,20 +110,10 @@ def test_loads_say_which_heads_are_shared(files):
 
 
 def test_loads_of_routed_groups_are_of_heads(files):
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=3,
-    )  # fmt: skip
     attention = MoHConfig(
         shared=2, active=4, route_groups=True, router="two_stage", router_std=0.02
     )
-    model = convert(LlamaForCausalLM(config), attention=attention).eval()
-    statistics = RoutingStatistics(model)
-    file_losses(
-        model, files, sequence_length=T, max_blocks=99,
-        observe=lambda routings: statistics.add("text", routings),
-    )  # fmt: skip
-    loads = statistics.head_loads()
+    loads = head_loads(files, attention, num_kv_heads=3)
     assert loads.shared_heads == [[0, 1]] * len(loads.by_domain["text"])
     for layer in loads.by_domain["text"]:
         assert layer[0::2] == layer[1::2]

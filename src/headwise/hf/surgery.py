@@ -53,7 +53,8 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)
-    watch_training(model, conversion)
+    if conversion.balances_load:
+        watch_training(model)
     become(kinds)
     if conversion.ternary == "packed":
         pack_layers(model)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from headwise.hf.conversion import Conversion
 from headwise.hf.recorder import collect_routings, is_collected
 from headwise.nn import Router
 from headwise.nn.expert_routers import keep_loads, move_biases
@@ -81,14 +80,14 @@ def _with_loss(output: Any, added: Tensor) -> Any:
     return output
 
 
-def watch_training(model: nn.Module, conversion: Conversion) -> None:
+def watch_training(model: nn.Module) -> None:
     """Let the first router warn, as it is first trained, if nobody collects what routers decide.
 
     It is the router that watches, because a trainer may call a part of the model, or give the whole
     a forward of its own.
     """
     router = next((m for m in model.modules() if isinstance(m, Router)), None)
-    if router is not None and conversion.balances_load:
+    if router is not None:
         router.register_forward_pre_hook(functools.partial(_see_once, type(model).__name__))
 
 

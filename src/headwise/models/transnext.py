@@ -22,7 +22,7 @@ from transformers.models.pvt.image_processing_pvt import PvtImageProcessor
 from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2DropPath
 from transformers.utils.generic import can_return_tuple
 
-from headwise.hf.training_loss import with_routing_loss
+from headwise.hf.training_loss import watch_training, with_routing_loss
 from headwise.models.transnext_config import TransNeXtConfig
 from headwise.models.transnext_layers import (
     AggregatedAttention,
@@ -220,6 +220,8 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
         self.backbone = TransNeXtBackbone(config)
         self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
         self.post_init()
+        if config.balance_coefficient > 0:
+            watch_training(self)
 
     @with_routing_loss
     @can_return_tuple
@@ -249,11 +251,6 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None
         )
-
-    @property
-    def balances_load(self) -> bool:
-        """Whether training is to balance the routers that there are."""
-        return self.config.balance_coefficient > 0
 
     def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
         """The balance losses of a forward, averaged over the layers that route, as configured."""

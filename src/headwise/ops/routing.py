@@ -249,9 +249,8 @@ def route_tokens(
     """
     check_choice("scores", scores, TokenScores)
     check("normalize", normalize, bool)
-    sizes = check_operands({"logits": (logits, "... E")})
-    if bias is not None:
-        check_operands({"logits": (logits, "... E"), "bias": (bias, "E")})
+    biases = {} if bias is None else {"bias": (bias, "E")}
+    sizes = check_operands({"logits": (logits, "... E"), **biases})
     logits = _wide(logits)
     _check_top_k(top_k, sizes["E"], lowest=1)
     p, probabilities = affinities(logits, scores)

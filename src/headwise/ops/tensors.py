@@ -85,14 +85,13 @@ def check_operands(
     """
     sizes = dict(sizes or {})
     batch: tuple[int, ...] | None = None
-    device = None
+    first = next(iter(operands))
     # Every call of an op comes by here, so what is right passes without a detour.
     for name, (x, axes) in operands.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             check_tensor(name, x, ("...",))
-        device = x.device if device is None else device
-        if x.device != device:
-            check_same_device(**{next(iter(operands)): operands[next(iter(operands))][0], name: x})
+        if x.device != operands[first][0].device:
+            check_same_device(**{first: operands[first][0], name: x})
         symbols, shape = axes.split(), x.shape
         if symbols[0] == "...":
             in_front = len(shape) - len(symbols) + 1
