@@ -7,11 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-WRONG = (None, [], -1, 0, 3, "x")
+WRONG = (None, [], -1, 0, 3, 10**12, "x")
+# Of which file, what is done to it, and what does it, given the file.
+Damage = tuple[str, str, Callable[[Path], None]]
 
 
-def damages(directory: Path) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
-    """For each file: its name, what is done to it, and what does it, given the file."""
+def damages(directory: Path) -> Iterator[Damage]:
+    """Of each file."""
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = str(file.relative_to(directory))
         yield name, "removed", Path.unlink
@@ -33,7 +35,7 @@ def damages(directory: Path) -> Iterator[tuple[str, str, Callable[[Path], None]]
             yield name, how, _written(bytes(new))
 
 
-def wrong_values(file: Path) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
+def wrong_values(file: Path) -> Iterator[Damage]:
     """For each field of an object in JSON a value of another kind, or none."""
     fields: dict[str, Any] = json.loads(file.read_text())
     for name in fields:

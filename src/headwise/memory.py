@@ -1,7 +1,6 @@
 """What no memory here can hold, found out before anything is built."""
 
-import os
-
+import psutil
 import torch
 
 
@@ -29,4 +28,4 @@ def _most_bytes() -> int:
     gpus = [
         torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
     ]
-    return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *gpus, 0)
+    return max(psutil.virtual_memory().total, *gpus, 0)

@@ -1,13 +1,15 @@
 """Reading what a model's directory holds: strictly, and whatever is wrong names the directory."""
 
+import json
 import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
@@ -31,6 +33,7 @@ def reading_model(
         UnreadableError: In the place of any other error, but for a lack of memory.
     """
     try:
+        _check_counts(Path(place))
         yield
     except (HeadwiseError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -91,6 +94,26 @@ def load_strictly(
     return model, info
 
 
+def _check_counts(directory: Path) -> None:
+    """Refuse more layers or heads than the weights can have: what counts to them would not end."""
+    config, weights = directory / "config.json", directory / "model.safetensors"
+    if not (config.is_file() and weights.is_file()):  # on the hub, or in several files
+        return
+    fields = json.loads(config.read_text())
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    longest = max((length for shape in shapes for length in shape), default=0)
+    for most, names, than in (
+        (len(shapes), _LAYERS, f"there are {len(shapes)} weights"),
+        (longest, _HEADS, f"no weight is longer than {longest}"),
+    ):
+        for name in names:
+            if isinstance(count := fields.get(name), int) and count > most:
+                raise ValueError(f"config.json: {name} is {count}, and {than}")
+
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+_HEADS = ("num_attention_heads", "num_heads", "n_head")
 _KINDS_OF_KEYS = ("missing_keys", "mismatched_keys", "unexpected_keys")
 
 
