@@ -21,8 +21,11 @@ BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", PAGE, re.DOTALL | re.MULTIL
 SMALLER = {
     "convert": [],
     "generate": ["--max-new-tokens", "5"],
-    "tune": shlex.split("--batch-size 2 --routed.steps 2 --eval-blocks 2 --routed.warmup-steps 1"),
-    "samples": shlex.split("--count 20 --length 128"),
+    "tune": shlex.split(
+        "--batch-size 2 --sequence-length 64 --routed.steps 2 --eval-blocks 2 "
+        "--routed.warmup-steps 1"
+    ),
+    "samples": shlex.split("--count 20 --length 64"),
     "eval": ["--limit", "2"],
 }
 QUESTION = {

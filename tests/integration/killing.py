@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 # A server imports this module once; the processes that it forks have all imports done.
@@ -82,3 +85,20 @@ def _is_change(event: str, values: tuple, output: str) -> bool:
     # shutil removes what is in a directory by name, relative to the directory that it has open.
     inside = event in ("os.remove", "os.rmdir") and values[1] != -1
     return inside or str(values[0]).startswith(output)
+
+
+def kill_a_worker(process: subprocess.Popen, when: Path) -> None:
+    """One of two that train side by side, as soon as there is that path; the command says so."""
+    wait_for(when)
+    workers = [x for x in psutil.Process(process.pid).children() if "spawn_main" in x.cmdline()[-2]]
+    assert len(workers) == 2
+    workers[0].kill()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, printed
+    assert "was killed, out of memory perhaps; the same command with --resume" in printed
+
+
+def wait_for(path: Path) -> None:
+    wait = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < wait:
+        time.sleep(0.01)

@@ -8,8 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from killing import kill_a_worker, wait_for
 
 SMALL = shlex.split(
     "--dim 24 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 --sequence-length 32 "
@@ -65,7 +65,7 @@ def test_one_by_one_equals_side_by_side(commands, arguments, whole, tmp_path):
 def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, whole, tmp_path):
     run = tmp_path / "killed"
     process = commands.start(arguments(run))
-    _wait_for(run / "models" / "dense-seed0")
+    wait_for(run / "models" / "dense-seed0")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run / "results.csv").exists(), "the study was over before the kill"
@@ -77,22 +77,10 @@ def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, 
 def test_a_killed_worker_ends_the_study_and_it_goes_on(commands, arguments, whole, tmp_path):
     run = tmp_path / "killed"
     process = commands.start(arguments(run))
-    _wait_for(run / "checkpoints" / "dense-seed0" / "checkpoint-10")
-    workers = [x for x in psutil.Process(process.pid).children() if "spawn_main" in x.cmdline()[-2]]
-    assert len(workers) == 2
-    workers[0].kill()
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, printed
-    assert "was killed, out of memory perhaps; the same command with --resume" in printed
+    kill_a_worker(process, when=run / "checkpoints" / "dense-seed0" / "checkpoint-10")
     assert not (run / "results.csv").exists(), "the study was over before the kill"
     commands.run(arguments(run, "--resume"))
     assert rows(run) == rows(whole)
-
-
-def _wait_for(path: Path) -> None:
-    wait = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < wait:
-        time.sleep(0.01)
 
 
 def _wait_until_still(run: Path) -> None:

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from killing import Killer
+from killing import Killer, kill_a_worker
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-MEASURED = ("per_second", "tokens_per_second")
+MEASURED = ("per_second", "tokens_per_second", "threads", "workers")
 TRAINING = "--steps 5 --save-every 2 --eval-every 4 --log-every 1 --warmup-steps 1 --batch-size 2"
 TEXT = f"{TRAINING} --dim 16 --num-heads 4 --num-layers 2 --mlp-dim 24 --vocab-size 300 " + (
     "--sequence-length 16 --eval-blocks-per-file 1"
@@ -54,6 +54,19 @@ def test_training_on_images(tmp_path):
         dit = shlex.split(f"train dit {TRAINING} --models moh_75 --samples 2 --sampling-steps 2")
         dit += ["--classifier", str(classifier), "--output"]
         kill_and_compare(dit, tmp_path / "drawing", every=16)
+
+
+def test_a_worker_that_trains_on_images(commands, tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    vit = shlex.split(
+        f"train vit {TRAINING} --steps 24 --eval-images 10 --models dense --seeds 0 1"
+    )
+    commands.run([*vit, "--output", str(whole)])
+    process = commands.start([*vit, "--workers", "2", "--output", str(killed)])
+    kill_a_worker(process, when=killed / "checkpoints" / "dense-seed0" / "checkpoint-4")
+    commands.run([*vit, "--workers", "2", "--output", str(killed), "--resume"])
+    check_equal(killed, whole)
 
 
 def test_tuning(commands, tmp_path):

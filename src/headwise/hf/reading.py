@@ -1,6 +1,7 @@
 """Reading what a model's directory holds: strictly, and whatever is wrong names the directory."""
 
 import json
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
-from headwise.errors import HeadwiseError, UnreadableError, reason
+from headwise.errors import HeadwiseError, UnreadableError, reading, reason
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def reading_model(
         UnreadableError: In the place of any other error, but for a lack of memory.
     """
     try:
-        _check_counts(Path(place))
+        if isinstance(place, str | os.PathLike):
+            _check_counts(Path(place))
         yield
     except (HeadwiseError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -99,7 +101,8 @@ def _check_counts(directory: Path) -> None:
     config, weights = directory / "config.json", directory / "model.safetensors"
     if not (config.is_file() and weights.is_file()):  # on the hub, or in several files
         return
-    fields = json.loads(config.read_text())
+    with reading(config, "a JSON object"):
+        fields = dict(json.loads(config.read_text()))
     with safe_open(weights, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     longest = max((length for shape in shapes for length in shape), default=0)
