@@ -31,7 +31,8 @@ def reading_model(
         otherwise: What to say of it.
 
     Raises:
-        UnreadableError: In the place of any other error, but for a lack of memory.
+        UnreadableError: In the place of any other error, but for a lack of memory; and for a
+            config.json with more layers or heads than the weights beside it can have.
     """
     try:
         if isinstance(place, str | os.PathLike):
