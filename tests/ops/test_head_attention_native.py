@@ -59,6 +59,23 @@ def test_error_is_at_most_twice_that_of_plain_attention(size, dtype):
         assert error <= 2 * usual_error + torch.finfo(dtype).eps / 2 * exact[0].norm()
 
 
+@pytest.mark.parametrize("operand", ["q", "k", "v", "gate"])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_not_a_number_stays_so(size, operand):
+    """Also in the kernel for few rows, whose sum of weights must not take it for nothing seen."""
+    given = dict(SIZES[size])
+    options = {n: given.pop(n) for n in ("causal", "scale") if n in given}
+    tensors = arguments(**given)
+    # The last token sees the first key in all cases.
+    tensors["gate"][:, -1] = 1
+    tensors[operand][0, 0 if operand in ("k", "v") else -1] = torch.nan
+    with torch.no_grad():
+        expected = head_attention(**tensors, impl="reference", **options).isnan()
+        actual = head_attention(**tensors, impl="native", **options).isnan()
+    assert expected.any()
+    assert actual[expected].all()
+
+
 def test_keys_of_a_head_that_nobody_selected_get_no_gradient():
     tensors = arguments(T=31, S=31)
     tensors["gate"][:, :, 1] = 0

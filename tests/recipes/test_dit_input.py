@@ -165,7 +165,7 @@ def test_a_vae_of_other_latents_is_refused(directory, channels, models, tmp_path
         ("empty", r"holds no model \(no config.json\)"),
         ("run", "the run in it has .*dense-seed0"),
         ("language", r"language holds a language model \(.*\), not a DiT; `headwise eval"),
-        ("no_json", "no_json holds no model that can be loaded: "),
+        ("no_json", "no_json.config.json cannot be read as a JSON object: "),
         ("no_weights", "holds no model that can be loaded: "),
         ("half", "holds no model that can be loaded: "),
         ("latents", "vae is None, and the model in .*latents draws 4 channels"),

@@ -52,8 +52,10 @@ inline std::pair<float, float> to_weights(float* s, int64_t n) {
 #pragma omp simd reduction(max : peak)
   for (int64_t j = 0; j < n; ++j) peak = s[j] > peak ? s[j] : peak;
   if (peak == -INFINITY) {
+    // Nothing is seen; or what is seen is NaN, and so must the output be.
+    if (std::any_of(s, s + n, [](float score) { return std::isnan(score); })) peak = total = NAN;
     std::fill_n(s, n, 0.0f);
-    return {peak, 0};
+    return {peak, total};
   }
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < n; ++j) {
@@ -115,13 +117,14 @@ void merge(T* y, const float* found, int64_t pieces, int64_t stride, int64_t c, 
   float peak = -INFINITY, total = 0;
   std::vector<float> out(c, 0.0f);
   for (int64_t i = 0; i < pieces; ++i) peak = std::max(peak, found[i * stride]);
-  for (int64_t i = 0; i < pieces && peak > -INFINITY; ++i) {
+  for (int64_t i = 0; i < pieces; ++i) {
     const float* own = found + i * stride;
+    if (own[0] == -INFINITY) continue;
     const float factor = std::exp2(own[0] - peak);
     total += factor * own[1];
     for (int64_t j = 0; j < c; ++j) out[j] += factor * own[2 + j];
   }
-  for (int64_t j = 0; j < c && total > 0; ++j) out[j] = gate * (out[j] / total);
+  for (int64_t j = 0; j < c && total != 0; ++j) out[j] = gate * (out[j] / total);
   store(y, out.data(), c);
 }
 
