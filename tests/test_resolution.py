@@ -60,9 +60,7 @@ def _uv():
 
 
 def test_the_newest_can_be_installed():
-    """On every Python on Linux, and on every system with the newest of them."""
-    places = [(python, s) for python, s in EVERYWHERE if s == SYSTEMS[0] or python == PYTHONS[-1]]
-    assert all("torch" in versions for versions in resolve_all(places))
+    assert all("torch" in versions for versions in resolve_all(EVERYWHERE))
 
 
 def test_what_was_tested_can_be_installed():
