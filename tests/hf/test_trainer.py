@@ -107,12 +107,18 @@ def test_checkpoints_do_not_touch_what_else_lies_there(tmp_path):
 
 
 def test_leftover_of_a_kill_is_swept_and_never_resumed_from(tmp_path):
-    leftover = tmp_path / ".partial" / "checkpoint-2"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_text("half")
+    def leave(name: str) -> None:
+        leftover = tmp_path / ".partial" / name
+        leftover.mkdir(parents=True)
+        (leftover / "model.safetensors").write_text("half")
+
+    leave("checkpoint-2")
     run = trainer(tmp_path)
     assert run.last_checkpoint() is None
     run.train()
+    assert entries(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    leave("checkpoint-6")  # the last one: no other save comes after it
+    trainer(tmp_path).train(resume_from_checkpoint=run.last_checkpoint())
     assert entries(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 

@@ -33,8 +33,8 @@ class SafeTrainer(Trainer):
     """Trainer with checkpoints written beside and renamed, and a stop at a loss that is not finite.
 
     A directory `checkpoint-N` is therefore always whole, whatever killed process or machine; what a
-    kill leaves lies under `.partial` and is swept at the next save. A manifest in it has the sums
-    of its files, so that none that is missing or damaged is resumed from.
+    kill leaves lies under `.partial` and is swept before training goes on. A manifest in it has the
+    sums of its files, so that none that is missing or damaged is resumed from.
     """
 
     def __init__(self, *args: Any, title: str, per_step: int, unit: str = "token", **kwargs: Any):
@@ -58,6 +58,8 @@ class SafeTrainer(Trainer):
             FloatingPointError: When a loss or a gradient is not finite.
             OSError: When a checkpoint cannot be written; the ones before stay.
         """
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(self.args.output_dir) / _PARTIAL, ignore_errors=True)
         if resume_from_checkpoint is not None:
             if self.is_world_process_zero():
                 check_manifest(Path(resume_from_checkpoint), _go_back(resume_from_checkpoint))
@@ -117,9 +119,6 @@ class SafeTrainer(Trainer):
         output = Path(super()._get_output_dir(trial))
         self._saving_to = output / _PARTIAL
         name = f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            shutil.rmtree(self._saving_to, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
