@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,14 @@ def damages(directory: Path) -> Iterator[Damage]:
         name = str(file.relative_to(directory))
         yield name, "removed", Path.unlink
         yield name, "a directory", _as_directory
-        content = file.read_bytes()
-        half = len(content) // 2
-        flipped = bytearray(content)
-        flipped[half] ^= 64
-        header = bytearray(content)
-        header[0] ^= 64
-        contents = {
-            "emptied": b"", "halved": content[:half], "a bit in the middle flipped": flipped,
-            "a bit of its first byte flipped": header,
-        }  # fmt: skip
+        yield name, "emptied", empty
+        yield name, "halved", halve
+        yield name, "a bit in the middle flipped", partial(flip_a_bit, bit=6)
+        yield name, "a bit of its first byte flipped", partial(flip_a_bit, bit=6, at=0)
         if file.suffix in (".json", ".jsonl"):
-            contents |= {f"now {x}": x.encode() for x in ("[]", "{}", "null", "3", '"x"')}
-            contents["nested deeply"] = b"[" * 100_000
-        for how, new in contents.items():
-            yield name, how, _written(bytes(new))
+            for text in ("[]", "{}", "null", "3", '"x"'):
+                yield name, f"now {text}", write(text)
+            yield name, "nested deeply", write("[" * 100_000)
 
 
 def wrong_values(file: Path) -> Iterator[Damage]:
@@ -40,10 +34,9 @@ def wrong_values(file: Path) -> Iterator[Damage]:
     fields: dict[str, Any] = json.loads(file.read_text())
     for name in fields:
         without = {key: x for key, x in fields.items() if key != name}
-        yield file.name, f"without {name}", _written(json.dumps(without).encode())
+        yield file.name, f"without {name}", write(json.dumps(without))
         for value in WRONG:
-            changed = json.dumps(fields | {name: value}).encode()
-            yield file.name, f"{name} {value!r}", _written(changed)
+            yield file.name, f"{name} {value!r}", write(json.dumps(fields | {name: value}))
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -55,11 +48,28 @@ def contents(directory: Path) -> dict[str, str]:
     }
 
 
-def _written(content: bytes) -> Callable[[Path], None]:
-    def write(file: Path) -> None:
-        file.write_bytes(content)
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
 
-    return write
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path, bit: int = 7, at: int | None = None) -> None:
+    """Of the byte in the middle, or of the one at a place; without bit 7 it may still be text."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def write(text: str) -> Callable[[Path], None]:
+    """What makes a file hold that text."""
+
+    def damage(file: Path) -> None:
+        file.write_text(text)
+
+    return damage
 
 
 def _as_directory(file: Path) -> None:

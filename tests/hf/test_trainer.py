@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
     default_data_collator,
 )
 
+from damage import empty, flip_a_bit, halve
 from headwise.hf.trainer import SafeTrainer
 
 ROWS = torch.randint(0, 31, (64, 7), generator=torch.Generator().manual_seed(0))
@@ -178,21 +180,7 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path, file):
     assert again.state.global_step == 6
 
 
-def halve(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, empty, halve, flip_a_bit])
+@pytest.mark.parametrize("damage", [Path.unlink, empty, halve, partial(flip_a_bit, bit=0)])
 def test_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, damage):
     trainer(tmp_path / "whole").train()
     names = entries(tmp_path / "whole" / "checkpoint-6")

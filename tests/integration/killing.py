@@ -1,10 +1,12 @@
 """Commands that kill themselves as they are about to change a file, as kill -9 may at any time."""
 
+import csv
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -96,6 +98,12 @@ def kill_a_worker(process: subprocess.Popen, when: Path) -> None:
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1, printed
     assert "was killed, out of memory perhaps; the same command with --resume" in printed
+
+
+def rows_but(run: Path, measured: Sequence[str]) -> list[dict[str, str]]:
+    """Of a run's table, without the columns that two equal runs differ in."""
+    with (run / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
 
 def wait_for(path: Path) -> None:

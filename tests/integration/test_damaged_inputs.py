@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from damage import Damage, contents, damaged_copy, damages, wrong_values
-from fuzz_inputs import write_models
+from fuzz_inputs import LINES, write_models
 from headwise.cli import main
 
 # Without one of these nothing can be read; the others only say more of a model, or more text.
@@ -64,11 +64,10 @@ def saved(tmp_path_factory) -> Path:
     """One tiny model of each kind, and each kind of data."""
     root = tmp_path_factory.mktemp("saved")
     write_models(root)
-    lines = "".join(f"line {i} a b c\n" for i in range(500))
     for name in ("text", "tokens", "mixture", "table", "documents", "domains/one", "domains/two"):
         (root / name).mkdir(parents=True)
     for name in ("text", "domains/one", "domains/two"):
-        (root / name / "a.txt").write_text(lines)
+        (root / name / "a.txt").write_text(LINES)
     rows = Dataset.from_dict({"input_ids": [[3] * 16] * 30})
     rows.to_parquet(str(root / "tokens" / "a.parquet"))
     source = {"dataset": "text", "data_files": str(root / "text" / "a.txt")}

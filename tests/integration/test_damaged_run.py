@@ -1,31 +1,14 @@
 """A file of a run is damaged: the command names it in a line and loses nothing, or goes on."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from damage import empty, flip_a_bit, halve, write
+
 NAME = "moh_mh_moe-seed0"
 FIELDS = ("--models", "moh_mh_moe", "--steps", "4", "--save-every", "2")
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def halve(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0b10000000
-    file.write_bytes(content)
-
-
-def write(text: str) -> Callable[[Path], object]:
-    return lambda file: file.write_text(text)
 
 
 DAMAGES = {

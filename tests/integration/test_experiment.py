@@ -1,22 +1,22 @@
 """A study from end to end: side by side or one by one, killed and started again."""
 
-import csv
 import json
 import os
 import shlex
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from killing import kill_a_worker, wait_for
+from killing import kill_a_worker, rows_but, wait_for
 
 SMALL = shlex.split(
     "--dim 24 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 --sequence-length 32 "
     "--batch-size 4 --eval-every 20 --save-every 10 --steps 40 --eval-blocks-per-file 1 "
     "--warmup-steps 3 --models dense moh_mh_moe --seeds 0 1"
 )
-MEASURED = ("per_second", "threads", "workers")
+rows = partial(rows_but, measured=("per_second", "threads", "workers"))
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,6 @@ def arguments(commands):
         return [*study, *SMALL, *fields]
 
     return build
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "results.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
 
 
 def losses(run: Path) -> list[list[float]]:

@@ -1,16 +1,16 @@
 """Killed as it is about to change a file, again and again: the same as never killed."""
 
-import csv
 import shlex
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from killing import Killer, kill_a_worker
+from killing import Killer, kill_a_worker, rows_but
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-MEASURED = ("per_second", "tokens_per_second")
+rows = partial(rows_but, measured=("per_second", "tokens_per_second"))
 TRAINING = "--steps 5 --save-every 2 --eval-every 4 --log-every 1 --warmup-steps 1 --batch-size 2"
 TEXT = f"{TRAINING} --dim 16 --num-heads 4 --num-layers 2 --mlp-dim 24 --vocab-size 300 " + (
     "--sequence-length 16 --eval-blocks-per-file 1"
@@ -23,11 +23,6 @@ TUNING = (
     "--dense.steps 2 --dense.warmup-steps 1 --routed.steps 5 --routed.warmup-steps 1 "
     "--save-every 2 --eval-every 4 --sequence-length 16 --batch-size 2 --eval-blocks 2"
 )
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "results.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
 
 
 def check_equal(killed: Path, whole: Path) -> None:

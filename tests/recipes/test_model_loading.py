@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from damage import halve
 from headwise import MoHConfig, convert
 from headwise.data.text import Domain, train_tokenizer
 from headwise.recipes.generation import load_model
@@ -91,14 +92,10 @@ def test_large_weights_are_no_infinite_ones(directory):
     load_causal_lm(directory)
 
 
-def halved(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 # What to do to a directory, and how the error goes on that begins with its name.
 DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
-    "half a config": (lambda d: halved(d / "config.json"), "config.json"),
+    "half a config": (lambda d: halve(d / "config.json"), "config.json"),
     "an empty config": (lambda d: (d / "config.json").write_text(""), "config.json"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), ""),
     "null for a config": (lambda d: (d / "config.json").write_text("null"), ""),
@@ -123,7 +120,7 @@ DAMAGE = {
         "mismatched_keys.*embed_tokens",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
-    "half the weights": (lambda d: halved(d / "model.safetensors"), "safetensors"),
+    "half the weights": (lambda d: halve(d / "model.safetensors"), "safetensors"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "safetensors"),
     "weights of zeros": (
         lambda d: (d / "model.safetensors").write_bytes(bytes(1000)),

@@ -60,9 +60,9 @@ class SafeTrainer(Trainer):
         """
         if self.is_world_process_zero():
             shutil.rmtree(Path(self.args.output_dir) / _PARTIAL, ignore_errors=True)
-        if resume_from_checkpoint is not None:
-            if self.is_world_process_zero():
+            if resume_from_checkpoint is not None:
                 check_manifest(Path(resume_from_checkpoint), _go_back(resume_from_checkpoint))
+        if resume_from_checkpoint is not None:
             # Its history has the evaluation before the first step.
             self.args.eval_on_start = False
             with _reading(resume_from_checkpoint):
