@@ -18,7 +18,10 @@ _MISSING = {
 
 
 def main() -> None:
-    """Run the command line, or end with status 2 where its directory is missing."""
+    """Run the command line, or end with status 2 where its directory is missing.
+
+    Ctrl-C is a line and status 130 while libraries are loaded, too, which takes seconds.
+    """
     command, path, *_ = [*sys.argv[1:], "", ""]
     # Options may come before the directory, or a name be none that a line can show; then the
     # command finds out by itself.
@@ -26,6 +29,9 @@ def main() -> None:
     if command in _MISSING and path and plain and not os.path.exists(path):
         print(f"headwise: {_MISSING[command].format(Path(path))}", file=sys.stderr)
         raise SystemExit(2)
-    from headwise.cli import main as run
-
+    try:
+        from headwise.cli import main as run
+    except KeyboardInterrupt:
+        print("headwise: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     run()

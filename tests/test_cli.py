@@ -286,6 +286,21 @@ def test_ctrl_c_advises_resume_where_there_is_one(capsys, monkeypatch, command):
     assert said.startswith("headwise: interrupted")
 
 
+def test_ctrl_c_while_libraries_are_loaded_is_one_line():
+    script = (
+        "import os, signal, sys, headwise_command\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'transformers': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "headwise_command.main()"
+    )
+    command = [sys.executable, "-c", script, "env"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "headwise: interrupted\n"
+
+
 def test_arguments_that_are_no_text_are_refused(fails):
     message = fails(2, "generate", "x", "--prompt", "\udcff")
     assert message == "headwise: argument 4 is '\\udcff', which is no UTF-8 text"

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _verdict(error: BaseException, command: str) -> tuple[int, object]:
     """The status that a command ends with, and what it says."""
     if isinstance(error, KeyboardInterrupt):
-        resume = "; the same command with --resume goes on from the last checkpoint"
+        resume = "; once there is a run, the same command with --resume goes on with it"
         return 130, "interrupted" + resume * (command in _RESUMABLE)
     if isinstance(error, ValueError):
         return 2, error
