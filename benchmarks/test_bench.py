@@ -7,7 +7,7 @@ import pytest
 
 from headwise.bench import BENCHMARKS, BenchRun, bench
 from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, measure
-from headwise.recipes.timing import interleaved
+from headwise.training.timing import interleaved
 
 
 @pytest.mark.parametrize("which", BENCHMARKS)

@@ -4,23 +4,24 @@ from pathlib import Path
 
 from headwise.analysis.plots import recovery_curves, time_against_share
 from headwise.bench import table as performance
-from headwise.recipes import harness_table, recovery
-from headwise.recipes import table as lm
-from headwise.recipes.figure import draw_comparison
+from headwise.commands.eval import table as harness_table
+from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
+from headwise.training import table as comparison
+from headwise.training.figure import draw_comparison
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md", "docs/vision.md")
 # Tables whose rows are in a file of another name.
 SOURCES = {"speed": "performance"}
 TABLES = {
-    "lm": lm.markdown,
+    "lm": comparison.markdown,
     "performance": performance.markdown,
     "speed": performance.summary,
     "gpu": performance.on_a_gpu,
     "stories260k": recovery.markdown,
     "smollm2": harness_table.markdown,
-} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm.markdown)
+} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), comparison.markdown)
 
 
 def main() -> None:
@@ -39,14 +40,15 @@ def main() -> None:
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
     figure = time_against_share(rows_of("performance"))
     figure.savefig(ROOT / "results" / "performance.png", dpi=150)
-    for name in STUDIES:
+    for name, study in STUDIES.items():
         if (ROOT / "results" / f"{name}.csv").exists():
-            draw_comparison(rows_of(name), ROOT / "results" / f"{name}.png")
+            path = ROOT / "results" / f"{name}.png"
+            draw_comparison(rows_of(name), path, axis=study.axis)
 
 
-def rows_of(name: str) -> list[lm.Row]:
+def rows_of(name: str) -> list[comparison.Row]:
     """The rows of results/NAME.csv."""
-    return lm.read_csv(ROOT / "results" / f"{name}.csv")
+    return comparison.read_csv(ROOT / "results" / f"{name}.csv")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The script `headwise`: refuses a missing directory before torch takes its seconds to load.
+"""The script `headwise`: says what needs no torch before torch takes its seconds to load.
+
+That is the list of commands, and that a directory is missing.
 
 It lies beside the package, for nothing in the package can run before `import headwise`, which
 registers what transformers' AutoModel needs.
@@ -8,21 +10,43 @@ import os
 import sys
 from pathlib import Path
 
+USAGE = """usage: headwise COMMAND [OPTIONS]
+
+  train RECIPE   train models and compare them        headwise train lm --help
+  experiment X   repeat a study of the papers         headwise experiment --help
+  convert PATH   route the heads of a model           headwise convert --help
+  tune DIR       train a converted model further      headwise tune --help
+  write-text DIR let a model write text to tune on    headwise write-text --help
+  generate DIR   continue a text with a saved model   headwise generate --help
+  draw DIR       draw images with a trained DiT       headwise draw --help
+  report DIR     draw a run's page again              headwise report --help
+  eval DIR …     score models on tasks or on images   headwise eval --help
+  parity         MH-MoE at a sparse MoE's cost        headwise parity --help
+  compile        build the CPU kernels, once          headwise compile
+  env            what is installed here, and missing  headwise env
+  bench          measure speed on this machine        headwise bench --help
+
+--debug, anywhere, shows the traceback of a command that fails.
+"""
+
 # Commands whose first argument is a directory, never a name on a hub, and what they say of one that
 # is missing; the same as the commands themselves say.
 _MISSING = {
     "generate": "{} holds no model: there is no such directory",
-    "sample": "{} holds no model: there is no such directory",
+    "draw": "{} holds no model: there is no such directory",
     "report": "{} holds no finished run (no record.json)",
 }
 
 
 def main() -> None:
-    """Run the command line, or end with status 2 where its directory is missing.
+    """Run the command line, list the commands, or end with status 2 where a directory is missing.
 
     Ctrl-C is a line and status 130 while libraries are loaded, too, which takes seconds.
     """
     command, path, *_ = [*sys.argv[1:], "", ""]
+    if (len(sys.argv) < 2 or command in ("-h", "--help")) and sys.stdout.isatty():
+        print(USAGE, end="")
+        return
     # Options may come before the directory, or a name be none that a line can show; then the
     # command finds out by itself.
     plain = path.isprintable() and not path.startswith("-")

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from processes import run_in_two
 
@@ -52,6 +54,26 @@ def two_processes(tmp_path: Path) -> Callable[..., None]:
     What it raises in one of them, the test raises.
     """
     return partial(run_in_two, f"file://{tmp_path / 'store'}")
+
+
+@pytest.fixture(scope="session")
+def bright_and_dark(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a directory of images of two classes that anything can tell apart.
+
+    Each class is a directory of so many squares of that shape.
+    """
+
+    def make(number: int, *shape: int) -> Path:
+        root = tmp_path_factory.mktemp("pictures")
+        generator = np.random.default_rng(0)
+        for name, low in (("bright", 150), ("dark", 0)):
+            (root / name).mkdir()
+            for i in range(number):
+                pixels = generator.integers(low, low + 100, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / name / f"{i}.png")
+        return root
+
+    return make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

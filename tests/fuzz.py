@@ -74,26 +74,19 @@ class Commands:
 
     def __init__(self, inputs: Path):
         # What commands import as they need it, once instead of in every process.
-
-        import headwise.recipes.classification
-        import headwise.recipes.dit_task
-        import headwise.recipes.figure
-        import headwise.recipes.harness_tasks
-        import headwise.recipes.masked_task
-        import headwise.recipes.text
-        import headwise.recipes.train
-        import headwise.recipes.tune
-        import headwise.recipes.vit_task  # noqa: F401
+        import headwise.commands.eval.images
+        import headwise.commands.eval.tasks
+        import headwise.training.figure  # noqa: F401
         from headwise.bench import BenchRun
-        from headwise.recipes import RECIPES
-        from headwise.recipes.conversion import ConversionRun
-        from headwise.recipes.dit_sampling import SampleRun
-        from headwise.recipes.experiment import SCALES
-        from headwise.recipes.parity_table import ParityRun
-        from headwise.recipes.samples import SamplesRun
-        from headwise.recipes.scoring import EvalRun
+        from headwise.commands.convert import ConversionRun
+        from headwise.commands.draw import DrawingRun
+        from headwise.commands.eval.run import EvalRun
+        from headwise.commands.parity import ParityRun
+        from headwise.commands.write_text import WritingRun
+        from headwise.recipes import RECIPES, recipe_run
+        from headwise.recipes.scales import SCALES
         from headwise.recipes.studies import STUDIES
-        from headwise.recipes.tuning import SCHEDULES
+        from headwise.recipes.tune import SCHEDULES
 
         dense, routed = str(inputs / "dense"), str(inputs / "converted")
         text = ["--data", str(inputs / "text.txt")]
@@ -107,8 +100,8 @@ class Commands:
         }  # fmt: skip
         # The words of a good call, and the fields beside them.
         self.calls: dict[str, tuple[list[str], list[str]]] = {}
-        for name, recipe in RECIPES.items():
-            self.calls[f"train {name}"] = ([*tiny[name], *small], _fields(recipe()))
+        for name in RECIPES:
+            self.calls[f"train {name}"] = ([*tiny[name], *small], _fields(recipe_run(name)))
         for name, study in STUDIES.items():
             kind = {"text": "lm"}.get(study.subject, study.subject)
             data = ["--data", str(inputs / "domains")] if name == "domains" else []
@@ -121,13 +114,13 @@ class Commands:
         self.calls |= {
             "tune": ([routed, *_TUNED.split(), *text], [*_fields(tuned), *stages]),
             "convert": ([dense, "-o", "new"], _fields(ConversionRun)),
-            "samples": (
+            "write-text": (
                 [dense, "-o", "new.parquet", "--count", "2", "--length", "3"],
-                _fields(SamplesRun),
+                _fields(WritingRun),
             ),
-            "sample": (
+            "draw": (
                 [str(inputs / "dit"), "-o", "new.png", "--steps", "1"],
-                _fields(SampleRun),
+                _fields(DrawingRun),
             ),
             "eval": ([str(inputs / "vit"), "--images", str(inputs / "images")], _fields(EvalRun)),
             "parity": (_PARITY.split(), _fields(ParityRun)),
@@ -200,12 +193,13 @@ def _child(case: Case, directory: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         import headwise.bench
         from headwise.cli import main
-        from headwise.recipes import dit_task, train, tune
+        from headwise.recipes import dit, tune
+        from headwise.training import train
 
         headwise.bench.bench = _stop
         if not case.whole:
             train.train_one = train.side_by_side = tune._train = _stop
-            dit_task.train_classifier = _stop
+            dit.train_classifier = _stop
         try:
             main(case.arguments)
             status = 0

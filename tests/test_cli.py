@@ -10,12 +10,11 @@ import pytest
 from transformers.utils import logging
 
 import headwise
-from headwise import cli
 from headwise.analysis import Curve, ExpertLoads, ModelRecord, RunRecord, to_json
 from headwise.cli import main
 from headwise.errors import DivergedError, UnreadableError
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
-from headwise.recipes import RECIPES
+from headwise.recipes import RECIPES, recipe_run
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +67,14 @@ def test_help_of_a_recipe_explains_every_field(capsys, recipe):
     with pytest.raises(SystemExit, match="0"):
         main(["train", recipe, "--help"])
     printed = capsys.readouterr().out
-    for field in dataclasses.fields(RECIPES[recipe]()):
+    for field in dataclasses.fields(recipe_run(recipe)):
         assert f"--{field.name.replace('_', '-')}" in printed
     assert "Optimizer steps." in " ".join(printed.split())
     assert "**" not in printed
 
 
 @pytest.mark.parametrize(
-    "command", ["convert", "tune", "samples", "sample", "eval", "generate", "report"]
+    "command", ["convert", "tune", "write-text", "draw", "eval", "generate", "report"]
 )
 def test_help_of_a_command(capsys, command):
     with pytest.raises(SystemExit, match="0"):
@@ -127,7 +126,7 @@ def test_a_file_is_no_directory_of_a_model(fails):
     "arguments",
     [
         ["generate", "no/such/", "--prompt", "x"],
-        ["sample", "no/such", "-o", "x.png"],
+        ["draw", "no/such", "-o", "x.png"],
         ["report", "no/such"],
     ],
 )
@@ -158,12 +157,12 @@ def test_what_is_no_language_model_is_named_by_what_it_is(fails, capsys, tmp_pat
         "a": "an image classifier (model_type 'headwise_transnext')",
         "b": "a DiT (model_type 'headwise_dit')",
     }
-    use = {"a": "`headwise eval --images` scores it", "b": "`headwise sample` draws with it"}
+    use = {"a": "`headwise eval --images` scores it", "b": "`headwise draw` draws with it"}
     for name in "ab":
         path, new = tmp_path / name, tmp_path / "new.parquet"
         said = f"headwise: {path} holds {what[name]}, not a language model; {use[name]}"
         assert fails(2, "generate", path, "--prompt", "x") == said
-        assert fails(2, "samples", path, "-o", new) == said
+        assert fails(2, "write-text", path, "-o", new) == said
         assert fails(2, "tune", path, "-o", new) == said
         assert not new.exists()
 
@@ -260,7 +259,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_every_failure_is_one_line_and_a_traceback_only_with_debug(
     capsys, monkeypatch, error, status, line
 ):
-    monkeypatch.setattr(cli, "env", raising(error))
+    monkeypatch.setattr("headwise.commands.env.env", raising(error))
     with pytest.raises(SystemExit) as end:
         main(["env"])
     assert (end.value.code, capsys.readouterr().err) == (status, f"headwise: {line}\n")
@@ -278,7 +277,7 @@ def test_ctrl_c_advises_resume_where_there_is_one(capsys, monkeypatch, command):
     def interrupt(_: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._COMMANDS, command, interrupt)
+    monkeypatch.setattr(f"headwise.commands.{command}.main", interrupt)
     with pytest.raises(SystemExit, match="130"):
         main([command])
     said = capsys.readouterr().err

@@ -25,7 +25,7 @@ SMALLER = {
         "--batch-size 2 --sequence-length 64 --routed.steps 2 --eval-blocks 2 "
         "--routed.warmup-steps 1"
     ),
-    "samples": shlex.split("--count 20 --length 64"),
+    "write-text": shlex.split("--count 20 --length 64"),
     "eval": ["--limit", "2"],
 }
 QUESTION = {

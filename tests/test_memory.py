@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from headwise.bench import BenchRun
+from headwise.commands.draw import DrawingRun
+from headwise.commands.write_text import WritingRun
 from headwise.data.images import load_images
 from headwise.memory import check_memory
-from headwise.recipes import RECIPES
-from headwise.recipes.arguments import begin
-from headwise.recipes.dit_sampling import SampleRun
-from headwise.recipes.samples import SamplesRun
-from headwise.recipes.tuning import SCHEDULES, TuningRun
+from headwise.recipes import RECIPES, recipe_run
+from headwise.recipes.tune import SCHEDULES, TuningRun
+from headwise.training.arguments import prepare
 
 HUGE = 10**12
 
@@ -36,7 +36,7 @@ def test_what_fits_passes_and_what_does_not_is_named():
 def test_a_run_of_an_absurd_size(recipe, field, tmp_path):
     value = (HUGE,) if field == "speed_contexts" else HUGE
     with pytest.raises(ValueError, match=rf"{field} is \(?{HUGE}.*: .* GiB of memory"):
-        begin(type(RECIPES[recipe]())(**{field: value, "output": tmp_path / "run"}))
+        prepare(recipe_run(recipe)(**{field: value, "output": tmp_path / "run"}))
 
 
 @pytest.mark.parametrize("field", ["batch_size", "sequence_length", "steps"])
@@ -47,16 +47,16 @@ def test_tuning_at_an_absurd_size(field, tmp_path):
         del fields["steps"]
         fields["routed"] = type(default.routed)(**vars(default.routed) | {"steps": HUGE})
     with pytest.raises(ValueError, match=rf"{field} is {HUGE}.*: .* GiB of memory"):
-        begin(TuningRun(**fields))
+        prepare(TuningRun(**fields))
 
 
 def test_other_commands_at_an_absurd_size(tmp_path):
     for field in ("count", "length"):
         with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
-            SamplesRun("model", tmp_path / "a.parquet", **{field: HUGE})
+            WritingRun("model", tmp_path / "a.parquet", **{field: HUGE})
     for field in ("per_class", "scale"):
         with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
-            SampleRun(directory=Path("model"), output=tmp_path / "a.png", **{field: HUGE})
+            DrawingRun(directory=Path("model"), output=tmp_path / "a.png", **{field: HUGE})
     for field in ("threads", "rounds"):
         with pytest.raises(ValueError, match=rf"{field} is {HUGE}.* GiB of memory"):
             BenchRun(**{field: HUGE})

@@ -15,11 +15,11 @@ from headwise.bench.table import markdown as performance_markdown
 from headwise.bench.table import on_a_gpu as gpu_markdown
 from headwise.bench.table import summary as speed_summary
 from headwise.cli import main
-from headwise.recipes.harness_table import markdown as harness_markdown
+from headwise.commands.eval.table import markdown as harness_markdown
 from headwise.recipes.recovery import markdown as recovery_markdown
 from headwise.recipes.studies import STUDIES
-from headwise.recipes.table import markdown as lm_markdown
-from headwise.recipes.table import read_csv
+from headwise.training.table import markdown as lm_markdown
+from headwise.training.table import read_csv
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

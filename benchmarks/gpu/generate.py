@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.bench.comparison import environment
-from headwise.recipes.timing import interleaved
+from headwise.training.timing import interleaved
 
 CONTEXT, NEW_TOKENS = 8192, 32
 BATCHES = (1, 8)

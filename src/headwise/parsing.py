@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from rich.text import Text
@@ -16,17 +17,63 @@ T = TypeVar("T")
 
 
 def parsed(kind: type[T], argv: list[str], command: str, default: T | None = None) -> T:
-    """A run out of arguments, those that are not given out of the default."""
-    # The class checks its values at the end: tyro would put what it says in a box.
-    members = {"__doc__": _plain(kind.__doc__ or ""), "__post_init__": lambda _: None}
-    unchecked: Any = type(kind.__name__, (kind,), members)
-    defaults = {} if default is None else {"default": unchecked(**vars(default))}
-    given = vars(_read(unchecked, argv, command, **defaults))
+    """A run out of arguments, those that are not given out of the default.
+
+    Args:
+        kind: A dataclass. If it names its `everyday` fields, help shows these first and the others
+            in a group for each class that declares them.
+        argv: The arguments.
+        command: What they were given to.
+        default: Where the values of other fields come from; without it the fields' own defaults.
+    """
+    given = vars(_read(_form(kind, default), argv, command))
+    for group in given.keys() - get_type_hints(kind):
+        given |= vars(given.pop(group))
     for name, value in given.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise ValueError(f"{name} is {number}; it must fit into 64 bits")
     return kind(**given)
+
+
+_ATTRIBUTES = "Attributes:\n"
+
+
+def _form(kind: Any, default: Any) -> Any:
+    """The fields of a run in groups, as dataclasses that check nothing.
+
+    The run's own class checks its values at the end: what it says there tyro would put in a box.
+    """
+    hints, everyday = get_type_hints(kind, include_extras=True), getattr(kind, "everyday", None)
+    classes: list[Any] = [c for c in kind.__mro__ if dataclasses.is_dataclass(c)]
+    # tyro looks a field up in the docstring of the class that it is in; the last entry counts.
+    documents = [(c.__doc__ or "").partition(_ATTRIBUTES)[2].rstrip() for c in reversed(classes)]
+
+    def of(name: str, about: str, fields: list[Any]) -> Any:
+        form: Any = dataclasses.make_dataclass(name, fields, kw_only=True, frozen=True)
+        form.__doc__ = _plain("\n".join([f"{about}\n\n{_ATTRIBUTES}", *documents]))
+        return form
+
+    flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes)
+    first: list[Any] = []
+    grouped: dict[Any, list[Any]] = {}
+    for each in dataclasses.fields(kind):
+        value = each.default if default is None else getattr(default, each.name)
+        options = {} if value is dataclasses.MISSING else {"default": value}
+        entry = (each.name, hints[each.name], dataclasses.field(**options))
+        if everyday is None or each.name in everyday or dataclasses.is_dataclass(entry[1]):
+            first.append(entry)
+        else:
+            owner = next(c for c in reversed(classes) if each.name in c.__annotations__)
+            grouped.setdefault(owner, []).append(entry)
+    if everyday is not None:
+        first.sort(key=lambda entry: (*everyday, entry[0]).index(entry[0]))
+    for owner in (c for c in classes if c in grouped):
+        # Capitals, which no field has.
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.__name__.removesuffix("Run"))
+        group = of(owner.__name__, (owner.__doc__ or "").partition("\n\n")[0], grouped[owner])
+        first.append((name, flat(group)))
+    return of(kind.__name__, (kind.__doc__ or "").partition(_ATTRIBUTES)[0].strip(), first)
 
 
 def called(function: Callable[..., None], argv: list[str], command: str) -> None:

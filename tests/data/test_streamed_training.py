@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 from headwise.data.sources import Source
 from headwise.data.streams import stream_blocks
-from headwise.hf.trainer import SafeTrainer
+from headwise.training.trainer import SafeTrainer
 
 files, output, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig
+from headwise.commands.convert import ConversionRun
 from headwise.hf import Conversion
 from headwise.nn import OneStageRouter, QueryNormRouter, TwoStageRouter
-from headwise.recipes.conversion import ConversionRun
-from headwise.recipes.dit import dit
-from headwise.recipes.lm import lm
-from headwise.recipes.vit import vit
+from headwise.recipes.dit import DiffusionRun
+from headwise.recipes.lm import LanguageModelRun
+from headwise.recipes.vit import VisionRun
 
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 
@@ -202,7 +202,7 @@ def test_what_was_saved_before_a_field_was_there_loads_as_it_was():
     assert Conversion.from_dict(fields) == want
 
 
-@pytest.mark.parametrize("build", [lm, vit, dit])
+@pytest.mark.parametrize("build", [LanguageModelRun, VisionRun, DiffusionRun])
 def test_recipes_that_train_from_scratch_say_what_they_want(build):
     routed = [v.attention for v in build().variants() if v.attention is not None]
     assert routed

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
 from headwise import MoHConfig, convert
+from headwise.commands.convert import ConversionRun, convert_directory
 from headwise.hf.loading import check_place
-from headwise.recipes.conversion import ConversionRun, convert_directory
 
 QUERY_NORM = MoHConfig(router="query_norm", shared=2, active=4)
 UP = "model.layers.1.mlp.up_proj.weight"

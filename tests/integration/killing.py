@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 # A server imports this module once; the processes that it forks have all imports done.
-import headwise.recipes.dit_task
-import headwise.recipes.text
-import headwise.recipes.train
-import headwise.recipes.tune
-import headwise.recipes.vit_task  # noqa: F401
+import headwise.commands.train
+import headwise.commands.tune
+import headwise.recipes.dit
+import headwise.recipes.lm
+import headwise.recipes.vit  # noqa: F401
 from headwise.cli import main
 
 _CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
 from headwise import MHMoEConfig, MoHConfig, convert
-from headwise.hf.trainer import SafeTrainer
+from headwise.training.trainer import SafeTrainer
 
 ROWS = torch.randint(0, 31, (64, 7), generator=torch.Generator().manual_seed(0))
 

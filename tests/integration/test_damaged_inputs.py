@@ -29,11 +29,11 @@ TRAINED = (
 # The directory that is damaged, and what reads it (here); all lie in `saved`.
 OF_MODELS = {
     "generate": ("dense", "generate {here} --prompt a"),
-    "samples": ("dense", "samples {here} -o {new}/a.parquet --count 2 --length 3"),
+    "write-text": ("dense", "write-text {here} -o {new}/a.parquet --count 2 --length 3"),
     "convert": ("dense", "convert {here} -o {new}/a"),
     "generate converted": ("converted", "generate {here} --prompt a"),
     "tune": ("converted", f"tune {{here}} -o {{new}}/a --data {{saved}}/text/a.txt {TUNED}"),
-    "sample": ("dit", "sample {here} -o {new}/a.png --steps 1"),
+    "draw": ("dit", "draw {here} -o {new}/a.png --steps 1"),
     "eval": ("vit", "eval {here} --images {saved}/images"),
 }
 OF_DATA = {
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_named_and_nothing_lost(saved, ends, command):
     assert ends.faults(command, damages(directory)) == []
 
 
-@pytest.mark.parametrize("command", ["generate", "convert", "generate converted", "sample", "eval"])
+@pytest.mark.parametrize("command", ["generate", "convert", "generate converted", "draw", "eval"])
 def test_a_wrong_value_in_a_config_is_laid_to_the_directory(saved, ends, command):
     cases = wrong_values(saved / COMMANDS[command][0] / "config.json")
     assert ends.faults(command, cases) == []

@@ -27,7 +27,7 @@ def test_brackets_anywhere_are_text(headwise, commands, tmp_path, monkeypatch):
     )
     assert joined(NAME) in joined(headwise("convert", model, "-o", converted))
     assert joined(NAME) in joined(
-        headwise("samples", model, "-o", written, "--count", 20, "--length", 64)
+        headwise("write-text", model, "-o", written, "--count", 20, "--length", 64)
     )
     small = ("--sequence-length", 64, "--batch-size", 2, "--eval-blocks", 1)
     stage = ("--routed.steps", 1, "--routed.warmup-steps", 0)

@@ -1,4 +1,4 @@
-"""What `headwise train dit` and `headwise sample` refuse, before anything long or written."""
+"""What `headwise train dit` and `headwise draw` refuse, before anything long or written."""
 
 import dataclasses
 import shutil
@@ -10,13 +10,12 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from headwise.models import DiT, DiTConfig
-from headwise.recipes import dit, dit_task
-from headwise.recipes.train import train
+from headwise.recipes import dit, train
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("kornia", reason="kornia is not installed")
+from headwise.commands.draw import DrawingRun, draw  # noqa: E402
 from headwise.recipes.classifier import train_classifier  # noqa: E402
-from headwise.recipes.dit_sampling import SampleRun, sample  # noqa: E402
 from headwise.recipes.vae import encoded, images_for, load_vae  # noqa: E402
 
 SIDE = 6
@@ -35,7 +34,7 @@ def _nothing_is_trained(monkeypatch):
     def train_nothing(*_: object) -> None:
         raise AssertionError("a classifier would be trained now")
 
-    monkeypatch.setattr(dit_task, "train_classifier", train_nothing)
+    monkeypatch.setattr(dit, "train_classifier", train_nothing)
 
 
 def vae_of(directory, *, channels: int = 3, depth: int = 2, latent: int = 4):
@@ -61,7 +60,7 @@ def models(tmp_path_factory, pictures):
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_channels=1, **names)
     ResNetForImageClassification(resnet).save_pretrained(root / "resnet")
     for size, name in ((SIDE, "good"), (8, "large")):
-        images, _ = dit_task.load_images(str(pictures), image_size=size)
+        images, _ = dit.load_images(str(pictures), image_size=size)
         train_classifier(images, steps=1).save_pretrained(root / name)
     colour = dataclasses.replace(images, pixels=images.pixels.repeat(3, axis=1))
     train_classifier(colour, steps=1).save_pretrained(root / "colour")
@@ -125,7 +124,7 @@ def models(tmp_path_factory, pictures):
 def test_what_cannot_be_trained_is_refused_at_once(changes, message, models, pictures, tmp_path):
     kinds = {"vae": str, "classifier": Path}
     places = {n: kinds[n](models / v) for n, v in changes.items() if n in kinds}
-    run = dataclasses.replace(dit(), output=tmp_path / "run", data=str(pictures), batch_size=8)
+    run = dit.DiffusionRun(output=tmp_path / "run", data=str(pictures), batch_size=8)
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(run, **changes | places))
     assert list(tmp_path.iterdir()) == []
@@ -137,11 +136,11 @@ def test_images_that_are_all_the_same_are_refused(tmp_path):
         for i in range(7):
             Image.new("L", (SIDE, SIDE), 99).save(tmp_path / name / f"{i}.png")
     with pytest.raises(ValueError, match=r"images to train on; .* not all of them the same"):
-        dit_task.read_images(dataclasses.replace(dit(), data=str(tmp_path)))
+        dit.read(dit.DiffusionRun(data=str(tmp_path)))
 
 
 def test_grey_images_are_colour_for_a_vae(models, pictures):
-    images, _ = dit_task.load_images(str(pictures))
+    images, _ = dit.load_images(str(pictures))
     vae = load_vae(str(models / "vae"))
     colour = images_for(vae, "vae", images)
     assert colour.pixels.shape == (len(images), 3, SIDE, SIDE)
@@ -151,12 +150,12 @@ def test_grey_images_are_colour_for_a_vae(models, pictures):
 
 @pytest.mark.parametrize(("directory", "channels"), [("latents", 4), ("pixels", 1)])
 def test_a_vae_of_other_latents_is_refused(directory, channels, models, tmp_path):
-    run = SampleRun(
+    run = DrawingRun(
         directory=models / directory, output=tmp_path / "grid.png", vae=str(models / "vae_16")
     )
     message = f"vae decodes 16 channels; the transformer draws {channels}, so it was trained with"
     with pytest.raises(ValueError, match=message):
-        sample(run)
+        draw(run)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_a_vae_of_other_latents_is_refused(directory, channels, models, tmp_path
 )
 def test_directories_that_cannot_be_drawn_with_are_refused(directory, message, models, tmp_path):
     with pytest.raises(ValueError, match=message):
-        sample(SampleRun(directory=models / directory, output=tmp_path / "grid.png"))
+        draw(DrawingRun(directory=models / directory, output=tmp_path / "grid.png"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,5 +199,5 @@ def test_wrong_fields_of_a_sample_are_refused(changes, message, tmp_path):
     changes = {"output": "grid.png"} | changes
     changes["output"] = tmp_path / changes["output"]
     with pytest.raises(ValueError, match=message):
-        SampleRun(directory=tmp_path, **changes)
+        DrawingRun(directory=tmp_path, **changes)
     assert (tmp_path / "there.png").read_text() == "mine"

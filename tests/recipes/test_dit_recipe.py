@@ -1,4 +1,4 @@
-"""`headwise train dit` and `headwise sample` on small images; what they refuse."""
+"""`headwise train dit` and `headwise draw` on small images; what they refuse."""
 
 import dataclasses
 import shutil
@@ -12,16 +12,15 @@ from headwise.analysis import from_json
 from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
 from headwise.models import DiT
-from headwise.recipes import dit
-from headwise.recipes.table import read_csv
-from headwise.recipes.train import train
+from headwise.recipes import train
+from headwise.training.table import read_csv
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("kornia", reason="kornia is not installed")
+from headwise.commands.draw import DrawingRun, draw
 from headwise.recipes.classifier import train_classifier
-from headwise.recipes.dit_sampling import SampleRun, in_grid, sample
-from headwise.recipes.dit_task import read_images
-from headwise.recipes.pictures import sample_grid
+from headwise.recipes.dit import DiffusionRun, read
+from headwise.training.pictures import in_grid, sample_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -45,7 +44,7 @@ def run_of(output, pictures, classifier, **changes):
         "steps": 6, "batch_size": 5, "eval_every": 3, "save_every": 2, "log_every": 1,
         "samples": 11, "sampling_steps": 3, "classifier": classifier,
     }  # fmt: skip
-    return dataclasses.replace(dit(), output=output, data=str(pictures), **fields | changes)
+    return DiffusionRun(output=output, data=str(pictures), **fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_what_is_saved_is_the_average(finished):
 
 
 def test_loads_are_counted_for_each_class(finished):
-    task = read_images(finished)
+    task = read(finished)
     model = DiT.from_pretrained(finished.output / "models" / "moh_75-seed0").eval()
     loads = task._loads(model).head_loads()
     assert list(loads.by_domain) == ["bright", "dark"]
@@ -140,10 +139,10 @@ def test_resumed_is_never_stopped(tmp_path, pictures, classifier):
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm"])
 def test_a_grid_has_a_row_a_class(finished, tmp_path, scheduler):
     directory, output = finished.output / "models" / "moh_75-seed0", tmp_path / "grid.png"
-    run = SampleRun(
+    run = DrawingRun(
         directory=directory, output=output, per_class=3, steps=20, scheduler=scheduler, scale=2
     )
-    sample(run)
+    draw(run)
     with Image.open(output) as grid:
         assert grid.size == (3 * (2 * 8 + 4), 2 * (2 * 8 + 4))
         pixels = np.asarray(grid).astype(float)
@@ -156,11 +155,11 @@ def test_seeds_repeat_a_grid_and_choose_its_images(finished, tmp_path):
     grids = []
     # Two grids are drawn in two parts, the third in one.
     for name, classes, seed in (("a", (0, 1), 0), ("b", (0, 1), 0), ("c", (1,), 60)):
-        run = SampleRun(
+        run = DrawingRun(
             directory=directory, output=tmp_path / f"{name}.png", classes=classes, per_class=60,
             steps=3, seed=seed,
         )  # fmt: skip
-        sample(run)
+        draw(run)
         with Image.open(run.output) as image:
             grids.append(np.asarray(image).astype(int))
     assert (grids[0] == grids[1]).all()
@@ -190,15 +189,15 @@ def test_grid_by_hand():
 )
 def test_wrong_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(dit(), **changes)
+        dataclasses.replace(DiffusionRun(), **changes)
 
 
 def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
     output = tmp_path / "grid.png"
     with pytest.raises(ValueError, match=r"no config.json\); the run in it has .*moh_75-seed0"):
-        sample(SampleRun(directory=finished.output, output=output))
+        draw(DrawingRun(directory=finished.output, output=output))
     with pytest.raises(ValueError, match=r"an image classifier .*, not a DiT; `headwise eval"):
-        sample(SampleRun(directory=classifier, output=output))
+        draw(DrawingRun(directory=classifier, output=output))
     directory = finished.output / "models" / "moh_75-seed0"
     for changes, message in (
         ({"classes": (7,)}, r"classes holds 7; the model knows 0..1 \(bright to dark\)"),
@@ -207,9 +206,9 @@ def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
         ({"vae": str(tmp_path)}, "holds no AutoencoderKL"),
     ):
         with pytest.raises(ValueError, match=message):
-            sample(SampleRun(directory=directory, output=output, per_class=1, **changes))
+            draw(DrawingRun(directory=directory, output=output, per_class=1, **changes))
     with pytest.raises(ValueError, match=r"must be the name of a \.png file"):
-        SampleRun(directory=classifier, output=tmp_path / "grid.gif")
+        DrawingRun(directory=classifier, output=tmp_path / "grid.gif")
     assert not output.exists()
 
 
@@ -218,6 +217,6 @@ def test_a_classifier_of_other_classes_is_refused(finished, tmp_path, pictures):
     other = tmp_path / "other"
     train_classifier(training, steps=1).save_pretrained(other)
     with pytest.raises(ValueError, match=r"knows the classes zero, one.*; the images have bright"):
-        read_images(dataclasses.replace(finished, classifier=other))
+        read(dataclasses.replace(finished, classifier=other))
     with pytest.raises(ValueError, match=r"classifier: .*nowhere holds no model"):
-        read_images(dataclasses.replace(finished, classifier=tmp_path / "nowhere"))
+        read(dataclasses.replace(finished, classifier=tmp_path / "nowhere"))

@@ -10,13 +10,13 @@ import torch
 from headwise.analysis.records import from_json
 from headwise.hf.auto import Routed
 from headwise.parity import count_flops
-from headwise.recipes import RECIPES, LanguageModelRun, lm, multilingual
-from headwise.recipes.comparison import TextRun
-from headwise.recipes.train import train
-from headwise.recipes.variants import build_model
+from headwise.recipes import RECIPES, recipe_run, train
+from headwise.recipes.lm import LanguageModelRun
+from headwise.recipes.multilingual import MultilingualRun, read
+from headwise.recipes.text import TextRun, build_model
 
-VARIANTS = {variant.name: variant for variant in lm().variants()}
-ON_TEXT = [name for name, recipe in RECIPES.items() if isinstance(recipe(), TextRun)]
+VARIANTS = {variant.name: variant for variant in LanguageModelRun().variants()}
+ON_TEXT = [name for name in RECIPES if issubclass(recipe_run(name), TextRun)]
 TINY = {
     "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
     "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
@@ -38,7 +38,7 @@ def build(run: LanguageModelRun, name: str, vocab_size: int = 31, seed: int = 0)
 
 @pytest.mark.parametrize("recipe", ON_TEXT)
 def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
-    run = dataclasses.replace(RECIPES[recipe](), output=tmp_path / "run", data=text, **TINY)
+    run = recipe_run(recipe)(output=tmp_path / "run", data=text, **TINY)
     train(run)
     with (run.output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -51,7 +51,7 @@ def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
 def test_a_prompt_that_leaves_nothing_to_write_is_refused_before_training(text, tmp_path, prompt):
     fields = {"output": tmp_path / "run", "data": text, "sample_prompt": prompt} | TINY
     with pytest.raises(ValueError, match=r"sample_prompt has \d+ tokens; .* sequence_length = 16"):
-        train(dataclasses.replace(lm(), **fields))
+        train(dataclasses.replace(LanguageModelRun(), **fields))
     assert not (tmp_path / "run").exists()
 
 
@@ -63,10 +63,10 @@ def test_a_deviation_that_no_model_takes_is_refused(deviation):
 
 def test_languages_come_from_a_directory(tmp_path):
     with pytest.raises(ValueError, match=r"data is None; .*docs/multilingual.sh"):
-        train(multilingual())
+        train(MultilingualRun())
     (tmp_path / "page.txt").write_text("one language")
     with pytest.raises(ValueError, match="has no directories for languages"):
-        dataclasses.replace(multilingual(), data=str(tmp_path)).read()
+        read(MultilingualRun(data=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -83,8 +83,8 @@ def test_a_step_moves_every_parameter(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_default_models_cost_what_dense_does(name):
     def flops(name: str) -> float:
-        model = build(lm(), name, vocab_size=lm().vocab_size)
-        return sum(count_flops(model, sequence_length=lm().sequence_length).values())
+        model = build(LanguageModelRun(), name, vocab_size=LanguageModelRun().vocab_size)
+        return sum(count_flops(model, sequence_length=LanguageModelRun().sequence_length).values())
 
     assert flops(name) == pytest.approx(flops("dense"), rel=0.005)
 

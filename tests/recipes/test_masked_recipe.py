@@ -18,13 +18,12 @@ from transformers import AutoModel, AutoTokenizer
 from headwise.analysis.records import from_json
 from headwise.data.patches import in_floats, patches_of, visual_tokens
 from headwise.parity import measure_flops
-from headwise.recipes import MaskedRun, masked
-from headwise.recipes.comparison import Variant
-from headwise.recipes.masked_task import MaskedTask
-from headwise.recipes.table import comparison
-from headwise.recipes.train import train
+from headwise.recipes import train
+from headwise.recipes.masked import MaskedRun, MaskedTask, read
+from headwise.training.comparison import Variant
+from headwise.training.table import comparison
 
-VARIANTS = {variant.name: variant for variant in masked().variants()}
+VARIANTS = {variant.name: variant for variant in MaskedRun().variants()}
 NAMES = list(VARIANTS)
 TINY = {
     "dim": 12, "num_heads": 2, "num_layers": 2, "mlp_dim": 24, "codebook_size": 7,
@@ -96,7 +95,7 @@ def test_the_page_tells_tokens_from_patches(finished):
 
 
 def test_a_finished_model_is_what_was_measured(finished):
-    pairs = finished.read()
+    pairs = read(finished)
     _, held_out = pairs.datasets(VARIANTS["dense"], seed=1)
     assert len(held_out) == 4 * 3  # a tenth of forty, three times
     for row in rows(finished):
@@ -142,7 +141,7 @@ def test_resumed_equals_never_stopped(finished, tmp_path, capsys):
 
 def test_perplexity_is_that_of_all_masked_tokens_together(finished):
     """Whatever the batches, and a model that knows nothing has that of its vocabulary."""
-    pairs = finished.read()
+    pairs = read(finished)
     model = pairs.model(variants(finished)["mh_moe"], seed=0)
     one, twelve = (
         dataclasses.replace(pairs, run=dataclasses.replace(finished, batch_size=n)) for n in (1, 12)
@@ -157,15 +156,15 @@ def test_perplexity_is_that_of_all_masked_tokens_together(finished):
 
 
 def test_default_models_cost_what_dense_does(images):
-    run = dataclasses.replace(masked(), data=images, codebook_size=16)
-    pairs = run.read()
+    run = dataclasses.replace(MaskedRun(), data=images, codebook_size=16)
+    pairs = read(run)
     costs = [pairs.flops(pairs.model(variant, seed=0)) for variant in run.variants()]
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_by_formula_are_those_counted(finished, name):
-    pairs = finished.read()
+    pairs = read(finished)
     model = pairs.model(variants(finished)[name], seed=0).eval()
     with torch.no_grad():
         counted = measure_flops(lambda: model(**pairs.example(model)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,13 @@ import torch
 from headwise.data.images import load_images
 from headwise.data.text import load_text
 from headwise.parity import count_flops, count_parameters
-from headwise.recipes.dit_task import DiffusionTask
-from headwise.recipes.experiment import SCALES, StudyRun, TextStudyRun, tiny
-from headwise.recipes.published import PUBLISHED
+from headwise.recipes import train
+from headwise.recipes.dit import DiffusionTask
+from headwise.recipes.scales import SCALES, StudyRun, TextStudyRun, tiny
 from headwise.recipes.studies import STUDIES
-from headwise.recipes.text import domain_names
-from headwise.recipes.train import train
-from headwise.recipes.variants import build_model
-from headwise.recipes.vit_task import VisionTask
+from headwise.recipes.text import build_model, domain_names
+from headwise.recipes.vit import VisionTask
+from headwise.training.published import PUBLISHED
 
 V = 211
 TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]
@@ -137,7 +137,7 @@ def test_domains_have_the_names_that_loading_gives_them(layout, tmp_path):
 )
 def test_impossible_studies_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        TextStudyRun(**fields)
+        TextStudyRun(output=Path("run"), **fields)
 
 
 def test_models_that_cannot_be_built_are_found_before_anything_is_trained(tmp_path):

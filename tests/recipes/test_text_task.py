@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from headwise.data.streams import BlockStream
-from headwise.recipes import LanguageModelRun
-from headwise.recipes.comparison import Variant
+from headwise.recipes import train
+from headwise.recipes.lm import LanguageModelRun, read
 from headwise.recipes.text import domain_names
-from headwise.recipes.train import train
+from headwise.training.comparison import Variant
 
 TINY = {
     "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300, "steps": 4,
@@ -69,7 +69,7 @@ def result(run: LanguageModelRun) -> dict[str, str]:
 
 def test_a_variant_streams_only_the_sources_that_it_trains_on(mixture):
     run = LanguageModelRun(data=mixture, **TINY)
-    text = run.read()
+    text = read(run)
     assert list(text.training) == domain_names(mixture) == ["squares", "cubes"]
     both, one = (text.datasets(variant, 0)[0] for variant in (ALL, SQUARES))
     assert isinstance(both, BlockStream)
@@ -83,7 +83,7 @@ def test_a_variant_draws_only_from_the_domains_that_it_trains_on(tmp_path):
         for i in range(20):
             (tmp_path / name / f"{i}.txt").write_text(f"{name} {i} " * 30)
     run = LanguageModelRun(data=str(tmp_path), **TINY)
-    text = run.read()
+    text = read(run)
     assert set(text.training) == {"squares", "cubes"} == set(domain_names(str(tmp_path)))
     blocks, curve = text.datasets(ALL, 0)
     assert blocks.shares == {"cubes": 0.5, "squares": 0.5}
@@ -104,7 +104,7 @@ def test_a_broken_mixture_is_refused(written, message, tmp_path):
     file = tmp_path / "x.mixture.json"
     file.write_text(written)
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(LanguageModelRun(**TINY), data=str(file)).read()
+        read(dataclasses.replace(LanguageModelRun(**TINY), data=str(file)))
 
 
 def test_a_mixture_that_is_not_there_is_refused():

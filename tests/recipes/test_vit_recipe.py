@@ -13,10 +13,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from headwise.analysis import from_json
 from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
-from headwise.recipes import vit
-from headwise.recipes.table import read_csv
-from headwise.recipes.train import train
-from headwise.recipes.vit_task import read_images
+from headwise.recipes import train
+from headwise.recipes.vit import VisionRun, read
+from headwise.training.table import read_csv
 
 pytest.importorskip("kornia", reason="kornia is not installed")
 
@@ -30,7 +29,7 @@ def pictures(bright_and_dark):
 def run_of(output, pictures, **changes):
     fields = {"steps": 6, "batch_size": 5, "eval_every": 3, "save_every": 2, "log_every": 1}
     return dataclasses.replace(
-        vit(), output=output, data=str(pictures), warmup_steps=1, **fields | changes
+        VisionRun(), output=output, data=str(pictures), warmup_steps=1, **fields | changes
     )
 
 
@@ -65,7 +64,7 @@ def test_a_model_classifies_pictures_as_people_have_them(finished, pictures):
 
 
 def test_loads_are_counted_for_each_class(finished, pictures):
-    task = read_images(finished)
+    task = read(finished)
     directory = finished.output / "models" / "moh_75-seed0"
     model = AutoModelForImageClassification.from_pretrained(directory).eval()
     heads = task.score(model).heads
@@ -118,10 +117,10 @@ def test_resumed_is_never_stopped(tmp_path, pictures):
 
 
 def test_patches_follow_the_images(pictures, tmp_path):
-    task = read_images(run_of(tmp_path, pictures))
+    task = read(run_of(tmp_path, pictures))
     assert task.config(None).patch_size == 1
     assert task.config(None).image_size == 8
-    large = read_images(run_of(tmp_path, pictures, image_size=32))
+    large = read(run_of(tmp_path, pictures, image_size=32))
     assert large.config(None).patch_size == 2
 
 
@@ -137,12 +136,12 @@ def test_patches_follow_the_images(pictures, tmp_path):
 )
 def test_wrong_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(vit(), **changes)
+        dataclasses.replace(VisionRun(), **changes)
 
 
 def test_a_batch_that_would_repeat_images_is_refused(tmp_path, pictures):
     with pytest.raises(ValueError, match=r"batch_size is 73; it must be at most 72, the examples"):
-        read_images(run_of(tmp_path / "run", pictures, batch_size=73))
+        read(run_of(tmp_path / "run", pictures, batch_size=73))
 
 
 def test_a_class_without_images_is_refused(tmp_path, pictures):
@@ -152,10 +151,10 @@ def test_a_class_without_images_is_refused(tmp_path, pictures):
         for file in (pictures / name).glob("*.png"):
             (data / name / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match="no image to train on of empty"):
-        read_images(run_of(tmp_path / "run", data))
+        read(run_of(tmp_path / "run", data))
     (data / "empty").rmdir()
     for file in (data / "dark").iterdir():
         file.unlink()
     (data / "dark").rmdir()
     with pytest.raises(ValueError, match="has one class"):
-        read_images(run_of(tmp_path / "run", data))
+        read(run_of(tmp_path / "run", data))

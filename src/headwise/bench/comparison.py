@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headwise.environment import device_name
-from headwise.recipes.timing import LARGEST_ERROR_RATIO, error_ratio, interleaved
+from headwise.training.timing import LARGEST_ERROR_RATIO, error_ratio, interleaved
 
 Row = dict[str, Any]
 # Builds a comparison, tensors and all, when its turn comes.

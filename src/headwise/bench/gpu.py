@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from headwise.recipes.timing import interleaved
+from headwise.training.timing import interleaved
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

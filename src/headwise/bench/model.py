@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.bench.comparison import Builder, Comparison, Effort
-from headwise.recipes.speed import filled_cache, logits_thrice, read_prompt, read_token
+from headwise.training.speed import filled_cache, logits_thrice, read_prompt, read_token
 
 _INPUTS = 3
 

@@ -13,7 +13,7 @@ from headwise.bench.comparison import Builder, Effort, Row, environment, measure
 from headwise.files import write_whole
 from headwise.memory import check_memory
 from headwise.progress import followed, plain_console
-from headwise.recipes.table import write_csv
+from headwise.training.table import write_csv
 
 Benchmark = Literal[
     "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision"

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headwise.bench.comparison import Row
-from headwise.recipes.table import in_markdown
+from headwise.training.table import in_markdown
 
 COLUMNS = (
     "case", "shape", "dtype", "heads on", "rival", "ours", "rival's", "ratio", "ideal",

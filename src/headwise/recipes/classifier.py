@@ -9,10 +9,10 @@ from transformers import TrainingArguments, default_data_collator
 from headwise.data.images import ImageSet
 from headwise.data.text import draw
 from headwise.hf.reading import load_strictly
+from headwise.loading import described, kind_of, load_config
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
-from headwise.recipes.loading import described, kind_of, load_config
-from headwise.recipes.vit import VisionRun
-from headwise.recipes.vit_task import LabelledImages, VisionTask, labels_of
+from headwise.recipes.images import LabelledImages, labels_of
+from headwise.recipes.vit import VisionRun, VisionTask
 
 _STEPS, _BATCH = 200, 64
 

@@ -1,13 +1,50 @@
 """Images from noise: diffusion transformers, and the same with routed heads (MoH-DiT)."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from headwise.analysis.features import ClassifierFeatures, collect_features
+from headwise.analysis.generation import FEWEST, sample_quality
+from headwise.analysis.image_records import RoutedImage
+from headwise.data.images import ImageSet, load_images
+from headwise.data.patches import in_floats
+from headwise.data.text import draw
+from headwise.hf import record_routing
 from headwise.memory import check_memory
-from headwise.recipes.arguments import check_at_least, check_guidance
-from headwise.recipes.image_run import ImageRun
-from headwise.recipes.task import Task
+from headwise.models import DiT, DiTConfig
+from headwise.parity import count_flops
+from headwise.recipes.classifier import load_classifier, train_classifier
+from headwise.recipes.drawing import check_steps, draw_images, pipeline_of, schedule
+from headwise.recipes.images import (
+    ImageRun,
+    LabelledImages,
+    check_classes,
+    class_fields,
+    labels_of,
+    only,
+)
+from headwise.recipes.vae import encoded, images_for, load_vae
+from headwise.training.comparison import Examples, Scores, Task, Variant
+from headwise.training.directory import fingerprint
+from headwise.training.evaluation import RoutingStatistics
+from headwise.training.fields import check_at_least, check_batch_size, check_guidance
+from headwise.training.pictures import routed_images, sample_grid
+from headwise.training.trainer import SafeTrainer
+
+_CURVE_IMAGES = 256
+_AT_A_TIME = 100
+# Classes, and images of each, that the page shows.
+_ROWS, _COLUMNS = 10, 8
+# What t a head's load is measured at: from the first steps of sampling to the last.
+_TIMES = (900, 700, 500, 300, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +124,232 @@ class DiffusionRun(ImageRun):
     def title(self) -> str:
         return "Diffusion transformers with all heads and with some"
 
-    def read(self) -> Task:
-        # Not above: help on a recipe's fields shall not wait for what reads images.
-        from headwise.recipes.dit_task import read_images
 
-        return read_images(self)
+def read(run: DiffusionRun) -> "DiffusionTask":
+    """Load the images, encode them where a VAE is given, and find or train a classifier of them.
+
+    What takes long, encoding and training, begins when all sizes are known to fit.
+
+    Raises:
+        ValueError: If images, VAE or classifier cannot be used, or the sizes do not fit them.
+    """
+    check_steps("sampling_steps", run.sampling_steps)
+    training, validation = load_images(run.data, image_size=run.image_size)
+    check_classes(run.data, training)
+    _check_measurable(run, training)
+    check_batch_size(run.batch_size, len(training))
+    vae = None
+    if run.vae is not None:
+        vae = load_vae(run.vae)
+        training, validation = (images_for(vae, run.vae, x) for x in (training, validation))
+    classifier = None if run.classifier is None else load_classifier(run.classifier, training)
+    of_one = (encoded(vae, training.take([0])),)
+    task = DiffusionTask(run, training, validation, of_one, vae, classifier)
+    task.check()
+    return replace(
+        task,
+        values=tuple(encoded(vae, images) for images in (training, validation)),
+        classifier=train_classifier(training) if classifier is None else classifier,
+    )
 
 
-def dit() -> DiffusionRun:
-    """DiT and MoH-DiT, small ones, that draw handwritten digits or images of your own."""
-    return DiffusionRun()
+def _check_measurable(run: DiffusionRun, images: ImageSet) -> None:
+    """Refuse what `sample_quality` would refuse when all models are trained."""
+    drawn = run.samples * len(images.classes)
+    if drawn < FEWEST:
+        raise ValueError(
+            f"samples is {run.samples}, which makes {drawn} images of {len(images.classes)} "
+            f"classes; it takes {FEWEST} or more to measure them"
+        )
+    if len(images) < FEWEST or (images.pixels == images.pixels[0]).all():
+        raise ValueError(
+            f"data {run.data!r} has {len(images)} images to train on; to measure by them, there "
+            f"must be {FEWEST} or more, and not all of them the same"
+        )
+
+
+@dataclass(frozen=True)
+class DiffusionTask(Task):
+    """Images and their classes.
+
+    Attributes:
+        run: Whose data they are.
+        training, validation: Images with labels.
+        values: What the models learn to draw, of both: pixels in -1..1, or latents.
+        vae: Which made these latents, and makes images of them.
+        classifier: Of the images.
+    """
+
+    run: DiffusionRun
+    training: ImageSet
+    validation: ImageSet
+    values: tuple[NDArray[np.float32], ...]
+    vae: Any
+    classifier: Any
+    unit = "image"
+    loss_unit = "hybrid loss per image"
+
+    @property
+    def processor(self) -> Any:
+        return schedule()
+
+    @property
+    def length(self) -> int:
+        return 1
+
+    def fingerprint(self) -> dict[str, str]:
+        parts = {"training": self.training, "validation": self.validation}
+        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
+
+    def check(self) -> None:
+        with torch.device("meta"):
+            for variant in self.run.selected():
+                DiT(self.config(variant))
+
+    def model(self, variant: Variant, seed: int) -> DiT:
+        torch.manual_seed(seed)
+        return DiT(self.config(variant))
+
+    def config(self, variant: Variant) -> DiTConfig:
+        """Sizes of a variant."""
+        _, channels, size, _ = self.values[0].shape
+        if size % (patch := DiTConfig.preset(self.run.preset).patch_size):
+            what = "images" if self.vae is None else "latents"
+            raise ValueError(
+                f"image_size is {self.run.image_size}, and {what} are {size} × {size}; patches of "
+                f"{patch} × {patch} must divide them"
+            )
+        changes: dict[str, Any] = {
+            "input_size": size,
+            "in_channels": channels,
+            **class_fields(self.training),
+            "class_dropout": self.run.class_dropout,
+        }
+        if variant.attention is not None:
+            changes["shared_heads"] = variant.attention.shared
+            changes["active_heads"] = variant.attention.active
+            changes["balance_coefficient"] = variant.attention.balance_coefficient
+        return DiTConfig.preset(self.run.preset, **changes)
+
+    def flops(self, model: DiT) -> float:
+        patches = model.config.num_patches
+        return patches * sum(count_flops(model, sequence_length=patches, causal=False).values())
+
+    def example(self, model: DiT) -> dict[str, Tensor]:
+        x = torch.zeros(1, *self.values[0].shape[1:], device=model.device)
+        zero = torch.zeros(1, dtype=torch.long, device=model.device)
+        return {"x": x, "t": zero, "y": zero}
+
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """Images to train on, each once before one comes again; some of the held-out ones."""
+        run = self.run
+        order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
+        count = min(_CURVE_IMAGES, len(self.validation))
+        curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
+        return (
+            LabelledImages(self.values[0], labels_of(self.training), order),
+            LabelledImages(self.values[1], labels_of(self.validation), curve),
+        )
+
+    def trainer(self, **arguments: Any) -> SafeTrainer:
+        # diffusers is for those who draw.
+        from headwise.training.diffusion import DiffusionTrainer
+
+        run = self.run
+        return DiffusionTrainer(
+            schedule=schedule(), averaging=run.averaging, flip=run.flip, **arguments
+        )
+
+    def score(self, model: Any) -> Scores:
+        """Images of each class, drawn and compared with real ones by the classifier."""
+        model.eval()
+        features = ClassifierFeatures(self.classifier.to(model.device), spatial="backbone.stages.0")
+        shown: list[NDArray[np.uint8]] = []
+        drawn = collect_features(self._drawn(model, shown), features)
+        pixels = self.training.pixels
+        parts = (pixels[i : i + _AT_A_TIME] for i in range(0, len(pixels), _AT_A_TIME))
+        real = collect_features((in_floats(part).to(model.device) for part in parts), features)
+        quality = sample_quality(real, drawn)
+        wanted = torch.tensor(self._wanted(), device=drawn.logits.device)
+        columns = {
+            "recognised": 100 * (drawn.logits.argmax(1) == wanted).double().mean().item(),
+            "fid": quality.fid,
+            **({} if quality.sfid is None else {"sfid": quality.sfid}),
+            "inception_score": quality.inception_score,
+            "precision_of_samples": quality.precision,
+            "recall_of_samples": quality.recall,
+            "samples": quality.num_generated,
+        }
+        names = self.training.classes[:_ROWS]
+        return Scores(
+            columns,
+            self._loads(model).head_loads(),
+            None,
+            texts=[],
+            images=self._images(model),
+            samples=sample_grid(np.concatenate(shown), names),
+        )
+
+    def _wanted(self) -> list[int]:
+        """The classes that are drawn to be measured."""
+        return [c for c in range(len(self.training.classes)) for _ in range(self.run.samples)]
+
+    def _drawn(self, model: DiT, shown: list[NDArray[np.uint8]]) -> Iterator[Tensor]:
+        """The images in parts; those that the page shows join `shown`."""
+        pipeline = pipeline_of(model, "ddim", self.vae)
+        pipeline.set_progress_bar_config(disable=True)
+        classes, count, run = self._wanted(), self.run.samples, self.run
+        seen = 0
+        for pixels in draw_images(pipeline, classes, 0, run.guidance_scale, run.sampling_steps):
+            places = range(seen, seen + len(pixels))
+            shown.append(pixels[[i % count < _COLUMNS and classes[i] < _ROWS for i in places]])
+            seen += len(pixels)
+            yield in_floats(pixels).to(model.device)
+
+    @torch.no_grad()
+    def _loads(self, model: DiT) -> RoutingStatistics:
+        """Who works for which class, on held-out images made noisy."""
+        statistics, generator = RoutingStatistics(model), torch.Generator().manual_seed(0)
+        everything = LabelledImages(
+            self.values[1], labels_of(self.validation), np.arange(len(self.validation))
+        )
+        with record_routing(model) as routings:
+            for batch in DataLoader(everything, batch_size=_AT_A_TIME):
+                x, y = batch["pixel_values"], batch["labels"]
+                for time in _TIMES:
+                    _see(model, x, y, time, generator)
+                    for label in y.unique().tolist():
+                        of_class = (y == label).to(model.device)
+                        statistics.add(self.training.classes[label], only(routings, of_class))
+        return statistics
+
+    def _images(self, model: DiT) -> list[RoutedImage]:
+        """Held-out images, of which the model sees what is left late in sampling."""
+        labels = labels_of(self.validation)
+
+        def see(picks: list[int]) -> None:
+            x, y = (torch.from_numpy(values[picks]) for values in (self.values[1], labels))
+            _see(model, x, y, _TIMES[-1], torch.Generator().manual_seed(0))
+
+        return routed_images(model, self.validation, labels, see)
+
+    def facts(self) -> dict[str, str]:
+        size = self.training.pixels.shape[-1]
+        of = "pixels" if self.vae is None else f"pixels, as latents of {self.run.vae}"
+        return {
+            "Images": self.run.data or "scikit-learn's handwritten digits",
+            "Of": f"{len(self.training.classes)} classes, {size} × {size} {of}",
+            "Number": f"{len(self.training)} to train on",
+            "Samples": f"{self.run.samples} of each class, DDIM in {self.run.sampling_steps} "
+            f"steps, guidance {self.run.guidance_scale:g}",
+            "Heads": f"on held-out images at t = {', '.join(map(str, _TIMES))}; maps of patches at "
+            f"t = {_TIMES[-1]}",
+        }
+
+
+def _see(model: DiT, x: Tensor, y: Tensor, time: int, generator: torch.Generator) -> None:
+    """Let the model see images of classes as noisy as they are at that time."""
+    t = torch.full_like(y, time)
+    noise = torch.randn(x.shape, generator=generator)
+    seen = (schedule().add_noise(x, noise, t), t, y)
+    model(*(value.to(model.device) for value in seen))

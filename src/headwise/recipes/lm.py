@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from headwise.hf import MoHConfig
 from headwise.nn import Budget, HeadBudget
-from headwise.recipes.comparison import TextRun, Variant
-from headwise.recipes.variants import mh_moe, sparse_moe
+from headwise.recipes.layered import mh_moe, sparse_moe
+from headwise.recipes.text import TextRun, read
+from headwise.training.comparison import Variant
+
+__all__ = ["LanguageModelRun", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,3 @@ class LanguageModelRun(TextRun):
             Variant(name="mh_moe", label="MH-MoE", mlp=split),
             Variant(name="moh_mh_moe", label="MoH + MH-MoE", attention=attention, mlp=split),
         ]
-
-
-def lm() -> LanguageModelRun:
-    """Five small models on the text that every Python carries, in minutes on 2 cores."""
-    return LanguageModelRun()

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwise.data.text import subdirectories
-from headwise.recipes.comparison import TextRun, Variant
-from headwise.recipes.task import Task
-from headwise.recipes.variants import first_paper_models
+from headwise.recipes import text
+from headwise.recipes.layered import first_paper_models
+from headwise.recipes.text import TextRun, TextTask
+from headwise.training.comparison import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,21 @@ class MultilingualRun(TextRun):
         """Dense first: the others are given its cost."""
         return first_paper_models(self, heads=self.mh_heads, top_k=self.mh_top_k)
 
-    def read(self) -> Task:
-        if self.data is None:
-            raise ValueError(
-                "data is None; it must be a directory with a directory for each language: "
-                "`bash docs/multilingual.sh DIR` makes one of eight languages"
-            )
-        if Path(self.data).is_dir() and len(subdirectories(Path(self.data))) < 2:
-            raise ValueError(
-                f"data is {self.data!r}, which has no directories for languages; it must "
-                "have two or more"
-            )
-        return super().read()
 
+def read(run: MultilingualRun) -> TextTask:
+    """The text that `run.data` names, of two languages or more.
 
-def multilingual() -> MultilingualRun:
-    """Four small models of several languages, balanced by a temperature (needs --data)."""
-    return MultilingualRun()
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    if run.data is None:
+        raise ValueError(
+            "data is None; it must be a directory with a directory for each language: "
+            "`bash docs/multilingual.sh DIR` makes one of eight languages"
+        )
+    if Path(run.data).is_dir() and len(subdirectories(Path(run.data))) < 2:
+        raise ValueError(
+            f"data is {run.data!r}, which has no directories for languages; it must "
+            "have two or more"
+        )
+    return text.read(run)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +11,10 @@ from rich.table import Table
 
 from headwise.analysis.spread import with_spread
 from headwise.hf.auto import Routed
-from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
-from headwise.recipes.directory import RunDirectory
-from headwise.recipes.results import environment
-from headwise.recipes.table import Row, in_markdown, write_csv
-from headwise.recipes.tuning import TuningRun
+from headwise.training.distillation import RecoveringTrainer
+from headwise.training.table import Row, in_markdown, write_csv
 
 LEGEND = "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's."
 _OVER_RUNS = (
@@ -40,15 +37,15 @@ class Point(NamedTuple):
     tokens_per_second: int | None
 
 
-def points(run: TuningRun, stage: str, model: Any, trainer: RecoveringTrainer) -> list[Point]:
+def points(
+    stage: str, model: Any, trainer: RecoveringTrainer, *, tokens_before: int
+) -> list[Point]:
     """The evaluations of a stage, by step; shares of heads are means over the layers."""
     shared, active = _shares(model)
-    per_step = run.batch_size * run.sequence_length
-    before = run.dense.steps * per_step if stage == "routed" else 0
     evaluations = {int(x["step"]): x for x in trainer.state.log_history if "eval_loss" in x}
     return [
         Point(
-            stage, shared, active, step, before + step * per_step,
+            stage, shared, active, step, tokens_before + step * trainer.speed.per_step,
             round(x["eval_perplexity"], 4), round(x["eval_recovery"], 2),
             round(math.exp(trainer.original_loss), 4),
             trainer.speed.rounded(),
@@ -66,30 +63,20 @@ def _shares(model: Any) -> tuple[float, float]:
     return statistics.fmean(shared), statistics.fmean(b.active_share for b in budgets)
 
 
-def report(run: TuningRun, evaluations: Sequence[Point]) -> None:
-    """Write results.csv and recovery.png, and print the table."""
+def report(rows: Sequence[Row], output: Path, models: Mapping[str, Path]) -> None:
+    """Write results.csv and recovery.png; print the table and where the stages' models lie."""
     from headwise.analysis.plots import recovery_curves
 
-    rows: list[Row] = [
-        {
-            "model": Path(run.path).name,
-            "seed": run.seed,
-            "distill": run.distill if point.stage == "routed" else 0.0,
-            **point._asdict(),
-            **environment(run.precision),
-        }
-        for point in evaluations
-    ]
-    write_csv(run.output / "results.csv", rows)
-    recovery_curves(rows).savefig(run.output / "recovery.png", dpi=150)
+    write_csv(output / "results.csv", rows)
+    recovery_curves(rows).savefig(output / "recovery.png", dpi=150)
     columns, cells = comparison(rows)
     table = Table(*columns, box=SIMPLE_HEAD, caption=LEGEND)
     for line in cells:
         table.add_row(*line)
     plain_console().print(table)
-    for stage in dict.fromkeys(point.stage for point in evaluations):
-        print(f"{stage}: {RunDirectory(run.output).model(stage, run.seed)}")
-    print(f"curve: {run.output / 'recovery.png'}")
+    for stage, directory in models.items():
+        print(f"{stage}: {directory}")
+    print(f"curve: {output / 'recovery.png'}")
 
 
 def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig
 from headwise.nn import HeadBudget
-from headwise.recipes.comparison import TextRun, Variant
-from headwise.recipes.image_run import ImageRun
-from headwise.recipes.text import domain_names
-from headwise.recipes.variants import fine_grained_moe, mh_moe, sparse_moe
+from headwise.recipes.images import ImageRun
+from headwise.recipes.layered import fine_grained_moe, mh_moe, sparse_moe
+from headwise.recipes.text import TextRun, domain_names
+from headwise.training.comparison import Variant
 
 
 class Study(NamedTuple):

@@ -1,4 +1,4 @@
-"""Language models on text: a run's text in tokens, and what is trained and measured on it."""
+"""Language models of Llama's layout on text: what recipes and studies of text share."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from headwise.data.mixtures import find_mixture
 from headwise.data.sources import Source, sample_domains
@@ -18,26 +23,29 @@ from headwise.data.text import (
     END_OF_TEXT,
     Domain,
     MixedBlocks,
+    check_exponent,
     load_text,
     subdirectories,
     tokenize,
     train_tokenizer,
 )
+from headwise.loading import load_causal_lm
+from headwise.memory import check_memory
+from headwise.parity import count_flops
 from headwise.progress import followed
-from headwise.recipes.comparison import TextRun, Variant
-from headwise.recipes.directory import RunDirectory, fingerprint
-from headwise.recipes.evaluation import (
+from headwise.recipes.layered import LayeredRun, convert_variant, equal_width
+from headwise.training.comparison import Examples, Sample, Scores, Task, Variant
+from headwise.training.directory import RunDirectory, fingerprint
+from headwise.training.evaluation import (
     RoutingStatistics,
     Tokens,
     file_losses,
     perplexity,
     routed_text,
 )
-from headwise.recipes.generation import continue_text
-from headwise.recipes.loading import load_causal_lm
-from headwise.recipes.speed import Timed, time_models
-from headwise.recipes.task import Examples, Sample, Scores, Task
-from headwise.recipes.variants import build_model, model_flops, model_width
+from headwise.training.fields import check_at_least, check_text
+from headwise.training.generation import continue_text
+from headwise.training.speed import Timed, time_models
 
 _CURVE_FILES = 16  # of each domain
 _PASSAGE_TOKENS = 160
@@ -46,7 +54,56 @@ _NEW_TOKENS = 160
 _HELD_OUT, _FOR_TOKENIZER = 200, 2000
 
 
-def read_text(run: TextRun) -> "TextTask":
+@dataclass(frozen=True, kw_only=True)
+class TextRun(LayeredRun):
+    """Language models, of Llama's layout, that are compared on text.
+
+    Attributes:
+        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
+            mixture of datasets to stream: "moh-llm", "red-pajama", or a file of sources whose name
+            ends in .mixture.json.
+        vocab_size: Entries of the tokenizer that is trained on the text.
+        sequence_length: Tokens that a model sees at once.
+        domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
+        eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        sample_prompt: What the best model continues in the report.
+        speed_contexts: Tokens of context at which the dense model and the one with routed heads are
+            timed after training, where the run has both; empty leaves it out.
+    """
+
+    output: Path = Path("runs/lm")
+    vocab_size: int = 4096
+    sequence_length: int = 256
+    domain_exponent: float = 0.5
+    eval_blocks_per_file: int = 4
+    sample_prompt: str = "def "
+    speed_contexts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
+        check_at_least(2, "sequence_length", self.sequence_length)
+        check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
+        check_exponent("domain_exponent", self.domain_exponent)
+        check_text("sample_prompt", self.sample_prompt)
+        for context in self.speed_contexts:
+            check_at_least(1, "speed_contexts", context)
+            check_memory(8 * context, "the tokens to time", speed_contexts=context)
+        embeddings = 4 * self.vocab_size * self.dim
+        check_memory(embeddings, "the embeddings", vocab_size=self.vocab_size, dim=self.dim)
+        super().__post_init__()
+        if (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
+            )
+
+    def least_numbers(self) -> tuple[int, dict[str, object]]:
+        """Every layer keeps its input of each token, for the backward pass."""
+        numbers, fields = super().least_numbers()
+        length = self.sequence_length
+        return length * numbers, {"sequence_length": length, **fields}
+
+
+def read(run: TextRun) -> "TextTask":
     """The text that `run.data` names, and a tokenizer trained on it.
 
     Raises:
@@ -80,18 +137,6 @@ def read_text(run: TextRun) -> "TextTask":
         },
         mixture=None if sources is None else (sources, domains),
     )
-
-
-def domain_names(data: str | None) -> list[str]:
-    """The names of the domains that `read_text` finds, before anything is read."""
-    if (sources := find_mixture(data)) is not None:
-        return [source.name for source in sources]
-    if data is None:
-        return ["code", "prose"]
-    path = Path(data)
-    if not path.is_dir():
-        return [path.stem if path.is_file() else data]
-    return [p.name for p in subdirectories(path)] or [path.name]
 
 
 @dataclass(frozen=True)
@@ -129,7 +174,7 @@ class TextTask(Task):
         return tokens | ({} if self.mixture is None else {"mixture": repr(self.mixture[0])})
 
     def check(self) -> None:
-        variants = self.run.chosen()
+        variants = self.run.selected()
         for variant in variants:
             model_width(self.run, variant, vocab_size=len(self.tokenizer))
         for variant in {variant.train_on: variant for variant in variants}.values():
@@ -217,7 +262,7 @@ class TextTask(Task):
         }
 
     def speed(self, directory: RunDirectory) -> Timed | None:
-        variants, seed = self.run.chosen(), self.run.seeds[0]
+        variants, seed = self.run.selected(), self.run.seeds[0]
         alike = [v for v in variants if v.mlp is None and not v.ternary]
         dense = next((v for v in alike if v.attention is None), None)
         routed = next((v for v in alike if v.attention is not None), None)
@@ -248,6 +293,68 @@ class TextTask(Task):
                 f"sequence_length = {self.length}"
             )
         return tokens
+
+
+def build_model(run: TextRun, variant: Variant, *, vocab_size: int, seed: int) -> PreTrainedModel:
+    """The language model of a variant, with the FLOPs per token of the run's `cost_of`.
+
+    Raises:
+        ValueError: If no width of the dense MLPs gives that cost.
+    """
+    width = model_width(run, variant, vocab_size=vocab_size)
+    torch.manual_seed(seed)
+    return _assemble(run, variant, width, vocab_size, device="cpu")
+
+
+def model_width(run: TextRun, variant: Variant, *, vocab_size: int) -> int:
+    """The width of a variant's dense MLPs. Nothing is built but on the meta device.
+
+    Raises:
+        ValueError: If no width gives that cost, or the model cannot be built.
+    """
+
+    def flops(variant: Variant, width: int) -> float:
+        return model_flops(run, _assemble(run, variant, width, vocab_size))
+
+    width = equal_width(run, variant, flops)
+    _assemble(run, variant, width, vocab_size)
+    return width
+
+
+def model_flops(run: TextRun, model: PreTrainedModel) -> float:
+    """Of a forward, per token, by formula."""
+    return sum(count_flops(model, sequence_length=run.sequence_length).values())
+
+
+def _assemble(
+    run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
+) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=run.dim,
+        intermediate_size=mlp_dim,
+        num_hidden_layers=run.num_layers,
+        num_attention_heads=run.num_heads,
+        max_position_embeddings=run.sequence_length,
+        initializer_range=run.initial_deviation,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.device(device):
+        return convert_variant(run, variant, LlamaForCausalLM(config))
+
+
+def domain_names(data: str | None) -> list[str]:
+    """The names of the domains that `read` finds, before anything is read."""
+    if (sources := find_mixture(data)) is not None:
+        return [source.name for source in sources]
+    if data is None:
+        return ["code", "prose"]
+    path = Path(data)
+    if not path.is_dir():
+        return [path.stem if path.is_file() else data]
+    return [p.name for p in subdirectories(path)] or [path.name]
 
 
 def _passage(files: dict[str, Tokens]) -> Tokens:

@@ -1,28 +1,145 @@
-"""Carrying out a tuning run: the original measured, every head on, heads routed. It resumes."""
+"""Tuning a converted model until it does with some heads what it did with all. It resumes."""
 
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
+import tyro
 from accelerate import PartialState
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
+from headwise.data.text import MixedBlocks, check_exponent, load_text, tokenize
+from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
 from headwise.errors import reading
 from headwise.files import write_manifest, write_whole
 from headwise.hf.auto import Routed
-from headwise.hf.distillation import RecoveringTrainer
+from headwise.hf.card import model_card
 from headwise.hf.original import original_of
+from headwise.loading import check_length, load_causal_lm, load_tokenizer
+from headwise.ops.choice import check_choice
 from headwise.recipes import recovery
-from headwise.recipes.arguments import Stage, begin, training_arguments
-from headwise.recipes.card import model_card
-from headwise.recipes.directory import RunDirectory, fingerprint
-from headwise.recipes.loading import check_length, load_causal_lm, load_tokenizer
 from headwise.recipes.recovery import Point
-from headwise.recipes.tuning import TuningRun
-from headwise.recipes.tuning_text import held_out_blocks, load_tokens, training_blocks
+from headwise.training.arguments import prepare, training_arguments
+from headwise.training.directory import RunDirectory, fingerprint
+from headwise.training.distillation import RecoveringTrainer
+from headwise.training.fields import Stage, TrainingRun, check_at_least
+from headwise.training.record import environment
+from headwise.training.table import Row
+
+Schedule = Literal["small", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRun(TrainingRun):
+    """Tune a model with routed heads, in the paper's two stages: every head on, then routed.
+
+    A model that is not converted goes through the first stage only: something to compare with.
+
+    Attributes:
+        path: Directory of the model, as `headwise convert` or `save_pretrained` left it.
+        schedule: Says what the other fields default to: small (300 steps on the routed heads,
+            minutes on a laptop for a small model) or paper (LLaMA3-8B as in the MoH paper, in two
+            stages).
+        data: Text: a file, a directory, or a Hugging Face dataset's name; or a .parquet file with a
+            column "input_ids", as `headwise write-text` writes it. Without it, the text that every
+            Python carries.
+        original: Directory of the model to be as good as, and to learn from; it must have the same
+            tokenizer. Without it, the model in path itself, as it is, with every head on.
+        dense: The first stage, every head on: adapts the model to the text.
+        routed: The second stage, heads routed, the router's gradient straight through the choice.
+        distill: Factor of the divergence from the original in the second stage's loss; 0 for none.
+        batch_size: Sequences of a step, over all processes.
+        device_batch_size: Sequences that a process takes at a time; without it all of its share.
+        sequence_length: Tokens of a sequence.
+        activation_checkpointing: Compute activations again in the backward pass, to save memory.
+        domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
+        eval_blocks: Held-out sequences that perplexity is measured on.
+        log_every: Steps between two lines of progress.
+        eval_every: Steps between two points of the recovery curve.
+        seed: Seed of the order of the text.
+    """
+
+    everyday: ClassVar[tuple[str, ...]] = (
+        "path", "output", "schedule", "data", "original", "distill", "batch_size",
+        "sequence_length", "resume", "overwrite",
+    )  # fmt: skip
+
+    path: Annotated[str, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    schedule: Schedule = "small"
+    original: str | None = None
+    dense: Stage
+    routed: Stage
+    distill: float
+    sequence_length: int
+    activation_checkpointing: bool = False
+    domain_exponent: float = 0.5
+    eval_blocks: int = 64
+    eval_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, Schedule)
+        super().__post_init__()
+        check_at_least(1, "eval_blocks", self.eval_blocks)
+        check_at_least(2, "sequence_length", self.sequence_length)
+        if not self.distill >= 0:
+            raise ValueError(f"distill is {self.distill}; it must be at least 0")
+        check_exponent("domain_exponent", self.domain_exponent)
+        if self.total_steps == 0:
+            raise ValueError("dense.steps and routed.steps are both 0; there is nothing to train")
+
+    @property
+    def total_steps(self) -> int:
+        return self.dense.steps + self.routed.steps
+
+    def least_numbers(self) -> tuple[int, dict[str, object]]:
+        return self.sequence_length, {"sequence_length": self.sequence_length}
+
+
+def small(path: str, output: Path) -> TuningRun:
+    """Minutes on a laptop for a small model: routed stage only, with distillation."""
+    return TuningRun(
+        path=path,
+        output=output,
+        dense=Stage(steps=0, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
+        routed=Stage(steps=300, learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20),
+        distill=10.0,
+        batch_size=8,
+        sequence_length=256,
+    )
+
+
+def paper(path: str, output: Path) -> TuningRun:
+    """LLaMA3-8B as in the MoH paper: 300B tokens with every head on, then 100B routed.
+
+    **Source**: arXiv 2410.11842, section 4.4 and appendix. Batches of 16M tokens, in sequences of
+    8192; no distillation. **Deviates**: the vocabulary stays as it is; the paper enlarges it in
+    the first stage.
+    """
+    return TuningRun(
+        path=path,
+        output=output,
+        schedule="paper",
+        dense=Stage(steps=17_881, learning_rate=6e-5, final_learning_rate=6e-6, warmup_steps=50),
+        routed=Stage(steps=5_960, learning_rate=2e-5, final_learning_rate=1e-6, warmup_steps=50),
+        distill=0.0,
+        batch_size=2048,
+        device_batch_size=1,
+        sequence_length=8192,
+        precision="bf16",
+        activation_checkpointing=True,
+        eval_every=100,
+    )
+
+
+SCHEDULES = {"small": small, "paper": paper}
+
 
 _POINTS_FILE = "recovery.json"
 
@@ -45,7 +162,7 @@ def tune(run: TuningRun) -> None:
         ValueError: For a model, text or directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    state, directory = begin(run)
+    state, directory = prepare(run)
     model, tokenizer = _load(run.path), load_tokenizer(run.path)
     if not isinstance(model, Routed) and not run.dense.steps:
         raise ValueError(
@@ -54,16 +171,18 @@ def tune(run: TuningRun) -> None:
         )
     check_length("sequence_length", run.sequence_length, model, run.path)
     original = _original(run, model, tokenizer)
-    text = load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
-    dense_blocks, routed_blocks = training_blocks(run, text)
-    setting = _Setting(run, directory, state, tokenizer, held_out_blocks(run, text), original)
+    text = _load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
+    dense_blocks, routed_blocks = _training_blocks(run, text)
+    setting = _Setting(run, directory, state, tokenizer, _held_out_blocks(run, text), original)
     main = state.is_main_process
     sums = fingerprint({name: [stream] for name, stream in text.training.items()})
-    with directory.claim(run, sums) if main else nullcontext():
+    with directory.held_by(run, sums) if main else nullcontext():
         state.wait_for_everyone()
         points = _train_stages(setting, model, dense_blocks, routed_blocks)
         if main:
-            recovery.report(run, points)
+            stages = dict.fromkeys(point.stage for point in points)
+            models = {stage: directory.model(stage, run.seed) for stage in stages}
+            recovery.report(_rows(run, points), run.output, models)
 
 
 def _train_stages(
@@ -117,7 +236,8 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
     if trainer.state.global_step % run.eval_every:
         trainer.evaluate()
-    points = recovery.points(run, name, model, trainer)
+    before = run.dense.steps * trainer.speed.per_step if name == "routed" else 0
+    points = recovery.points(name, model, trainer, tokens_before=before)
     # Gathered from shards, tied weights come as copies of each other.
     gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {k: v for k, v in gathered.items() if k not in model.all_tied_weights_keys}
@@ -136,6 +256,19 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
         write_whole(finished, save)
     state.wait_for_everyone()
     return points
+
+
+def _rows(run: TuningRun, points: list[Point]) -> list[Row]:
+    return [
+        {
+            "model": Path(run.path).name,
+            "seed": run.seed,
+            "distill": run.distill if point.stage == "routed" else 0.0,
+            **point._asdict(),
+            **environment(run.precision),
+        }
+        for point in points
+    ]
 
 
 def _card(run: TuningRun, directory: Path, model: Any, points: list[Point]) -> str:
@@ -161,7 +294,7 @@ def _trainer(
         args=training_arguments(
             run, stage, seed=run.seed, state=setting.state,
             checkpoints=directory.checkpoints(name, run.seed), name=f"{run.output.name}-{name}",
-            eval_on_start=True,
+            eval_on_start=True, activation_checkpointing=run.activation_checkpointing,
         ),
         train_dataset=blocks,
         eval_dataset=setting.held_out,
@@ -171,3 +304,85 @@ def _trainer(
         original=setting.original,
         distill=run.distill if name == "routed" else 0.0,
     )  # fmt: skip
+
+
+class _Text(NamedTuple):
+    """Tokens by domain: a stream to train on, and one held out."""
+
+    training: dict[str, Tokens]
+    held_out: dict[str, Tokens]
+
+
+def _load_tokens(
+    run: TuningRun, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> _Text:
+    """The tokens of `run.data`.
+
+    Raises:
+        ValueError: If there is no text or no tokenizer for it, or its tokens are not the model's.
+    """
+    if run.data is not None and Path(run.data).suffix == TOKEN_FILE:
+        text = _of_token_file(Path(run.data), run.sequence_length)
+    elif tokenizer is None:
+        raise ValueError(
+            f"{run.path} has no tokenizer, and text needs one; save one beside it, or give data "
+            "that `headwise write-text` wrote"
+        )
+    else:
+        text = _of_text(run.data, tokenizer)
+    for stream in (*text.training.values(), *text.held_out.values()):
+        check_tokens(stream, vocab_size, run.path)
+    return text
+
+
+def _training_blocks(run: TuningRun, text: _Text) -> tuple[Dataset, Dataset]:
+    """The sequences of the dense stage, then those of the routed one, which go on from there."""
+    blocks = MixedBlocks(
+        text.training,
+        sequence_length=run.sequence_length,
+        num_blocks=(run.dense.steps + run.routed.steps) * run.batch_size,
+        exponent=run.domain_exponent,
+        seed=run.seed,
+    )
+    first = run.dense.steps * run.batch_size
+    return Subset(blocks, range(first)), Subset(blocks, range(first, len(blocks)))
+
+
+def _held_out_blocks(run: TuningRun, text: _Text) -> list[dict[str, torch.Tensor]]:
+    """`run.eval_blocks` sequences, spread evenly over what is held out."""
+    length = run.sequence_length
+    blocks = [
+        stream[start : start + length]
+        for stream in text.held_out.values()
+        for start in range(0, len(stream) - length + 1, length)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"sequence_length is {length}, longer than all that is held out of data = {run.data}"
+        )
+    picks = np.linspace(0, len(blocks) - 1, min(run.eval_blocks, len(blocks))).round().astype(int)
+    ids = [torch.from_numpy(blocks[i].astype(np.int64)) for i in picks]
+    return [{"input_ids": block, "labels": block} for block in ids]
+
+
+def _of_text(data: str | None, tokenizer: PreTrainedTokenizerBase) -> _Text:
+    domains = load_text(data)
+    fast, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    return _Text(
+        training={d.name: tokenize(fast, d.training.values(), end=end) for d in domains},
+        held_out={d.name: tokenize(fast, d.validation.values(), end=end) for d in domains},
+    )
+
+
+def _of_token_file(file: Path, length: int) -> _Text:
+    """Each row is cut into whole sequences; every tenth row is held out."""
+    rows = token_rows(file)
+    cut = [row[: len(row) // length * length] for row in rows]
+    held_out, training = cut[::10], [row for i, row in enumerate(cut) if i % 10]
+    if not training or not sum(map(len, training)):
+        longest = max(map(len, rows), default=0)
+        raise ValueError(
+            f"sequence_length is {length}, but {file} has rows of at most {longest} tokens; give "
+            f"--sequence-length {longest} or less, and at least two such rows"
+        )
+    return _Text({file.stem: np.concatenate(training)}, {file.stem: np.concatenate(held_out)})

@@ -2,12 +2,38 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from headwise.data.augmentation import check_augmentation
-from headwise.recipes.arguments import check_at_least
-from headwise.recipes.image_run import ImageRun
-from headwise.recipes.task import Task
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
+
+from headwise.analysis.image_records import RoutedImage
+from headwise.data.augmentation import Augmentation, check_augmentation
+from headwise.data.images import ImageSet, load_images
+from headwise.data.text import draw
+from headwise.hf import record_routing
+from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
+from headwise.nn import HeadBudget
+from headwise.parity import count_flops
+from headwise.recipes.images import (
+    ImageRun,
+    LabelledImages,
+    check_classes,
+    class_fields,
+    labels_of,
+    only,
+)
+from headwise.training.comparison import Examples, Scores, Task, Variant
+from headwise.training.directory import fingerprint
+from headwise.training.evaluation import RoutingStatistics, count_hits
+from headwise.training.fields import check_at_least, check_batch_size
+from headwise.training.pictures import routed_images
+from headwise.training.trainer import SafeTrainer
+
+_CURVE_IMAGES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +101,176 @@ class VisionRun(ImageRun):
     def title(self) -> str:
         return "Image classifiers with all heads and with some"
 
-    def read(self) -> Task:
-        # Not above: help on a recipe's fields shall not wait for what reads images.
-        from headwise.recipes.vit_task import read_images
 
-        return read_images(self)
+def read(run: VisionRun) -> "VisionTask":
+    """Load the images that `run.data` names.
+
+    Raises:
+        ValueError: If they cannot be used, or have no classes, or a class has no image.
+    """
+    training, validation = load_images(run.data, image_size=run.image_size)
+    check_classes(run.data, training)
+    check_batch_size(run.batch_size, len(training))
+    picks = np.linspace(0, len(validation) - 1, min(run.eval_images, len(validation)))
+    return VisionTask(run, training, validation.take(picks.round().astype(int).tolist()))
 
 
-def vit() -> VisionRun:
-    """TransNeXt and MoH-ViT, small ones, on handwritten digits or images of your own."""
-    return VisionRun()
+@dataclass(frozen=True)
+class VisionTask(Task):
+    """Images and their classes.
+
+    Attributes:
+        run: Whose data they are.
+        training, validation: Images with labels.
+    """
+
+    run: VisionRun
+    training: ImageSet
+    validation: ImageSet
+    unit = "image"
+    loss_unit = "nats per image"
+
+    @property
+    def processor(self) -> Any:
+        _, channels, size, _ = self.training.pixels.shape
+        half = [0.5] * channels
+        return PvtImageProcessorPil(
+            size={"height": size, "width": size}, image_mean=half, image_std=half
+        )
+
+    @property
+    def length(self) -> int:
+        return 1
+
+    def fingerprint(self) -> dict[str, str]:
+        parts = {"training": self.training, "validation": self.validation}
+        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
+
+    def check(self) -> None:
+        self._augmentation()
+        with torch.device("meta"):
+            for variant in self.run.selected():
+                TransNeXtForImageClassification(self.config(variant.attention))
+
+    def model(self, variant: Variant, seed: int) -> TransNeXtForImageClassification:
+        torch.manual_seed(seed)
+        return TransNeXtForImageClassification(self.config(variant.attention))
+
+    def config(self, attention: Any) -> TransNeXtConfig:
+        """Sizes of a variant. Patches are those of the size, but an eighth of the image at most."""
+        run, (_, channels, size, _) = self.run, self.training.pixels.shape
+        dense = TransNeXtConfig.preset(run.preset)
+        changes: dict[str, Any] = {
+            "image_size": size,
+            "pretrain_size": size,
+            "num_channels": channels,
+            "patch_size": run.patch_size or max(1, min(dense.patch_size, size // 8)),
+            **class_fields(self.training),
+        }
+        if run.drop_path is not None:
+            changes["drop_path_rate"] = run.drop_path
+        if attention is not None:
+            budgets = [
+                HeadBudget.resolve(heads, shared=attention.shared, active=attention.active)
+                for heads in dense.num_heads
+            ]
+            changes["shared_heads"] = [budget.shared_heads for budget in budgets]
+            changes["active_heads"] = [budget.active_heads for budget in budgets]
+            changes["balance_coefficient"] = attention.balance_coefficient
+        return TransNeXtConfig.preset(run.preset, **changes)
+
+    def flops(self, model: TransNeXtForImageClassification) -> float:
+        return sum(count_flops(model, image_size=model.config.image_size).values())
+
+    def example(self, model: TransNeXtForImageClassification) -> dict[str, Tensor]:
+        shape = self.training.pixels.shape[1:]
+        return {"pixel_values": torch.zeros(1, *shape, device=model.device)}
+
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """Images to train on, each once before one comes again; some of the held-out ones."""
+        run = self.run
+        order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
+        count = min(_CURVE_IMAGES, len(self.validation))
+        curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
+        training, validation = self.training, self.validation
+        return (
+            LabelledImages(training.pixels, labels_of(training), order),
+            LabelledImages(validation.pixels, labels_of(validation), curve),
+        )
+
+    def trainer(self, **arguments: Any) -> SafeTrainer:
+        return ImageTrainer(augmentation=self._augmentation(), **arguments)
+
+    def _augmentation(self) -> Augmentation:
+        run = self.run
+        return Augmentation(
+            len(self.training.classes),
+            flip=run.flip,
+            rand_augment=run.rand_augment,
+            erase=run.erase,
+            mixup=run.mixup,
+            cutmix=run.cutmix,
+            smoothing=run.smoothing,
+        )
+
+    @torch.no_grad()
+    def score(self, model: Any) -> Scores:
+        """Accuracy on the held-out images, and for which classes heads are on."""
+        model.eval()
+        statistics = RoutingStatistics(model)
+        images = self.validation
+        everything = LabelledImages(images.pixels, labels_of(images), np.arange(len(images)))
+        hits = torch.zeros(2, dtype=torch.int64)
+        with record_routing(model) as routings:
+            for batch in DataLoader(everything, batch_size=self.run.batch_size):
+                batch = {name: x.to(model.device) for name, x in batch.items()}
+                labels = batch["labels"]
+                logits = model(in_model_range(batch["pixel_values"].float() / 255)).logits
+                hits += count_hits(logits, labels)
+                for label in labels.unique().tolist():
+                    statistics.add(self.training.classes[label], only(routings, labels == label))
+        top1, top5 = (100 * hits / len(self.validation)).tolist()
+        return Scores(
+            {"top1": top1, "top5": top5},
+            statistics.head_loads(),
+            None,
+            texts=[],
+            images=self._images(model),
+        )
+
+    def _images(self, model: Any) -> list[RoutedImage]:
+        def see(picks: list[int]) -> None:
+            pixels = torch.from_numpy(self.validation.pixels[picks]).to(model.device)
+            model(in_model_range(pixels.float() / 255))
+
+        return routed_images(model, self.validation, labels_of(self.validation), see)
+
+    def facts(self) -> dict[str, str]:
+        _, channels, size, _ = self.training.pixels.shape
+        return {
+            "Images": self.run.data or "scikit-learn's handwritten digits",
+            "Of": f"{len(self.training.classes)} classes, {size} × {size} pixels, "
+            + ("grey" if channels == 1 else "in colour"),
+            "Number": f"{len(self.training)} to train on, {len(self.validation)} held out",
+        }
+
+
+class ImageTrainer(SafeTrainer):
+    """Changes images at random, on their device, before the model trains on them."""
+
+    def __init__(self, *args: Any, augmentation: Augmentation, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.augmentation = augmentation
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Of images in uint8 and labels."""
+        images, labels = inputs["pixel_values"].float() / 255, inputs["labels"]
+        if model.training:
+            images, labels = self.augmentation(images, labels)
+        changed = {"pixel_values": in_model_range(images), "labels": labels}
+        return super().compute_loss(model, changed, *args, **kwargs)
+
+
+def in_model_range(images: Tensor) -> Tensor:
+    """0..1 → -1..1, as the image processor does."""
+    return 2 * images - 1

@@ -1,0 +1,1 @@
+"""The commands, a module each: `main(argv)` parses its arguments and calls what does the work."""

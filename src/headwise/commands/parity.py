@@ -1,0 +1,149 @@
+"""`headwise parity`: MH-MoE layers that cost what a sparse mixture of experts does."""
+
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from headwise.parity import Match, Mixture, match_sparse_moe
+from headwise.parsing import parsed
+from headwise.progress import plain_console
+
+COLUMNS = ("heads", "s", "k", "f", "E", "MFLOPs", "ratio", "params (M)", "ratio")
+LEGEND = (
+    "sparse: the sparse MoE; s: width of a sub-token; k: experts of each; f: hidden width of an "
+    "expert; E: experts; exact → rounded. MFLOPs: per token. Ratios: to the sparse MoE. Without "
+    "routers."
+)
+
+# Of the ratio of parameters from 1.
+_FAR = 0.1
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    print_parity(parsed(ParityRun, argv, "headwise parity"))
+
+
+@dataclass(frozen=True)
+class ParityRun:
+    """Print the MH-MoE layers that cost what a sparse mixture of experts does.
+
+    The other way round is a function: headwise.parity.match_mh_moe.
+
+    Attributes:
+        dim: Width of the tokens.
+        num_experts: Experts of the sparse MoE.
+        top_k: Experts that its tokens go to.
+        expert_dim: Hidden width of its experts.
+        heads: Numbers of sub-tokens to try; each divides dim.
+        top_k_mh: Experts that a sub-token goes to; without it heads · top_k, as in the paper.
+        glu: Gated experts (three matrices) on both sides, or plain ones (two).
+        multiple_of: The MH-MoE's expert_dim is rounded to a multiple of this.
+        experts_multiple_of: Its num_experts is rounded to a multiple of this; the paper's are of 8.
+    """
+
+    dim: int
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    heads: tuple[int, ...]
+    top_k_mh: int | None = None
+    glu: bool = True
+    multiple_of: int = 8
+    experts_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            raise ValueError("heads is empty; give at least one number")
+
+    @property
+    def sparse(self) -> Mixture:
+        """The sparse MoE to match."""
+        return Mixture(self.dim, self.num_experts, self.top_k, self.expert_dim, glu=self.glu)
+
+    def match(self, heads: int) -> Match:
+        """The MH-MoE of that many heads; a ValueError says why there is none."""
+        return match_sparse_moe(
+            self.dim,
+            self.num_experts,
+            self.top_k,
+            self.expert_dim,
+            heads=heads,
+            top_k_mh=self.top_k_mh,
+            glu=self.glu,
+            multiple_of=self.multiple_of,
+            experts_multiple_of=self.experts_multiple_of,
+        )
+
+
+def print_parity(run: ParityRun) -> None:
+    """Print a row for the sparse MoE and one for each number of heads, what was rounded below.
+
+    Raises:
+        ValueError: If no number of heads is possible, with the reasons.
+    """
+    cells, notes = comparison(run)
+    table = Table(COLUMNS[0], box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.caption = LEGEND
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    console = plain_console()
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+def comparison(run: ParityRun) -> tuple[list[list[str]], list[str]]:
+    """A row of cells each, see `COLUMNS`; and notes: what was rounded, why there is no such layer.
+
+    Raises:
+        ValueError: If no number of heads is possible, with the reasons.
+    """
+    sparse = run.sparse
+    cells = [["sparse", *_sizes(sparse), *_cost(sparse, sparse)]]
+    notes, reasons = [], []
+    for heads in run.heads:
+        name = f"{heads} head{'' if heads == 1 else 's'}"
+        try:
+            match = run.match(heads)
+        except ValueError as error:
+            cells.append([str(heads), "", "", "impossible", "", "", "", "", ""])
+            notes.append(f"{name}: {error}")
+            reasons.append(str(error))
+            continue
+        sizes = _sizes(match.found, match.exact_expert_dim, match.exact_num_experts)
+        cells.append([str(heads), *sizes, *_cost(match.found, sparse)])
+        notes += [f"{name}: {note}" for note in match.rounded]
+        ratio = match.found.parameters / sparse.parameters
+        if abs(ratio - 1) > _FAR:
+            notes.append(
+                f"{name}: {ratio:.2f} times the sparse MoE's parameters is no parity; round to less"
+            )
+    if len(reasons) == len(run.heads):
+        raise ValueError("; ".join(dict.fromkeys(reasons)))
+    return cells, notes
+
+
+def _sizes(found: Mixture, width: float | None = None, experts: float | None = None) -> list[str]:
+    return [
+        str(found.sub_dim),
+        str(found.top_k),
+        _rounded(width, found.expert_dim),
+        _rounded(experts, found.num_experts),
+    ]
+
+
+def _rounded(exact: float | None, value: int) -> str:
+    return str(value) if exact in (None, value) else f"{exact:.2f} → {value}"
+
+
+def _cost(found: Mixture, sparse: Mixture) -> list[str]:
+    return [
+        f"{found.flops / 1e6:.3f}",
+        f"{found.flops / sparse.flops:.3f}",
+        f"{found.parameters / 1e6:.3f}",
+        f"{found.parameters / sparse.parameters:.3f}",
+    ]

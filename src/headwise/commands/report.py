@@ -1,0 +1,31 @@
+"""`headwise report`: the page of a finished run, drawn again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from headwise.analysis.records import from_json
+from headwise.analysis.report import render_report, write_page
+from headwise.errors import reading
+from headwise.parsing import called
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    called(report, argv, "headwise report")
+
+
+def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Draw the page of a finished run again, from its record.json.
+
+    Args:
+        directory: Directory of the run, for example runs/lm.
+    """
+    file = directory / "record.json"
+    if not file.is_file():
+        raise ValueError(f"{directory} holds no finished run (no record.json)")
+    # Values that do not fit are found out as they are drawn.
+    with reading(file):
+        page = render_report(from_json(file.read_text()))
+    print(write_page(page, directory / "report.html"))

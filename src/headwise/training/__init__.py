@@ -1,0 +1,1 @@
+"""What recipes share: fields, comparison and task, training, the run's directory and record."""

@@ -1,0 +1,249 @@
+"""A comparison: models trained on the same data in the same way, and what a recipe adds to that.
+
+A recipe is the fields of a run (`ComparisonRun`), which say what is trained, and a task (`Task`),
+which holds the data and builds, trains and measures one model. `training.train` gets both.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from headwise.analysis.image_records import RoutedImage, SampleGrid
+from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
+from headwise.hf import MoEConfig, MoHConfig
+from headwise.memory import check_memory
+from headwise.training.directory import RunDirectory
+from headwise.training.fields import Stage, TrainingRun, check_at_least, check_seed
+from headwise.training.speed import Timed
+from headwise.training.trainer import SafeTrainer
+
+_OF_A_PROCESS = 2**27  # bytes: torch alone needs more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model of a comparison: a dense one, and what becomes of its attention and MLPs.
+
+    Attributes:
+        name: In files and rows ("mh_moe").
+        label: For people ("MH-MoE").
+        attention: What `convert` makes of every attention; None leaves it.
+        mlp: What `convert` puts for MLPs; None leaves them.
+        ternary: Whether all linear maps of its layers have ternary weights (BitNet b1.58).
+        train_on: Domains that it trains on; all of them if empty. It is scored on all.
+        position: Where it stands on the axis of a study that has one.
+    """
+
+    name: str
+    label: str
+    attention: MoHConfig | None = None
+    mlp: MoEConfig | None = None
+    ternary: bool = False
+    train_on: tuple[str, ...] = ()
+    position: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRun(TrainingRun):
+    """Models that are trained on the same data in the same way, and compared.
+
+    Attributes:
+        models: Which of the models to train, by name; all of them if empty.
+        seeds: Each model is trained once with each.
+        workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
+            on its share of the processor's cores.
+        balance_coefficient: Factor of the balance losses.
+        steps: Optimizer steps.
+        learning_rate: Peak, reached after warmup_steps, cosine to a tenth of it.
+        warmup_steps: Steps of linear warmup.
+    """
+
+    everyday: ClassVar[tuple[str, ...]] = (
+        "output", "data", "models", "seeds", "workers", "steps", "batch_size", "learning_rate",
+        "resume", "overwrite",
+    )  # fmt: skip
+
+    models: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    workers: int = 1
+    balance_coefficient: float = 0.01
+    steps: int = 400
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup_steps: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one entry")
+        for field_name in ("models", "seeds"):
+            values = getattr(self, field_name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field_name} is {values}; each entry may occur once")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
+        super().__post_init__()
+        for name in ("steps", "workers"):
+            check_at_least(1, name, getattr(self, name))
+        check_memory(_OF_A_PROCESS * self.workers, "the processes", workers=self.workers)
+        check_at_least(0, "warmup_steps", self.warmup_steps)
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        self.selected()
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+    @property
+    def final_learning_rate(self) -> float:
+        """At the last step."""
+        return self.learning_rate / 10
+
+    @property
+    def stage(self) -> Stage:
+        """All of the training."""
+        return Stage(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            final_learning_rate=self.final_learning_rate,
+            warmup_steps=self.warmup_steps,
+        )
+
+    @property
+    def title(self) -> str:
+        """Of the table and the page."""
+        raise NotImplementedError
+
+    @property
+    def recipe(self) -> str:
+        """Name in rows of results."""
+        raise NotImplementedError
+
+    @property
+    def axis(self) -> str | None:
+        """What `Variant.position` is; None where the models stand on no axis."""
+        return None
+
+    def variants(self) -> list[Variant]:
+        """All models of the comparison, in the order of the table.
+
+        Raises:
+            ValueError: If one of them cannot be built in these sizes.
+        """
+        raise NotImplementedError
+
+    def cost_of(self) -> Variant | None:
+        """The variant whose FLOPs all others are given; None compares unequal costs."""
+        return None
+
+    def selected(self) -> list[Variant]:
+        """The variants that `models` names.
+
+        Raises:
+            ValueError: If it names one that the comparison does not have.
+        """
+        known = {variant.name: variant for variant in self.variants()}
+        for name in self.models:
+            if name not in known:
+                raise ValueError(f"models is {name!r}; it must be one of {', '.join(known)}")
+        return [known[name] for name in self.models or known]
+
+
+Examples = Dataset[dict[str, Tensor]] | list[dict[str, Tensor]]
+
+
+class Scores(NamedTuple):
+    """What a trained model is worth on what was held out, and who does the work.
+
+    Attributes:
+        columns: Of its row; those that `training.measures` knows are compared.
+        heads, experts, texts, images, samples: As in `ModelRecord`.
+    """
+
+    columns: dict[str, float]
+    heads: HeadLoads | None
+    experts: ExpertLoads | None
+    texts: list[RoutedText]
+    images: Sequence[RoutedImage] = ()
+    samples: SampleGrid | None = None
+
+
+class Sample(NamedTuple):
+    """A text that a model wrote."""
+
+    prompt: str
+    text: str
+
+
+class Task(ABC):
+    """The data of a run, made ready, and what is built, trained and measured on them.
+
+    A worker process is given a pickled copy.
+
+    Attributes:
+        unit: What costs and speeds are given for, and what the data are counted in.
+        loss_unit: Of the loss curves.
+        processor: Makes a model's inputs of what people have: a tokenizer, an image processor. It
+            is saved beside the weights.
+    """
+
+    unit = "token"
+    loss_unit = "nats per token"
+
+    @property
+    @abstractmethod
+    def processor(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Units (tokens, or one image) of an example."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Of the data: what a run that resumes must find again."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ValueError if the run cannot be carried out on these data."""
+
+    @abstractmethod
+    def model(self, variant: Variant, seed: int) -> Any:
+        """The model of a variant, untrained."""
+
+    @abstractmethod
+    def flops(self, model: Any) -> float:
+        """Of a forward, per unit, by formula."""
+
+    @abstractmethod
+    def example(self, model: Any) -> dict[str, Tensor]:
+        """Arguments of a forward on one example of full length, on the model's device."""
+
+    @abstractmethod
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """What a variant trains on, and what its validation curve is measured on."""
+
+    @abstractmethod
+    def score(self, model: Any) -> Scores:
+        """What a trained model is worth."""
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, str]:
+        """What the page says of the data."""
+
+    def trainer(self, **arguments: Any) -> SafeTrainer:
+        """What trains a model."""
+        return SafeTrainer(**arguments)
+
+    def speed(self, directory: RunDirectory) -> Timed | None:
+        """Dense against routed heads, of the saved models; None where there is nothing to time."""
+        return None
+
+    def sample(self, directory: Path) -> Sample | None:
+        """What the saved model writes; None where there is nothing to write."""
+        return None

@@ -1,0 +1,222 @@
+"""What a run leaves behind: a row and a record of each model, the table, the page."""
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from headwise.analysis.experts import expert_use
+from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
+from headwise.analysis.speeds import speed_table, verdict
+from headwise.environment import device_name
+from headwise.errors import reading
+from headwise.files import as_object, write_manifest, write_whole
+from headwise.parity import count_parameters, measure_flops
+from headwise.progress import plain_console
+from headwise.training import table
+from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.directory import RunDirectory
+from headwise.training.measures import demerit
+from headwise.training.speed import Timed
+from headwise.training.trainer import SafeTrainer
+
+_RESULT_FILE = "result.json"
+
+
+class Trained(NamedTuple):
+    """One model: its row of the table and what the report shows of it."""
+
+    row: table.Row
+    record: ModelRecord
+
+
+def measure(
+    run: ComparisonRun, task: Task, trainer: SafeTrainer, variant: Variant, seed: int
+) -> Trained:
+    """Everything that the table and the report say of a model that has just been trained."""
+    model = trainer.model
+    model.eval()
+    scores = task.score(model)
+    row = {
+        "recipe": run.recipe,
+        "model": variant.name,
+        "label": variant.label,
+        "position": variant.position,
+        "seed": seed,
+        **_cost(task, model),
+        "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
+        **{name: round(value, 3) for name, value in scores.columns.items()},
+        "unit": task.unit,
+        "per_second": trainer.speed.rounded(),
+        "workers": run.workers,
+        "steps": run.steps,
+        "seen": run.steps * run.batch_size * task.length,
+        **environment(run.precision),
+    }
+    history = trainer.state.log_history
+    record = ModelRecord(
+        name=variant.name,
+        label=variant.label,
+        seed=seed,
+        training=_curve(history, "loss"),
+        validation=_curve(history, "eval_loss"),
+        heads=scores.heads,
+        experts=scores.experts,
+        texts=scores.texts,
+        images=list(scores.images),
+        samples=scores.samples,
+    )
+    return Trained(row, record)
+
+
+def _cost(task: Task, model: Any) -> dict[str, Any]:
+    total, active = count_parameters(model)
+    with torch.no_grad():
+        counted = measure_flops(lambda: model(**task.example(model))) / task.length
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "flops": round(task.flops(model)),
+        "flops_counted": round(counted),
+        "mlp_dim": getattr(model.config, "intermediate_size", None),
+    }
+
+
+def environment(precision: str) -> dict[str, Any]:
+    """Device and versions, for beside the figures."""
+    return {
+        "device": device_name(cuda=torch.cuda.is_available()),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "headwise")},
+    }
+
+
+def _curve(history: list[dict[str, float]], key: str) -> Curve:
+    points = [(int(x["step"]), x[key]) for x in history if key in x]
+    return Curve([step for step, _ in points], [loss for _, loss in points])
+
+
+def write_result(directory: Path, trained: Trained) -> None:
+    """Beside the weights of a finished model, with the sums of all its files."""
+    result = {"row": trained.row, "record": dataclasses.asdict(trained.record)}
+    (directory / _RESULT_FILE).write_text(json.dumps(result))
+    write_manifest(directory)
+
+
+def read_result(directory: Path) -> Trained | None:
+    """What `write_result` wrote; None where the model is not finished."""
+    if not directory.exists():
+        return None
+    file = directory / _RESULT_FILE
+    with reading(file, hint=f"delete {directory} to train that model again"):
+        saved = json.loads(file.read_text())
+        return Trained(as_object(saved["row"]), model_from_dict(saved["record"]))
+
+
+def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
+    """Print the table and the speed; write results.csv, experts.csv, figure.png, pictures,
+    record.json, report.html."""
+    # matplotlib is for those who draw: `import headwise` does without.
+    from headwise.analysis.report import write_report
+    from headwise.training.figure import draw_comparison, draw_pictures
+
+    rows = [result.row for result in trained]
+    table.write_csv(directory.root / "results.csv", rows)
+    if of_experts := _expert_rows(trained):
+        table.write_csv(directory.root / "experts.csv", of_experts)
+    draw_comparison(rows, directory.root / "figure.png", axis=run.axis)
+    columns, cells = table.comparison(rows)
+    best = min(trained, key=lambda result: demerit(result.row)).record
+    sample = task.sample(directory.model(best.name, best.seed))
+    console = plain_console()
+    console.print(table.for_terminal(rows, run.title))
+    timed = task.speed(directory)
+    record = RunRecord(
+        title=f"headwise: {run.title}",
+        facts={**task.facts(), **_facts(run, rows[0])},
+        table_columns=columns,
+        table_rows=cells,
+        notes=_notes(run, rows),
+        loss_unit=task.loss_unit,
+        models=[result.record for result in trained],
+        sample_model=f"{best.label}, seed {best.seed}" if sample else "",
+        sample_prompt=sample.prompt if sample else "",
+        sample_text=sample.text if sample else "",
+        speeds=timed.speeds if timed else [],
+        speed_note=timed.note if timed else "",
+    )
+    write_whole(directory.root / "record.json", lambda path: path.write_text(to_json(record)))
+    page = write_report(record, directory.root / "report.html")
+    pictures = draw_pictures(record, directory.root / "pictures")
+    if timed:
+        _print_speed(timed, console)
+    if sample:
+        console.print(f"\n{record.sample_model} continues {sample.prompt!r}:\n", style="bold")
+        console.print(sample.text)
+    written = {"Table": "results.csv", "Figure": "figure.png", "Page": page.name}
+    if pictures:
+        written["Pictures"] = "pictures"
+    console.print(
+        "", *(f"{what}:\t{directory.root / name}" for what, name in written.items()), sep="\n"
+    )
+
+
+def _print_speed(timed: Timed, console: Console) -> None:
+    if timed.speeds:
+        columns, cells = speed_table(timed.speeds)
+        shown = Table(title="Speed at long contexts", box=SIMPLE_HEAD, padding=0, show_edge=False)
+        for index, column in enumerate(columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for line in cells:
+            shown.add_row(*line)
+        console.print("", shown)
+        console.print(verdict(timed.speeds))
+    console.print(timed.note)
+
+
+def _expert_rows(trained: list[Trained]) -> list[table.Row]:
+    """For each model, layer with experts and domain what `ExpertUse` holds."""
+    rows = []
+    for _, record in trained:
+        for use in expert_use(record.experts) if record.experts else []:
+            values = use._asdict().items()
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values}
+            rows.append({"model": record.name, "seed": record.seed, **rounded})
+    return rows
+
+
+_EQUAL = (
+    "All models cost the same FLOPs, computed: the dense MLPs take up what routers cost "
+    "and what heads that are off save."
+)
+_UNEQUAL = "Models differ in what they cost: all have MLPs of one width, whatever is off."
+_COUNTED = (
+    "Where more FLOPs were counted than computed, heads that are off were computed and masked."
+)
+_SMALL = "Models this small, trained this briefly, say little about large ones."
+
+
+def _notes(run: ComparisonRun, rows: list[table.Row]) -> list[str]:
+    cost = _UNEQUAL if run.cost_of() is None else _EQUAL
+    return [table.legend(rows), cost, _COUNTED, _SMALL]
+
+
+def _facts(run: ComparisonRun, row: table.Row) -> dict[str, str]:
+    seen = f"{int(row['seen']):,} {row['unit']}s a model"
+    return {
+        "Training": f"{run.steps} steps of {run.batch_size} examples, {seen}",
+        "Seeds": ", ".join(map(str, run.seeds)),
+        "Device": f"{row['device']}, {row['threads']} threads, {run.precision}",
+        "Versions": ", ".join(
+            f"{name} {row[name]}" for name in ("headwise", "torch", "transformers", "python")
+        ),
+    }

@@ -1,0 +1,120 @@
+"""Models trained side by side, each in a process of its own."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from headwise.progress import plain_console, text_column
+from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.directory import RunDirectory
+from headwise.training.measures import measures
+from headwise.training.record import Trained
+
+Job = tuple[Variant, int]
+Train = Callable[[ComparisonRun, Task, Variant, int], Trained]
+
+
+def side_by_side(
+    train: Train, run: ComparisonRun, task: Task, jobs: Sequence[Job]
+) -> list[Trained]:
+    """`train(run, task, variant, seed)` for each job, as many at a time as the run has workers.
+
+    A process has a GPU of its own, or its share of the threads. What it prints goes to
+    `logs/NAME-seedS.log` of the run's directory. It ends with this one, however that ends.
+
+    Raises:
+        FloatingPointError, OSError, ValueError: What the training of a model ended with. Others are
+            stopped; their checkpoints and the finished models stay.
+    """
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(run.workers):
+        numbers.put(number)
+    threads = max(1, torch.get_num_threads() // run.workers)
+    pool = ProcessPoolExecutor(
+        run.workers, context, initializer=_set_up, initargs=(numbers, _gpus(), threads)
+    )
+    futures = [pool.submit(_work, train, run, task, *job) for job in jobs]
+    try:
+        _follow(futures, [f"{variant.label}, seed {seed}" for variant, seed in jobs])
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
+    """A bar, and a line for each model that is finished, until all are."""
+    began, total = time.perf_counter(), len(futures)
+    columns = (
+        text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        text_column("{task.fields[left]}"),
+    )  # fmt: skip
+    console = plain_console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("models", total=total, left="")
+        for done, future in enumerate(as_completed(futures), start=1):
+            name = names[futures.index(future)]
+            row = _result(future, name).row
+            minutes = (time.perf_counter() - began) / 60 / done * (total - done)
+            left = f"{minutes:.0f} min left" if done < total else ""
+            scores = "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
+            bar.update(task, advance=1, left=left)
+            line = f"{done}/{total}  {name}  {scores}  {left}"
+            console.print(line, soft_wrap=True)
+
+
+def _result(future: Future[Trained], name: str) -> Trained:
+    """What a model came to, or what its training ended with, naming the model."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            f"{name} or a model beside it was killed, out of memory perhaps; the same command with "
+            "--resume goes on, fewer --workers need less"
+        ) from error
+    except (FloatingPointError, OSError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _set_up(numbers: Any, gpus: list[str], threads: int) -> None:
+    """What a process does before its first model."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpus:
+        # Before anything asks for a device: afterwards it would have no effect.
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[numbers.get() % len(gpus)]
+    torch.set_num_threads(threads)
+    PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(train: Train, run: ComparisonRun, task: Task, variant: Variant, seed: int) -> Trained:
+    log = RunDirectory(run.output).log(variant.name, seed)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    return train(run, task, variant, seed)

@@ -1,0 +1,116 @@
+"""Dense against routed heads after training: gated, timed at short contexts, said and kept."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headwise
+from headwise.analysis.records import from_json
+from headwise.analysis.report import render_report
+from headwise.cli import main
+from headwise.recipes import train
+from headwise.recipes.lm import LanguageModelRun
+from headwise.training import speed
+from headwise.training.speed import filled_cache, read_token, time_models
+from headwise.training.timing import interleaved
+
+CONTEXTS = (67, 131)
+TINY = {
+    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
+    "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
+    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch):
+    monkeypatch.setattr(speed, "_SECONDS", 0.0)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=40, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, intermediate_size=53, max_position_embeddings=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def routed(router="two_stage"):
+    attention = headwise.MoHConfig(shared=1, active=2, router=router, router_std=0.02)
+    return headwise.convert(llama(), attention=attention).eval()
+
+
+def test_prompt_and_token_are_timed_at_each_context():
+    timed = time_models(llama(), routed(), contexts=CONTEXTS)
+    assert [(s.step, s.context) for s in timed.speeds] == [
+        ("next token", 67), ("prompt", 67), ("next token", 131), ("prompt", 131),
+    ]  # fmt: skip
+    assert all(s.dense > 0 and s.routed > 0 for s in timed.speeds)
+    assert "50% of heads on" in timed.note
+    assert "kernels" in timed.note
+
+
+def test_rounds_that_take_too_long_are_three():
+    calls = []
+    options = {"rounds": 7, "seconds": 0.0, "warmups": 2, "device": torch.device("cpu")}
+    interleaved({"a": lambda: calls.append(1)}, **options)
+    interleaved({"a": lambda: calls.append(2)}, **options, most_seconds=0.0)
+    assert (calls.count(1), calls.count(2)) == (2 + 7, 2 + 3)
+
+
+def test_wrong_logits_are_not_timed(monkeypatch):
+    computed = speed.attention.head_attention
+    monkeypatch.setattr(speed.attention, "head_attention", lambda *a, **k: 1.1 * computed(*a, **k))
+    timed = time_models(llama(), routed(), contexts=CONTEXTS)
+    assert timed.speeds == []
+    assert timed.note.startswith("Not timed: MoH's logits have ")
+
+
+def test_a_filled_cache_stays_as_long_and_carries_past_the_trained_positions():
+    for model in (llama(), routed()):
+        cache = filled_cache(model, 67)
+        read_token(model, torch.tensor([[3]]), cache)
+        assert cache.get_seq_length() == 67
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    file.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(1000)))
+    return str(file)
+
+
+def run_of(text, output, **fields):
+    run = LanguageModelRun(data=text, output=output, speed_contexts=CONTEXTS, **TINY)
+    return dataclasses.replace(run, **fields)
+
+
+def test_the_demo_says_and_keeps_its_speed(text, tmp_path, capsys):
+    run = run_of(text, tmp_path / "run", models=("dense", "moh"))
+    train(run)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "next token at 67 tokens" in printed
+    assert "MoH / dense" in printed
+    record = from_json((run.output / "record.json").read_text())
+    assert len(record.speeds) == 4
+    page = (run.output / "report.html").read_text()
+    assert "Speed at long contexts" in page
+    (run.output / "report.html").unlink()
+    main(["report", str(run.output)])
+    assert (run.output / "report.html").read_text() == page
+    assert "Speed at long" not in render_report(dataclasses.replace(record, speed_note=""))
+
+
+@pytest.mark.parametrize("fields", [{"models": ("dense", "moe")}, {"speed_contexts": ()}])
+def test_runs_without_both_models_or_contexts_time_nothing(text, tmp_path, capsys, fields):
+    train(run_of(text, tmp_path / "run", **{"models": ("dense", "moh")} | fields))
+    assert "Timing" not in capsys.readouterr().out
+
+
+def test_contexts_are_the_demos_and_checked():
+    assert LanguageModelRun().speed_contexts == (4096, 16384)
+    with pytest.raises(ValueError, match="speed_contexts is 0; it must be at least 1"):
+        LanguageModelRun(speed_contexts=(0,))

@@ -1,0 +1,84 @@
+"""The comparison table, by hand: means and deviations over seeds, quartiles, Markdown."""
+
+from headwise.training.measures import demerit, measures
+from headwise.training.table import comparison, markdown, read_csv, write_csv
+
+LABELS = {"moh": "MoH", "dense": "dense"}
+
+
+def row(
+    model: str,
+    seed: int,
+    perplexity: float,
+    *,
+    speed: int = 1234,
+    recipe: str = "lm",
+    workers: int = 1,
+) -> dict[str, object]:
+    return {
+        "recipe": recipe, "model": model, "label": LABELS[model], "seed": seed,
+        "parameters": 1_500_000, "active_parameters": 1_250_000, "active_heads": 0.75,
+        "flops": 3_000_000, "flops_counted": 3_100_000, "unit": "token",
+        "eval_blocks_per_file": 4, "perplexity_code": perplexity,
+        "perplexity_code_q1": 8.0, "perplexity_code_q3": 30.0,
+        "per_second": speed, "workers": workers, "steps": 400, "seen": 819_200,
+        "device": "a CPU", "threads": 2, "precision": "fp32",
+        "torch": "2", "transformers": "5", "python": "3",
+    }  # fmt: skip
+
+
+ROWS = [row("moh", 0, 30.0), row("moh", 1, 34.0), row("dense", 0, 11.0, speed=999)]
+
+
+def test_one_line_a_model_with_deviation_over_seeds():
+    columns, (moh, dense) = comparison(ROWS)
+    assert columns[5:] == ["heads on", "PPL code ↓", "tokens/s ↑"]
+    # mean 32, deviation sqrt(((30 - 32)² + (34 - 32)²) / 1) = 2.8
+    assert moh == ["MoH", "1.50", "1.25", "3.00", "3.10", "75 %", "32.0 ± 2.8 (8–30)", "1,234"]
+    assert dense[-2:] == ["11.00 (8–30)", "999"]
+
+
+def test_measures_are_what_a_row_has():
+    assert [m.column for m in measures(ROWS[0])] == ["PPL code ↓"]
+    assert [m.column for m in measures({"top1": 97.5, "fid": 3.0})] == ["top-1 (%) ↑", "FID ↓"]
+
+
+def test_the_best_row_has_least_of_what_is_bad_and_most_of_what_is_good():
+    rows = [{"top1": 50.0, "fid": 4.0}, {"top1": 50.0, "fid": 3.0}, {"top1": 90.0, "fid": 4.0}]
+    assert [rows.index(row) for row in sorted(rows, key=demerit)] == [2, 1, 0]
+    assert demerit({"recognised": 0.0}) > demerit({"recognised": 0.1})
+
+
+def test_table_is_the_same_after_a_file(tmp_path):
+    write_csv(tmp_path / "lm.csv", ROWS)
+    assert markdown(read_csv(tmp_path / "lm.csv")) == markdown(ROWS)
+    assert markdown(ROWS).splitlines()[1].startswith("| --- | ---: |")
+    assert [line[:9] for line in markdown(ROWS).splitlines()[2:4]] == ["| MoH | 1", "| dense |"]
+
+
+def test_published_figures_stand_in_columns_of_their_own():
+    rows = [row("dense", 0, 11.0, recipe="moh-budget"), row("moh", 0, 10.0, recipe="moh-budget")]
+    columns, cells = comparison(rows)
+    assert columns[-1] == "LLM-S ↑ (published)"
+    assert [line[-1] for line in cells] == ["43.9", "–"]
+    assert "by arXiv 2410.11842; not measured here" in markdown(rows)
+    assert "published" not in markdown(ROWS)
+
+
+def test_speed_of_models_trained_side_by_side_is_not_shown():
+    rows = [row("moh", 0, 10.0), row("dense", 0, 11.0, workers=2)]
+    assert "tokens/s ↑" not in comparison(rows)[0]
+    assert "tokens/s" not in markdown(rows)
+    assert "tokens/s" in markdown(ROWS)
+
+
+def test_many_domains_leave_no_room_for_quartiles():
+    many = row("dense", 0, 30.0) | {f"perplexity_{x}": 25.0 for x in ("de", "fr", "ja")}
+    assert comparison([many])[1][0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
+    assert "quartiles" not in markdown([many])
+    assert "quartiles" in markdown(ROWS)
+
+
+def test_deviations_are_explained_where_there_are_several_seeds():
+    assert "±" in markdown(ROWS)
+    assert "±" not in markdown([row("moh", 0, 10.0), row("dense", 0, 11.0)])
