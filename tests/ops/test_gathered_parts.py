@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from headwise.ops.head_attention import pieces, ragged
-from headwise.ops.head_attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
-from headwise.ops.head_attention.ragged import cut_into_tiles
+from headwise.ops.attention import pieces, ragged
+from headwise.ops.attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
+from headwise.ops.attention.ragged import cut_into_tiles
 
 KEYS = 131
 

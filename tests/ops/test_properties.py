@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from headwise.ops import aggregated_attention, expert_mlp, head_attention, route_heads
-from headwise.ops.head_attention import decode
+from headwise.ops.attention import decode
 from headwise.ops.head_projection import merge_heads, project_heads
 from headwise.ops.logits import router_logits
 

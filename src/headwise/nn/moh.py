@@ -10,9 +10,9 @@ from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
+from headwise.ops.attention import Impl
 from headwise.ops.fields import Count, checked
 from headwise.ops.first_pass import mark_first_pass
-from headwise.ops.head_attention import Impl
 from headwise.ops.head_projection import merge_heads, pays, project_heads
 from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.expert_mlp.grouped_mm import takes
+from headwise.ops.experts.grouped_mm import takes
 
 
 def grouped_product(

@@ -12,7 +12,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.ops.head_attention.triton_tiles import (
+from headwise.ops.attention.triton_tiles import (
     LOG2E,
     last_key,
     load_tile,

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.activations import Activation, activate, activate_backward
 from headwise.ops.dtypes import wide_dtype
-from headwise.ops.expert_mlp.choices import known_choices
+from headwise.ops.experts.choices import known_choices
 
 # Matrix products compile for each number of rows that they see; multiples of this keep those few.
 _ROW_BLOCK = 16

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwise.ops.head_attention.pieces import (
+from headwise.ops.attention.pieces import (
     Piece,
     causal_pieces,
     edge_pieces,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
-from headwise.ops.expert_mlp import grouped, grouped_mm, native, reference
+from headwise.ops.experts import grouped, grouped_mm, native, reference
 from headwise.ops.native import is_ready
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
 

@@ -17,8 +17,8 @@ ON_GPU = torch.cuda.is_available()
 os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from headwise.ops.head_attention import dense, reference, triton_decode, triton_tiles  # noqa: E402
-from headwise.ops.head_attention import triton as kernels  # noqa: E402
+from headwise.ops.attention import dense, reference, triton_decode, triton_tiles  # noqa: E402
+from headwise.ops.attention import triton as kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not ON_GPU and type(tl.max).__name__ == "JITFunction",

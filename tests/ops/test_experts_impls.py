@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import expert_mlp
-from headwise.ops.expert_mlp.grouped import grouped_mlp
+from headwise.ops.experts.grouped import grouped_mlp
 
 IMPLS = ("grouped",)
 D, HIDDEN = 5, 7

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.head_attention import whole
-from headwise.ops.head_attention.pieces import Piece
-from headwise.ops.head_attention.ragged import Rows
-from headwise.ops.head_attention.rectangle import attend, attend_backward
+from headwise.ops.attention import whole
+from headwise.ops.attention.pieces import Piece
+from headwise.ops.attention.ragged import Rows
+from headwise.ops.attention.rectangle import attend, attend_backward
 
 
 def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:

@@ -12,12 +12,12 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.head_attention.gathered import attention_flops
-from headwise.ops.head_attention.triton_backward import keys_kernel, queries_kernel
-from headwise.ops.head_attention.triton_decode import decode_attention
-from headwise.ops.head_attention.triton_forward import forward_kernel
-from headwise.ops.head_attention.triton_ranks import ranked
-from headwise.ops.head_attention.triton_tiles import (
+from headwise.ops.attention.gathered import attention_flops
+from headwise.ops.attention.triton_backward import keys_kernel, queries_kernel
+from headwise.ops.attention.triton_decode import decode_attention
+from headwise.ops.attention.triton_forward import forward_kernel
+from headwise.ops.attention.triton_ranks import ranked
+from headwise.ops.attention.triton_tiles import (
     FUSION,
     check_operands,
     described,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headwise.ops.head_attention.rectangle import added_to_scores, attend, attend_backward
+from headwise.ops.attention.rectangle import added_to_scores, attend, attend_backward
 
 
 def forward(

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
+from headwise.ops.attention import whole
+from headwise.ops.attention.decode import is_decoding
+from headwise.ops.attention.gathered import attention_flops, share_on
 from headwise.ops.gradients import learns
-from headwise.ops.head_attention import whole
-from headwise.ops.head_attention.decode import is_decoding
-from headwise.ops.head_attention.gathered import attention_flops, share_on
 from headwise.ops.tensors import adjacent
 
 _MOST_CHANNELS = 1024

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headwise.ops.attention import decode, dense, gathered, native, reference
+from headwise.ops.attention.decode import is_decoding
 from headwise.ops.choice import check_choice
-from headwise.ops.head_attention import decode, dense, gathered, native, reference
-from headwise.ops.head_attention.decode import is_decoding
 from headwise.ops.native import is_built, is_ready
 from headwise.ops.tensors import (
     Kind,
@@ -42,7 +42,7 @@ _LARGEST_SCALE = 1e38  # of float32
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
     # Triton is on machines with a GPU, and `import headwise` does without.
-    from headwise.ops.head_attention import triton
+    from headwise.ops.attention import triton
 
     if is_decoding(q, k, v, gate) and options["bias"] is None:
         del options["bias"]

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from headwise.ops.activations import Activation, activate
-from headwise.ops.expert_mlp.choices import known_choices
-from headwise.ops.expert_mlp.grouped import in_autocast
+from headwise.ops.experts.choices import known_choices
+from headwise.ops.experts.grouped import in_autocast
 
 # torch's kernel loads rows in pieces of this many bytes.
 _ALIGNMENT = 16

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from headwise.ops.activations import Activation, activate
-from headwise.ops.expert_mlp.choices import known_choices
+from headwise.ops.experts.choices import known_choices
 
 
 def expert_mlp(

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from headwise.ops.attention.rectangle import added_to_scores, attend
 from headwise.ops.gradients import learns
-from headwise.ops.head_attention.rectangle import added_to_scores, attend
 
 # Above this many query tokens per key head, arithmetic costs more than reading the cache.
 _MOST_DECODED = 16

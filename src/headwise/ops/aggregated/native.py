@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
-from headwise.ops.aggregated_attention.window import inside
+from headwise.ops.aggregated.window import inside
 from headwise.ops.tensors import adjacent
 
 

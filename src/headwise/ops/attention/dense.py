@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.ops.head_attention.rectangle import lower_triangle
+from headwise.ops.attention.rectangle import lower_triangle
 
 
 def head_attention(

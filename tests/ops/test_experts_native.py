@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import expert_mlp
-from headwise.ops.expert_mlp import choose, native
+from headwise.ops.experts import choose, native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 SIZES = {

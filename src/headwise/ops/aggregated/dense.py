@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from headwise.ops.aggregated_attention.window import inside, shifted
+from headwise.ops.aggregated.window import inside, shifted
 
 
 def aggregated_attention(

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import aggregated_attention
-from headwise.ops.aggregated_attention import choose, native
+from headwise.ops.aggregated import choose, native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 OVER_CHANNELS = ("q", "k", "v", "k_pool", "v_pool", "unit_q", "learned_tokens")

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.head_attention import choose, native, whole
+from headwise.ops.attention import choose, native, whole
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # The reference in plain PyTorch, dense, is compared with that of loops in other tests.

@@ -10,7 +10,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.ops.aggregated_attention import dense, native, reference
+from headwise.ops.aggregated import dense, native, reference
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Count, check
 from headwise.ops.native import is_ready

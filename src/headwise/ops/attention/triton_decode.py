@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.head_attention.gathered import attention_flops
-from headwise.ops.head_attention.triton_tiles import (
+from headwise.ops.attention.gathered import attention_flops
+from headwise.ops.attention.triton_tiles import (
     FUSION,
     LOG2E,
     attend,

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops import native
 from headwise.ops.activations import Activation
-from headwise.ops.expert_mlp import grouped
+from headwise.ops.experts import grouped
 
 _ACTIVATIONS = ("silu", "relu")
 
