@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import aggregated_attention
-from headwise.ops.aggregated import choose, native
+from headwise.ops.aggregated import choose
+from headwise.ops.native.aggregated import native_aggregated_attention
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 OVER_CHANNELS = ("q", "k", "v", "k_pool", "v_pool", "unit_q", "learned_tokens")
@@ -137,7 +138,7 @@ def test_what_it_does_not_take_is_named(changes):
 def test_custom_op_contract():
     tensors, _ = case(size=(2, 3), pooled=2, batch=1)
     leaves = [x.requires_grad_() for x in tensors.values()]
-    torch.library.opcheck(native.native_aggregated_attention, (*leaves, 2, 3, 3))
+    torch.library.opcheck(native_aggregated_attention, (*leaves, 2, 3, 3))
 
 
 def test_flops_count_what_is_on_and_inside_the_map():

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.attention import _torch_is_faster, gathered, pieces, ragged
+from headwise.ops.attention import Operands, gathered, pieces, ragged
+from headwise.ops.attention.plan import _torch_is_faster
 
 B, C = 2, 11
 # The share of heads that may be on for "gathered" to gather: always, never, and in small parts.
@@ -278,9 +279,9 @@ def test_flops_count_the_rows_that_are_on(monkeypatch):
     ],
 )
 def test_on_a_gpu_wide_heads_that_are_nearly_all_on_are_torchs(channels, share, changes, faster):
-    options = {"causal": True, "mask": None, "bias": None, "keys": 7} | changes
+    options = {"causal": True, "keys": 7} | changes
     q, k = torch.zeros(1, 7, 2, channels), torch.zeros(1, options.pop("keys"), 2, channels)
-    assert _torch_is_faster(q, k, share_on=share, **options) is faster
+    assert _torch_is_faster(Operands(q, k, k, torch.ones(1, 7, 2), **options), share) is faster
 
 
 @pytest.mark.parametrize("on", [0.5, 1])

@@ -6,7 +6,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.attention import choose, native, whole
+from headwise.ops.attention import Operands, choose
+from headwise.ops.native import attention as native
+from headwise.ops.native.decode import native_decode
+from headwise.ops.plain_attention import attend_all
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # The reference in plain PyTorch, dense, is compared with that of loops in other tests.
@@ -113,7 +116,7 @@ def test_processors_with_tiles_have_torch_compute_nearly_all_heads_in_bfloat16(m
     monkeypatch.setattr(native, "_HAS_TILES", True)
     tensors = arguments(T=31, S=31, on=1, dtype=torch.bfloat16)
     q, k, v, gate = tensors.values()
-    want, _ = whole.forward(q, k, v, gate, True, None, None, 22**-0.5)
+    want, _ = attend_all(q, k, v, gate, True, None, None, 22**-0.5)
     with torch.no_grad():
         assert torch.equal(head_attention(**tensors, causal=True, impl="native"), want)
 
@@ -141,7 +144,7 @@ def test_decoding_has_at_most_twice_the_error_of_plain_attention(size, dtype):
     if "mask" in given:
         options["mask"] = torch.rand(given.pop("mask")) < given.pop("seen", 0.7)
     tensors = arguments(**given, dtype=dtype)
-    assert choose(*tensors.values(), options.get("mask"), None) == "native"
+    assert choose(Operands(**tensors, **options)).impl == "native"
     got = head_attention(**tensors, **options)
     plain = head_attention(**tensors, **options, impl="dense")
     exact = head_attention(**{n: x.double() for n, x in tensors.items()}, **options, impl="dense")
@@ -160,16 +163,18 @@ def test_decoding_reads_caches_of_any_layout():
 
 def test_auto_takes_it_where_it_is_built():
     tensors = arguments(T=1024, S=1024)
-    assert choose(*tensors.values(), None, None) == "native"
+    assert choose(Operands(**tensors)) == ("native", False, False)
     mask = torch.ones(1, 1, 1, 1024, dtype=torch.bool)
-    assert choose(*tensors.values(), mask, None) == "gathered"
+    assert choose(Operands(**tensors, mask=mask)).impl == "gathered"
     wide = {name: x.double() for name, x in tensors.items()}
-    assert choose(*wide.values(), None, None) == "gathered"
+    assert choose(Operands(**wide)).impl == "gathered"
     short = arguments(T=100, S=100)
-    assert choose(*short.values(), None, None) == "dense"
+    assert choose(Operands(**short)).impl == "dense"
     few = arguments(T=1, S=5)
-    assert choose(*few.values(), None, None) == "native"
-    assert choose(*few.values(), None, torch.zeros(5)) == "dense"
+    assert choose(Operands(**few)) == ("native", True, False)
+    assert choose(Operands(**few, bias=torch.zeros(5))).impl == "dense"
+    few["q"].requires_grad_()
+    assert choose(Operands(**few)) == ("dense", False, True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_custom_op_contract():
     q, k, v, gate = (x.requires_grad_() for x in arguments(kv_heads=1).values())
     torch.library.opcheck(native.native_attention, (q, k, v, gate, True, 0.3, 2.0))
     few = [x.detach() for x in (q[:, :2], k, v, gate[:, :2])]
-    torch.library.opcheck(native.native_decode, (*few, True, 0.3, None))
+    torch.library.opcheck(native_decode, (*few, True, 0.3, None))
 
 
 def test_flops_count_the_rows_that_are_on():

@@ -17,7 +17,14 @@ ON_GPU = torch.cuda.is_available()
 os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from headwise.ops.attention import dense, reference, triton_decode, triton_tiles  # noqa: E402
+from headwise.ops.attention import (  # noqa: E402
+    Operands,
+    choose,
+    dense,
+    reference,
+    triton_decode,
+    triton_tiles,
+)
 from headwise.ops.attention import triton as kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +57,7 @@ def case(T=37, S=37, H=2, kv_heads=2, C=32, on=0.6, mask=None, B=1, **options):
 
 
 def value_and_gradients(leaves, options, compute):
-    y = compute(**leaves, **options)
+    y = compute(Operands(**leaves, **options))
     upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype)
     return y, torch.autograd.grad(y, list(leaves.values()), upstream)
 
@@ -181,7 +188,7 @@ def test_an_off_token_gives_zero_whatever_the_values_of_others_are():
     with torch.no_grad():
         leaves["gate"][:, 1::2] = 0
         leaves["v"][:, 18] = torch.nan  # the last token sees it, and it shares a tile with others
-        y = kernels.head_attention(**leaves, **options)
+        y = kernels.head_attention(Operands(**leaves, **options))
     assert (y[:, 1::2] == 0).all()
 
 
@@ -220,8 +227,8 @@ def test_custom_op_contract(masked):
 def test_compiles_without_a_break():
     leaves, options = case(T=17, S=17)
 
-    def call(q, k, v, gate, mask, scale, **_):
-        return kernels.triton_attention(q, k, v, gate, True, mask, scale)[0]
+    def call(x):
+        return kernels.triton_attention(x.q, x.k, x.v, x.gate, True, x.mask, x.scale)[0]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_close(
@@ -234,14 +241,13 @@ def test_flops_count_the_rows_that_are_on():
     with torch.no_grad():
         leaves["gate"][:, :3] = 0  # the last two tokens stay: they see 4 and 5 keys
     with FlopCounterMode(display=False) as counter:
-        kernels.head_attention(**leaves, **options | {"causal": True}).sum().backward()
+        kernels.head_attention(Operands(**leaves, **options | {"causal": True})).sum().backward()
     # Two products forward; backward seven, as both kernels compute the scores again.
     assert counter.get_total_flops() == 2 * 32 * 2 * (4 + 5) * (2 + 7)
     leaves, options = case(T=1, S=11, on=1)
-    del options["bias"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         leaves["gate"][:, :, 0] = 0
-        kernels.decode_attention(**leaves, **options)
+        kernels.decode_attention(Operands(**leaves, **options))
     assert counter.get_total_flops() == 4 * 32 * 11
 
 
@@ -263,22 +269,20 @@ DECODE = {
 def test_decode_equals_the_reference(name, splits, monkeypatch):
     monkeypatch.setattr(triton_decode, "MAX_SPLITS", splits)
     leaves, options = case(**{"T": 1, "H": 5, "kv_heads": 5} | DECODE[name])
-    del options["bias"]
     with torch.no_grad():
-        y = kernels.decode_attention(**leaves, **options)
+        y = kernels.decode_attention(Operands(**leaves, **options))
         wide = {name: x.double() for name, x in leaves.items()}
-        assert_close(y.double(), reference.head_attention(**wide, bias=None, **options), **CLOSE)
+        assert_close(y.double(), reference.head_attention(Operands(**wide, **options)), **CLOSE)
 
 
 def test_decode_does_not_read_keys_of_a_group_that_is_off():
     leaves, options = case(T=2, H=6, kv_heads=3, on=1)
-    del options["bias"]
     with torch.no_grad():
         leaves["gate"][:, :, 2:4] = 0
         leaves["gate"][:, 1, 0] = 0
         leaves["k"][:, :, 1] = torch.nan
         leaves["v"][:, :, 1] = torch.nan
-        y = kernels.decode_attention(**leaves, **options)
+        y = kernels.decode_attention(Operands(**leaves, **options))
     assert y.isfinite().all()
     assert (y[leaves["gate"] == 0] == 0).all()
     assert (y[leaves["gate"] != 0] != 0).all()
@@ -287,8 +291,7 @@ def test_decode_does_not_read_keys_of_a_group_that_is_off():
 def test_decode_of_a_query_that_sees_nothing_gives_zero():
     leaves, options = case(T=1, on=1)
     options["mask"] = torch.zeros(1, 1, 1, 37, dtype=torch.bool, device=DEVICE)
-    del options["bias"]
-    assert (kernels.decode_attention(**leaves, **options) == 0).all()
+    assert (kernels.decode_attention(Operands(**leaves, **options)) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -304,17 +307,10 @@ def test_decode_of_a_query_that_sees_nothing_gives_zero():
 def test_errors_name_the_argument(changes, message):
     leaves, options = case(T=5, S=7)
     with pytest.raises(ValueError, match=message):
-        kernels.head_attention(**leaves | options | changes)
+        choose(Operands(**leaves | options | changes), impl="triton")
 
 
 def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
     monkeypatch.setattr(triton_tiles, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"q is on cpu.*needs a CUDA device"):
-        triton_tiles.check_operands(torch.zeros(1, 5, 2, 32))
-
-
-def test_decode_refuses_many_queries():
-    leaves, options = case(T=67, H=2, kv_heads=1)
-    del options["bias"]
-    with pytest.raises(ValueError, match=r"67 tokens of 2 heads.*at most 128"):
-        kernels.decode_attention(**leaves, **options)
+        triton_tiles.check_queries(torch.zeros(1, 5, 2, 32))

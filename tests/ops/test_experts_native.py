@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import expert_mlp
-from headwise.ops.experts import choose, native
+from headwise.ops.experts import choose
+from headwise.ops.native.experts import native_mlp
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 SIZES = {
@@ -84,7 +85,7 @@ def test_what_it_does_not_take_is_named():
 def test_custom_op_contract():
     tensors, indices = arguments()
     x, weights, up, down = (t.requires_grad_() for t in tensors.values())
-    torch.library.opcheck(native.native_mlp, (x, weights, indices, up, down, "silu"))
+    torch.library.opcheck(native_mlp, (x, weights, indices, up, down, "silu"))
 
 
 def test_flops_count_the_choices_that_go_somewhere():

@@ -10,19 +10,15 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.ops.aggregated import dense, native, reference
+from headwise.ops.aggregated import dense, reference
+from headwise.ops.aggregated.operands import Operands
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Count, check
-from headwise.ops.native import is_ready
+from headwise.ops.native import DTYPES, is_ready
+from headwise.ops.native.aggregated import native_aggregated_attention
 from headwise.ops.tensors import check_operands, check_same_dtype
 
 Impl = Literal["auto", "reference", "dense", "native"]
-
-_IMPLEMENTATIONS = {
-    "reference": reference.aggregated_attention,
-    "dense": dense.aggregated_attention,
-    "native": native.aggregated_attention,
-}
 
 
 def aggregated_attention(
@@ -106,14 +102,36 @@ def aggregated_attention(
         )
     if q.numel() == 0:
         return q.clone()
-    compute = _IMPLEMENTATIONS[choose(q) if impl == "auto" else impl]
-    return compute(
-        q, k, v, k_pool, v_pool, gate, size=size, window=window, local_bias=local_bias,
-        pool_bias=pool_bias, unit_q=unit_q, learned_tokens=learned_tokens,
-        learned_bias=learned_bias,
+    x = Operands(
+        q, k, v, k_pool, v_pool, gate, local_bias, pool_bias, unit_q, learned_tokens, learned_bias,
+        (size[0], size[1]), window,
     )  # fmt: skip
+    impl = choose(q, impl)
+    if impl == "native":
+        return _native(x)
+    return (dense if impl == "dense" else reference).aggregated_attention(x)
 
 
-def choose(q: Tensor) -> Impl:
-    """The implementation that "auto" stands for: native where it is built for q, else dense."""
-    return "native" if native.takes(q) and is_ready() else "dense"
+def choose(q: Tensor, impl: Impl = "auto") -> Impl:
+    """The named implementation; for "auto" native where it is built for q, else dense.
+
+    Raises:
+        ValueError: If impl is "native", which does not compute such queries.
+    """
+    native_computes = q.device.type == "cpu" and q.dtype in DTYPES and q.shape[3] % 2 == 0
+    if impl == "auto":
+        return "native" if native_computes and is_ready() else "dense"
+    if impl == "native" and not native_computes:
+        raise ValueError(
+            f'q is {q.dtype} {list(q.shape)} on {q.device}; impl "native" takes float32 and '
+            'bfloat16 with an even number of channels on CPUs; impl "dense" takes all'
+        )
+    return impl
+
+
+def _native(x: Operands) -> Tensor:
+    return native_aggregated_attention(
+        x.q, x.k, x.v, x.k_pool, x.v_pool, x.gate.float(), x.local_bias.float(),
+        x.pool_bias.float(), x.unit_q, x.learned_tokens.to(x.q.dtype), x.learned_bias.float(),
+        *x.size, x.window,
+    )  # fmt: skip

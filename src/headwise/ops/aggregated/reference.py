@@ -3,36 +3,24 @@
 import torch
 from torch import Tensor
 
+from headwise.ops.aggregated.operands import Operands
 
-def aggregated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    gate: Tensor,
-    *,
-    size: tuple[int, int],
-    window: int,
-    local_bias: Tensor,
-    pool_bias: Tensor,
-    unit_q: Tensor,
-    learned_tokens: Tensor,
-    learned_bias: Tensor,
-) -> Tensor:
+
+def aggregated_attention(x: Operands) -> Tensor:
+    q, k, v, k_pool, v_pool, gate = x[:6]
     batch, tokens, heads, _ = q.shape
     rows = []
     for b in range(batch):
         for t in range(tokens):
-            at, near = _neighbours(t, size, window)
+            at, near = _neighbours(t, x.size, x.window)
             for h in range(heads):
                 if gate[b, t, h] == 0:
                     rows.append(torch.zeros_like(q[b, t, h]))
                     continue
-                local = k[b, near, h] @ q[b, t, h] + local_bias[h, at]
-                pooled = k_pool[b, :, h] @ q[b, t, h] + pool_bias[h, t]
+                local = k[b, near, h] @ q[b, t, h] + x.local_bias[h, at]
+                pooled = k_pool[b, :, h] @ q[b, t, h] + x.pool_bias[h, t]
                 weights = torch.cat([local, pooled]).softmax(-1)
-                learned = unit_q[b, t, h] @ learned_tokens[h][:, at] + learned_bias[h, at]
+                learned = x.unit_q[b, t, h] @ x.learned_tokens[h][:, at] + x.learned_bias[h, at]
                 y = (weights[: len(at)] + learned) @ v[b, near, h]
                 y = y + weights[len(at) :] @ v_pool[b, :, h]
                 rows.append((gate[b, t, h] * y).to(q.dtype))

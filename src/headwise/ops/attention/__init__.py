@@ -8,16 +8,15 @@ decode      A few queries against a long cache, of which only what is on is read
 triton      Fused kernels for CUDA devices. Forward, backward, decode.
 """
 
-from typing import Any, Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headwise.ops.attention import decode, dense, gathered, native, reference
-from headwise.ops.attention.decode import is_decoding
+from headwise.ops.attention import decode, dense, gathered, reference
+from headwise.ops.attention.plan import Impl, Operands, Plan, choose
 from headwise.ops.choice import check_choice
-from headwise.ops.native import is_built, is_ready
+from headwise.ops.native.attention import largest_share, native_attention
+from headwise.ops.native.decode import native_decode
 from headwise.ops.tensors import (
     Kind,
     check_operands,
@@ -26,37 +25,14 @@ from headwise.ops.tensors import (
     check_tensor,
 )
 
-Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
+__all__ = ["Impl", "Operands", "Plan", "choose", "head_attention"]
 
-# Below these, finding out which heads are on costs more than computing all of them: the keys for
-# impl "native", all scores for impl "gathered".
-_FEWEST_KEYS = 128
-_FEWEST_SCORES = 2**20
-# Below this size of the keys, impl "decode" waits for Python rather than for memory.
-_SMALLEST_CACHE = 8 * 2**20
-# On an H100 the kernels are as fast as cuDNN's for all heads of up to 64 channels, and for three in
-# four of wider ones (results/gpu.csv).
-_NARROW, _MOST_ON_A_GPU = 64, 0.75
 _LARGEST_SCALE = 1e38  # of float32
-
-
-def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> Tensor:
-    # Triton is on machines with a GPU, and `import headwise` does without.
-    from headwise.ops.attention import triton
-
-    if is_decoding(q, k, v, gate) and options["bias"] is None:
-        del options["bias"]
-        return triton.decode_attention(q, k, v, gate, **options)
-    return triton.head_attention(q, k, v, gate, **options)
-
-
-_IMPLEMENTATIONS = {
+_IN_PYTORCH = {
     "reference": reference.head_attention,
     "dense": dense.head_attention,
     "gathered": gathered.head_attention,
-    "native": native.head_attention,
     "decode": decode.head_attention,
-    "triton": _triton,
 }
 
 
@@ -115,59 +91,23 @@ def head_attention(
     if scale <= 0:
         # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
-    mask, bias = _four_dimensional(mask), _four_dimensional(bias)
-    if impl == "auto":
-        impl = choose(q, k, v, gate, mask, bias, causal=causal, share_on=share_on)
-    compute = _IMPLEMENTATIONS[impl]
-    return compute(q, k, v, gate, causal=causal, mask=mask, bias=bias, scale=scale)
+    x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
+    return _compute(x, choose(x, share_on=share_on, impl=impl))
 
 
-def choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    *,
-    causal: bool = False,
-    share_on: float | None = None,
-) -> Impl:
-    """The implementation that "auto" stands for.
+def _compute(x: Operands, plan: Plan) -> Tensor:
+    if plan.impl == "native":
+        gate = x.gate.float()
+        if plan.decoding:
+            return native_decode(x.q, x.k, x.v, gate, x.causal, x.scale, x.mask)
+        limit = largest_share(x.q.dtype, learning=plan.learning)
+        return native_attention(x.q, x.k, x.v, gate, x.causal, x.scale, limit)[0]
+    if plan.impl == "triton":
+        # Triton is on machines with a GPU, and `import headwise` does without.
+        from headwise.ops.attention import triton
 
-    CUDA: triton; dense where the caller says that more heads are on than pay (`_MOST_ON_A_GPU`);
-    gathered where a bias is added or the head width has no kernel. CPU: native where
-    it is built and takes the input; else decode for a few queries without gradients, gathered
-    otherwise; dense for short inputs. Where too few heads are off, gathered computes all
-    (`gathered.largest_share`). Other devices: dense.
-    """
-    if q.device.type == "cuda":
-        if share_on is not None and _torch_is_faster(q, k, causal, mask, bias, share_on):
-            return "dense"
-        kernel = bias is None and q.shape[3] % 16 == 0 and 32 <= q.shape[3] <= 256
-        return "triton" if kernel and q.dtype != torch.float64 else "gathered"
-    if q.device.type != "cpu":
-        return "dense"
-    decoding = is_decoding(q, k, v, gate)
-    long = decoding or k.shape[1] >= _FEWEST_KEYS
-    if native.takes(q, k, v, gate, mask, bias) and (is_ready() if long else is_built()):
-        return "native" if long else "dense"
-    if decoding:
-        return "decode" if k.numel() * k.element_size() >= _SMALLEST_CACHE else "dense"
-    return "gathered" if gate.numel() * k.shape[1] >= _FEWEST_SCORES else "dense"
-
-
-def _torch_is_faster(
-    q: Tensor,
-    k: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    share_on: float,
-) -> bool:
-    """On a GPU: so many heads are on that torch's own kernel computes all of them sooner."""
-    fused = mask is None and bias is None and (not causal or q.shape[1] == k.shape[1] > 1)
-    return fused and share_on > (1 if q.shape[3] <= _NARROW else _MOST_ON_A_GPU)
+        return (triton.decode_attention if plan.decoding else triton.head_attention)(x)
+    return _IN_PYTORCH[plan.impl](x)
 
 
 def _check(

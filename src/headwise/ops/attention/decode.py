@@ -16,36 +16,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.rectangle import added_to_scores, attend
-from headwise.ops.gradients import learns
-
-# Above this many query tokens per key head, arithmetic costs more than reading the cache.
-_MOST_DECODED = 16
+from headwise.ops.attention.plan import Operands
+from headwise.ops.plain_attention import added_to_scores, attend
 
 
-def is_decoding(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> bool:
-    """Few queries for each key head, and nothing to learn."""
-    return q.shape[1] * q.shape[2] <= _MOST_DECODED * k.shape[2] and not learns(q, k, v, gate)
-
-
-def head_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    if learns(q, k, v, gate):
-        raise ValueError(
-            'impl is "decode", which has no backward, and gradients are on; use "gathered" or '
-            "torch.no_grad()"
-        )
-    added = _added(q, k, causal, mask, bias)
-    return decode_attention(q, k, v, gate, added, scale)
+def head_attention(x: Operands) -> Tensor:
+    added = _added(x.q, x.k, x.causal, x.mask, x.bias)
+    return decode_attention(x.q, x.k, x.v, x.gate, added, x.scale)
 
 
 @torch.library.custom_op("headwise::decode_attention", mutates_args=())

@@ -5,20 +5,12 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.ops.attention.rectangle import lower_triangle
+from headwise.ops.attention.plan import Operands
+from headwise.ops.plain_attention import lower_triangle
 
 
-def head_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def head_attention(x: Operands) -> Tensor:
+    q, k, v, gate, causal, mask, bias, scale = x
     queries, keys = q.shape[1], k.shape[1]
     # One query sees every key; torch's own causal flag is right for square scores only.
     plain = mask is None and bias is None and queries == keys

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention import whole
 from headwise.ops.attention.pieces import Piece
+from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.ragged import Rows
-from headwise.ops.attention.rectangle import attend, attend_backward
+from headwise.ops.dtypes import wide_dtype
+from headwise.ops.gates import attention_flops, share_on
+from headwise.ops.plain_attention import attend, attend_all, attend_all_backward, attend_backward
 
 
 def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:
@@ -34,18 +36,8 @@ def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:
     return min(0.95, at_1024 + per_doubling * math.log2(max(keys, 1) / 1024))
 
 
-def head_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return gathered_attention(q, k, v, gate, causal, mask, bias, scale)[0]
+def head_attention(x: Operands) -> Tensor:
+    return gathered_attention(*x)[0]
 
 
 @torch.library.custom_op("headwise::gathered_attention", mutates_args=())
@@ -62,9 +54,9 @@ def gathered_attention(
     """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
     limit = largest_share(q.dtype, causal, k.shape[1])
     if share_on(gate) >= limit:
-        return whole.forward(q, k, v, gate, causal, mask, bias, scale)
+        return attend_all(q, k, v, gate, causal, mask, bias, scale)
     rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
     for tile in rows.tiles:
         tile_q, tile_out, tile_lse = (tile.of(x) for x in (q_rows, out, lse))
@@ -87,11 +79,6 @@ def gathered_attention(
             tile_out.copy_(merged)
     out[:-1] *= rows.gather(gate.to(q.dtype)).unsqueeze(-1)
     return rows.scatter(out), rows.scatter(lse)
-
-
-def share_on(gate: Tensor) -> float:
-    """Gates that are not 0, of all."""
-    return int(gate.count_nonzero()) / max(1, gate.numel())
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, piece: Piece) -> None:
@@ -123,9 +110,9 @@ def gathered_attention_backward(
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
     limit = largest_share(q.dtype, causal, k.shape[1])
     if share_on(gate) >= limit:
-        return whole.backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
+        return attend_all_backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
     rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
     gates = rows.gather_once(gate.to(wide)).unsqueeze(-1)
     dout = rows.gather(dy).mul_(gates)
@@ -163,7 +150,7 @@ def gathered_attention_backward(
 
 @gathered_attention.register_fake
 def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
 
 
@@ -189,14 +176,6 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gathered_attention.register_autograd(_backward, setup_context=_save)
-
-
-def attention_flops(q: Tensor, k: Tensor, computed: Tensor, causal: bool) -> int:
-    """4·C for each pair of a row and a key that it sees, of `computed` [B, T, H]."""
-    seen = torch.full((q.shape[1],), k.shape[1], device=q.device)
-    if causal:
-        seen = (seen - q.shape[1] + 1 + torch.arange(q.shape[1], device=q.device)).clamp_min(0)
-    return 4 * q.shape[3] * int((computed.sum((0, 2)) * seen).sum())
 
 
 @register_flop_formula(torch.ops.headwise.gathered_attention, get_raw=True)

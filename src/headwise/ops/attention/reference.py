@@ -3,18 +3,11 @@
 import torch
 from torch import Tensor
 
+from headwise.ops.attention.plan import Operands
 
-def head_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+
+def head_attention(x: Operands) -> Tensor:
+    q, k, v, gate, causal, mask, bias, scale = x
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     visible = _visible(q, k, causal, mask)

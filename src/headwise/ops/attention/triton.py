@@ -12,17 +12,17 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.gathered import attention_flops
+from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.triton_backward import keys_kernel, queries_kernel
 from headwise.ops.attention.triton_decode import decode_attention
 from headwise.ops.attention.triton_forward import forward_kernel
 from headwise.ops.attention.triton_ranks import ranked
 from headwise.ops.attention.triton_tiles import (
     FUSION,
-    check_operands,
     described,
     expanded,
 )
+from headwise.ops.gates import attention_flops
 from headwise.ops.tensors import adjacent
 
 __all__ = ["decode_attention", "head_attention"]
@@ -59,32 +59,14 @@ def tiling(width: int, dtype: torch.dtype, kernel: Kernel) -> Tiling:
     return table[max(width, 64)][get_args(Kernel).index(kernel)]
 
 
-def head_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def head_attention(x: Operands) -> Tensor:
     """Gated attention heads by Triton kernels, forward and backward.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 4; the online softmax and the recomputed scores are
     FlashAttention's, arXiv 2205.14135 and 2307.08691.
     **Deviates**: rows are gathered by their gates, which changes no number.
-
-    Raises:
-        ValueError: If bias is given, or q's device, dtype or channels are not the kernels'.
     """
-    if bias is not None:
-        raise ValueError(
-            f"bias has shape {list(bias.shape)}; impl='triton' takes none, impl='gathered' does"
-        )
-    check_operands(q)
-    return triton_attention(q, k, v, gate, causal, mask, scale)[0]
+    return triton_attention(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)[0]
 
 
 @torch.library.custom_op("headwise::triton_attention", mutates_args=())

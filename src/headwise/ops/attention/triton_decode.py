@@ -12,21 +12,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.gathered import attention_flops
+from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.triton_tiles import (
     FUSION,
     LOG2E,
     attend,
-    check_operands,
     described,
     expanded,
     last_key,
     load_tile,
     whole_blocks,
 )
+from headwise.ops.gates import attention_flops
 from headwise.ops.tensors import adjacent
 
-MAX_ROWS = 128
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
 # Reasoned, like all sizes here; not measured on a GPU yet.
 PROGRAMS = 512
@@ -40,34 +39,14 @@ def block_of_keys(width: int, dtype: torch.dtype) -> int:
     return 64 if width <= 128 else 32
 
 
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def decode_attention(x: Operands) -> Tensor:
     """Gated attention heads for one or a few queries and many keys; forward only.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 4; splitting the keys is Flash-Decoding's (Dao et al.
     2023).
     **Deviates**: a group of query heads that are all off reads neither keys nor values.
-
-    Raises:
-        ValueError: If the queries are too many, or q's device, dtype or channels are not the
-            kernels'.
     """
-    check_operands(q)
-    rows = q.shape[1] * (q.shape[2] // k.shape[2])
-    if rows > MAX_ROWS:
-        raise ValueError(
-            f"q has {q.shape[1]} tokens of {q.shape[2] // k.shape[2]} heads that share keys; "
-            f"decode_attention takes a product of at most {MAX_ROWS}, head_attention any"
-        )
-    return triton_decode(q, k, v, gate, causal, mask, scale)
+    return triton_decode(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)
 
 
 @torch.library.custom_op("headwise::triton_decode", mutates_args=())

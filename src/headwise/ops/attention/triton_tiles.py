@@ -16,7 +16,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_operands(q: Tensor) -> None:
+def check_queries(q: Tensor) -> None:
     """Refuse what the kernels cannot compute.
 
     Raises:

@@ -6,6 +6,7 @@ native      The same in C++, several experts at once, where `headwise compile` h
 grouped_mm  torch's grouped matrix product: for GPUs.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,16 +15,20 @@ from torch import Tensor
 
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
-from headwise.ops.experts import grouped, grouped_mm, native, reference
-from headwise.ops.native import is_ready
+from headwise.ops.dtypes import in_autocast
+from headwise.ops.experts import grouped_mm, reference
+from headwise.ops.experts.grouped import grouped_mlp
+from headwise.ops.native import DTYPES, is_ready
+from headwise.ops.native.experts import native_mlp
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
 
 Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
 
-_IMPLEMENTATIONS = {
+_NATIVE_ACTIVATIONS = ("silu", "relu")
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.expert_mlp,
-    "grouped": grouped.expert_mlp,
-    "native": native.expert_mlp,
+    "grouped": grouped_mlp,
+    "native": native_mlp,
     "grouped_mm": grouped_mm.expert_mlp,
 }
 
@@ -74,16 +79,46 @@ def expert_mlp(
     _check(x, weights, indices, up_proj, down_proj)
     if x.numel() == 0 or indices.numel() == 0:
         return x.clone().zero_()
-    indices = indices.long()
-    compute = _IMPLEMENTATIONS[choose(x, down_proj, activation) if impl == "auto" else impl]
-    return compute(x, weights, indices, up_proj, down_proj, activation=activation)
+    if impl != "reference":
+        x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
+    compute = _IMPLEMENTATIONS[choose(x, down_proj, activation, impl)]
+    return compute(x, weights, indices.long(), up_proj, down_proj, activation)
 
 
-def choose(x: Tensor, down_proj: Tensor, activation: Activation) -> Impl:
-    """The implementation that "auto" stands for."""
-    if x.device.type == "cuda" and grouped_mm.takes(x, down_proj):
-        return "grouped_mm"
-    return "native" if native.takes(x, down_proj, activation) and is_ready() else "grouped"
+def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "auto") -> Impl:
+    """The implementation that "auto" stands for, or the named one.
+
+    Args:
+        x, down_proj: As `expert_mlp` has them, in the dtype of autocast where that is on.
+        activation: "silu", "gelu" or "relu".
+        impl: "auto" or a name.
+
+    Raises:
+        ValueError: If impl names an implementation that does not compute these.
+    """
+    if impl == "auto":
+        if x.device.type == "cuda" and grouped_mm.computes(x, down_proj):
+            return "grouped_mm"
+        return "native" if _native_computes(x, down_proj, activation) and is_ready() else "grouped"
+    if impl == "native" and not _native_computes(x, down_proj, activation):
+        raise ValueError(
+            f"x {list(x.shape)} is {x.dtype} on {x.device}, down_proj {list(down_proj.shape)}, "
+            f'activation {activation!r}; impl "native" takes float32 and bfloat16 of even widths '
+            f'on CPUs with {" or ".join(_NATIVE_ACTIVATIONS)}; impl "grouped" takes all'
+        )
+    if impl == "grouped_mm" and not grouped_mm.computes(x, down_proj):
+        raise ValueError(
+            f"x {list(x.shape)} and down_proj {list(down_proj.shape)} have widths {x.shape[1]} and "
+            f'{down_proj.shape[2]} in {x.dtype}; impl "grouped_mm" wants multiples of 16 bytes, '
+            "and not torch.float64"
+        )
+    return impl
+
+
+def _native_computes(x: Tensor, down_proj: Tensor, activation: Activation) -> bool:
+    """Whether the kernel in C++ computes this, where it is built."""
+    known = x.device.type == "cpu" and x.dtype in DTYPES and activation in _NATIVE_ACTIVATIONS
+    return known and down_proj.shape[1] % 2 == 0 and down_proj.shape[2] % 2 == 0
 
 
 def _check(x: Tensor, weights: Tensor, indices: Tensor, up_proj: Tensor, down_proj: Tensor) -> None:

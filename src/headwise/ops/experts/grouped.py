@@ -13,33 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.activations import Activation, activate, activate_backward
+from headwise.ops.activations import activate, activate_backward
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.experts.choices import known_choices
+from headwise.ops.native.experts import native_mlp
 
 # Matrix products compile for each number of rows that they see; multiples of this keep those few.
 _ROW_BLOCK = 16
-
-
-def expert_mlp(
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    activation: Activation,
-) -> Tensor:
-    x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
-    return grouped_mlp(x, weights, indices, up_proj, down_proj, activation)
-
-
-def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of their device's autocast, where that is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 @torch.library.custom_op("headwise::grouped_mlp", mutates_args=())
@@ -129,21 +109,24 @@ def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweights, dup, ddown = grouped_mlp_backward(dy, *ctx.saved_tensors, ctx.activation)
     return dx, dweights, None, dup, ddown, None
 
 
-grouped_mlp.register_autograd(backward, setup_context=save)
+for op in (grouped_mlp, native_mlp):
+    op.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.headwise.grouped_mlp, get_raw=True)
-def flops(
+@register_flop_formula(
+    [torch.ops.headwise.grouped_mlp, torch.ops.headwise.native_mlp], get_raw=True
+)
+def _flops(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, *_: Any, **__: Any
 ) -> int:
     return 2 * int((indices >= 0).sum()) * (up[0].numel() + down[0].numel())
@@ -153,4 +136,4 @@ def flops(
 def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
     """Twice the forward, and the first product once more."""
     x, weights, indices, up, down, *_rest = args
-    return 2 * flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()
+    return 2 * _flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()

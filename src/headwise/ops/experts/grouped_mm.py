@@ -9,7 +9,6 @@ from torch.nn.functional import grouped_mm
 
 from headwise.ops.activations import Activation, activate
 from headwise.ops.experts.choices import known_choices
-from headwise.ops.experts.grouped import in_autocast
 
 # torch's kernel loads rows in pieces of this many bytes.
 _ALIGNMENT = 16
@@ -21,11 +20,8 @@ def expert_mlp(
     indices: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    *,
     activation: Activation,
 ) -> Tensor:
-    x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
-    _check(x, down_proj)
     num_experts, top_k = up_proj.shape[0], indices.shape[1]
     # Choices that go nowhere come last, where the kernel leaves rows as they were.
     experts, order = torch.sort(known_choices(indices, num_experts), stable=True)
@@ -40,17 +36,8 @@ def expert_mlp(
     return (unsorted * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
 
-def takes(x: Tensor, down_proj: Tensor) -> bool:
-    """Whether torch's kernel takes this dtype and these widths."""
+def computes(x: Tensor, down_proj: Tensor) -> bool:
+    """Whether torch's kernel computes this dtype and these widths."""
     widths = (x.shape[1], down_proj.shape[2])
     aligned = all(width * x.element_size() % _ALIGNMENT == 0 for width in widths)
     return aligned and x.dtype != torch.float64
-
-
-def _check(x: Tensor, down_proj: Tensor) -> None:
-    if not takes(x, down_proj):
-        raise ValueError(
-            f"x {list(x.shape)} and down_proj {list(down_proj.shape)} have widths {x.shape[1]} and "
-            f'{down_proj.shape[2]} in {x.dtype}; impl "grouped_mm" wants multiples of 16 bytes, '
-            "and not torch.float64"
-        )

@@ -13,7 +13,6 @@ def expert_mlp(
     indices: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    *,
     activation: Activation,
 ) -> Tensor:
     num_experts = len(up_proj)

@@ -1,4 +1,4 @@
-"""Two-stage routing of heads by a kernel in C++ (ops/native/kernels/routing.h), for CPUs.
+"""Two-stage routing of heads in C++ (kernels/routing.h).
 
 A token's softmaxes are a few numbers each: a kernel reads them once, where a chain of tensor
 operations costs about as much as a quarter of the attention heads.
@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.ops import native
+from headwise.ops.native import is_ready, kernels
 from headwise.ops.tensors import adjacent
 
 
-def takes(logits: Tensor, scores: str) -> bool:
-    """Whether the kernel computes this."""
+def has_kernel(logits: Tensor, scores: str) -> bool:
+    """Whether the kernel is there and computes this."""
     plain = scores == "softmax" and logits.dtype == torch.float32
-    return plain and logits.device.type == "cpu" and native.is_ready()
+    return plain and logits.device.type == "cpu" and is_ready()
 
 
 def gates(
     shared: Tensor, routed: Tensor, stage: Tensor | None, top_k: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [..., n]: gates, chosen heads and probabilities, as `ops.route_heads` has them."""
+    """Gates, chosen heads and probabilities of logits [..., n], as `ops.route_heads` has them."""
     batch = shared.shape[:-1]
     logits = [shared, routed, shared.new_empty(*batch, 0) if stage is None else stage]
     rows = [adjacent(x.reshape(batch.numel(), x.shape[-1])) for x in logits]
@@ -36,7 +36,7 @@ def native_route_heads(
     shared: Tensor, routed: Tensor, stage: Tensor, top_k: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gates [N, shared + routed], indices [N, top_k], probabilities [N, routed]."""
-    return native.kernels().route_heads(shared, routed, stage, top_k, paper)
+    return kernels().route_heads(shared, routed, stage, top_k, paper)
 
 
 @torch.library.custom_op("headwise::native_route_heads_backward", mutates_args=())
@@ -50,7 +50,7 @@ def native_route_heads_backward(
     paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of shared, routed and stage."""
-    return native.kernels().route_heads_backward(
+    return kernels().route_heads_backward(
         dgates.contiguous(), dprobabilities.contiguous(), shared, routed, stage, indices, paper
     )
 
