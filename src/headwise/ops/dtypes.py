@@ -11,7 +11,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def widened(x: Tensor) -> Tensor:
     """x in float32 or wider; x itself where it is that already."""
-    return x.to(wide_dtype(x))
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(wide_dtype(x))
 
 
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

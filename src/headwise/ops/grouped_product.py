@@ -1,7 +1,7 @@
 """Rows in runs, each run times a matrix of its own.
 
-torch's grouped product on GPUs; elsewhere, and for widths which that does not take, one matrix
-after the other.
+On GPUs torch's grouped product computes it; elsewhere, and for widths that torch's kernel does not
+compute, one matrix product after the other.
 """
 
 from collections.abc import Iterator

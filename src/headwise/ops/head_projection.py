@@ -1,6 +1,7 @@
-"""Projections into heads and out of them that skip what is off, in C++ (ops/native), for CPUs.
+"""Projections into heads and out of them that skip heads that are off, in C++, for CPUs.
 
-Without gradients only: training computes all heads' queries, which their gates' gradients need.
+They have no backward: training computes the queries of all heads, because the gradients of their
+gates need them.
 """
 
 import torch
@@ -12,7 +13,7 @@ from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.projection import native_merge, native_project
 from headwise.ops.tensors import check_operands, check_same_dtype
 
-# Gathering rows and weights of a head costs what so many rows of it do; see `skips_faster`.
+# Gathering the rows and weights of a head costs as much as computing so many of its rows.
 _FEWEST_ROWS = {torch.float32: 256, torch.bfloat16: 512}
 _FEWEST_CHANNELS = 48
 
@@ -22,9 +23,9 @@ def skips_faster(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int,
 
     Args:
         x: Tokens [B, T, D].
-        weight: Of either projection.
+        weight: Weight of either projection.
         head_dim: Channels of a head.
-        routed_heads: Heads that are on for some tokens.
+        routed_heads: Heads that are on for some tokens only.
         off: How many of these are off for a token.
     """
     known = _has_kernel(x, head_dim, x.shape[-1]) and weight.dtype == x.dtype

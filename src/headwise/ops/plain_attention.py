@@ -1,7 +1,8 @@
-"""Plain attention of some rows to some keys, with the log-sum-exp that lets results be merged.
+"""Plain attention with the log-sum-exp of the scores, by which results over more keys are merged.
 
-All tensors are [b, h, n, C] for rows and [b, h, s, C] for keys. On CPUs torch's own flash kernels
-do the work (bfloat16 products, float32 sums); elsewhere matrix products and a softmax do.
+`attend` takes some rows [b, h, n, C] to some keys [b, h, s, C], `attend_all` all heads of all
+tokens, [B, T, H, C], times their gates. On CPUs torch's own flash kernels do the work (bfloat16
+products, float32 sums); elsewhere matrix products and a softmax do.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Gradients(NamedTuple):
-    """What one rectangle adds to the gradients; `scores` [b, h, n, s] only where asked for."""
+    """What some rows and keys add to the gradients; `scores` [b, h, n, s] only where asked for."""
 
     q: Tensor
     k: Tensor
@@ -31,13 +32,14 @@ def attend(
     v: Tensor,
     *,
     added: Tensor | None,
-    causal: bool,
+    causal: bool = False,
     scale: float,
     blind: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and log-sum-exp [b, h, n]; 0 and -inf for a row that sees no key.
 
-    There are such rows only if `blind`.
+    Such rows exist only if `blind`. `added` [b, h, n, s] is added to the scores; `causal` lets row
+    i see keys 0..i.
     """
     if q.device.type == "cpu":
         # torch's kernel takes channels to lie side by side, and does not check it.
@@ -62,11 +64,11 @@ def attend_backward(
     lse: Tensor,
     *,
     added: Tensor | None,
-    causal: bool,
+    causal: bool = False,
     scale: float,
     scores_gradient: bool,
 ) -> Gradients:
-    """Gradients through one rectangle, given the output and log-sum-exp over *all* keys."""
+    """Gradients of `attend`, given the output and log-sum-exp of the rows over *all* keys."""
     lse = _finite(lse)
     if q.device.type == "cpu" and not scores_gradient:
         dout, q, k, v, out = map(adjacent, (dout, q, k, v, out))
@@ -123,7 +125,7 @@ def attend_all(
     bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, C] and the log-sum-exp of the scores [B, T, H]."""
+    """y [B, T, H, C] and the log-sum-exp of the scores [B, T, H], of heads that are off, too."""
     added, square = _added(q, k, causal, mask, bias)
     per_key_head = q.shape[2] // k.shape[2]
     out, lse = attend(
@@ -156,10 +158,7 @@ def attend_all_backward(
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
     added, square = _added(q, k, causal, mask, bias)
     per_key_head = q.shape[2] // k.shape[2]
-    gates = gate.to(wide_dtype(q)).unsqueeze(-1)
-    safe = torch.where(gates == 0, 1, gates)
-    dout, out = (dy * gates).to(q.dtype), (y / safe).to(q.dtype)
-    dgate = (dout * out).sum(-1, dtype=gates.dtype) / safe.squeeze(-1)
+    dout, out, dgate = before_the_gates(dy, y, gate.to(wide_dtype(q)))
     part = attend_backward(
         dout.transpose(1, 2),
         q.transpose(1, 2),
@@ -182,10 +181,23 @@ def attend_all_backward(
     return dq, dk, dv, dgate.to(gate.dtype), dbias
 
 
+def before_the_gates(dy: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What y = gate · out, [..., C], says of out [..., C] and of the gates [...].
+
+        dout = gate · dy,   out = y / gate,   dgate = dy · out = dout · out / gate
+
+    A gate of 0 gets no gradient and gives none. Gates are float32 or wider, and so is dgate.
+    """
+    gates = gates.unsqueeze(-1)
+    safe = torch.where(gates == 0, 1, gates)
+    dout, out = (dy * gates).to(dy.dtype), (y / safe).to(y.dtype)
+    return dout, out, (dout * out).sum(-1, dtype=gates.dtype) / safe.squeeze(-1)
+
+
 def _added(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, bool]:
-    """What is added to the scores, and whether the kernel's own causal mask does instead."""
+    """What is added to the scores, and whether the kernel uses its own causal mask instead."""
     if mask is None and bias is None and (not causal or q.shape[1] == k.shape[1]):
         return None, causal
     added = added_to_scores(q, k, causal, mask, bias)
@@ -196,8 +208,5 @@ def _added(
 
 def _per_query_head(x: Tensor, per_key_head: int) -> Tensor:
     """[B, S, Hkv, C] to [B, H, S, C]."""
-    return (
-        x.transpose(1, 2).repeat_interleave(per_key_head, dim=1)
-        if per_key_head > 1
-        else x.transpose(1, 2)
-    )
+    x = x.transpose(1, 2)
+    return x.repeat_interleave(per_key_head, dim=1) if per_key_head > 1 else x

@@ -23,7 +23,7 @@ from headwise.ops.gradients import learns
 from headwise.ops.tensors import check_tensor
 
 _LARGEST_LEVEL = 127
-# A smaller mean or maximum counts as this much: what is 0 everywhere stays 0, and still learns.
+# A smaller mean or maximum counts as this much: a matrix of zeros stays 0, and still learns.
 _LEAST = 1e-5
 _NORM_EPSILON = 1e-6
 _VALUES_PER_BYTE, _BITS = 4, 2
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
         levels: Whole numbers in the tensor's float dtype: -1, 0, 1 of weights [*matrices, O, D],
             -127..127 of activations [*rows, D].
         scale: float32 or wider; of weights one a matrix [*matrices], of activations one a row
-            [*rows, 1]. Takes no gradient.
+            [*rows, 1]. It has no gradient.
     """
 
     levels: Tensor

@@ -75,8 +75,8 @@ def aggregated_attention(
         The gated heads in q's dtype.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, window is even, or impl is unknown or
-            does not take this.
+        ValueError: If shapes, dtypes or devices do not fit, window is even, impl is unknown, or
+            impl cannot compute this.
 
     Example (worked by hand): a map of 1×2 with values 2 and 4, one pooled value 9, window 3, all
     scores and learned weights 0, gate 1/2: both tokens give 1/2 · (2 + 4 + 9) / 3 = 2.5.

@@ -4,7 +4,7 @@ reference   Eq. 4 with loops: the specification.
 dense       Every head by torch's own attention, then the gate: skips nothing.
 gathered    Only heads that are on, by torch's kernels on gathered queries. Forward and backward.
 native      The same fused in C++, for CPUs, once `headwise compile` has built it.
-decode      A few queries against a long cache, of which only what is on is read. Forward only.
+decode      A few queries against a long cache; keys of heads off are not read. Forward only.
 triton      Fused kernels for CUDA devices. Forward, backward, decode.
 """
 
@@ -77,8 +77,8 @@ def head_attention(
         The gated heads in q's dtype. A query whose mask is False everywhere gives 0, never NaN.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, a number is out of range, or impl is
-            unknown or does not take this.
+        ValueError: If shapes, dtypes or devices do not fit, a number is out of range, impl is
+            unknown, or impl cannot compute this.
 
     Example (worked by hand): one head, q = 0, values 2 and 4, gate 1/2: y = 1/2 · (2 + 4)/2 = 1.5.
     """
@@ -147,7 +147,7 @@ def _check(
 
 
 def _check_options(causal: bool, scale: float | None, share_on: float | None) -> None:
-    # Annotations would tell more slowly: every step of a decoding model comes by here.
+    # Checks against annotations would be slower, and every step of a decoding model runs this.
     if causal is not True and causal is not False:
         raise ValueError(f"causal is {causal!r}; it must be True or False")
     if scale is not None and not (_is_number(scale) and abs(scale) < _LARGEST_SCALE):

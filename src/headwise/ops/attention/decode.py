@@ -1,9 +1,9 @@
 """One or a few query tokens against a long cache: only key heads that are on are read.
 
-Here reading keys and values is the cost, not arithmetic. Heads 0, 2, 4 of a cache are a strided
-view of it, so an evenly spaced run of heads goes to torch's kernel in one call, without a copy. The
-kernel gives whole heads to threads; where heads do not share out evenly, their keys are split.
-Forward only.
+Reading keys and values is the cost here, not arithmetic. Heads 0, 2, 4 of a cache are a strided
+view of it, so torch's kernel computes an evenly spaced run of heads in one call and without a copy.
+The kernel gives whole heads to threads; where their number is no multiple of the threads, the keys
+are split. Forward only.
 """
 
 import math
@@ -80,7 +80,7 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: 
         part = None if added is None else added[..., rest]
         more = _attend(q, k[None, :, rest], v[None, :, rest], part, scale)
         out, lse = torch.cat([out, more[0]]), torch.cat([lse, more[1]])
-    # A row that sees no key at all has only weights of 0/0.
+    # The weights of a row that sees no key at all are 0/0.
     weights = lse.softmax(0).nan_to_num(0).unsqueeze(-1)
     return (out * weights).sum(0)
 
@@ -88,7 +88,7 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, added=added, causal=False, scale=scale, blind=added is not None)
+    return attend(q, k, v, added=added, scale=scale, blind=added is not None)
 
 
 def _runs(heads: list[int]) -> Iterator[slice]:
@@ -119,6 +119,6 @@ def _added(
 
 
 def _part(added: Tensor, batch: slice, heads: slice) -> Tensor:
-    """Its entries for one batch entry and some key heads, each of which may be broadcast."""
+    """The part of `added` for one batch entry and some key heads; both axes may be broadcast."""
     added = added[batch] if added.shape[0] > 1 else added
     return added[:, heads] if added.shape[1] > 1 else added

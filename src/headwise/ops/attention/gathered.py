@@ -1,8 +1,12 @@
 """Attention of the heads that are on, gathered: what is off is neither computed nor read.
 
-Rows that are on are gathered into tiles (`ragged`), the causal triangle over them is cut into
-rectangles and edges (`pieces`), torch's attention runs on each (`rectangle`), and results for the
-same rows are merged by their log-sum-exp. The backward computes the scores again, piece by piece.
+1. Rows that are on are gathered into tiles (`ragged`).
+2. The causal triangle over a tile's rows is cut into rectangles and edges (`pieces`).
+3. torch's attention runs on each piece (`plain_attention`).
+4. Results of one row over several pieces are merged by their log-sum-exp.
+
+The backward computes the scores again, piece by piece. Where few heads are off, gathering costs
+more than it saves, and torch computes all of them.
 """
 
 import math
@@ -17,7 +21,13 @@ from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.ragged import Rows
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gates import attention_flops, share_on
-from headwise.ops.plain_attention import attend, attend_all, attend_all_backward, attend_backward
+from headwise.ops.plain_attention import (
+    attend,
+    attend_all,
+    attend_all_backward,
+    attend_backward,
+    before_the_gates,
+)
 
 
 def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:
@@ -114,13 +124,11 @@ def gathered_attention_backward(
     rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
     wide = wide_dtype(q)
     # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
-    gates = rows.gather_once(gate.to(wide)).unsqueeze(-1)
-    dout = rows.gather(dy).mul_(gates)
-    out = rows.gather(y).div_(torch.where(gates == 0, 1, gates))
+    gates = rows.gather_once(gate.to(wide))
     dgate = rows.empty(gate)
-    dgate[:-1] = (dout * out).sum(-1, dtype=wide) / torch.where(gates == 0, 1, gates).squeeze(-1)
-    # Their scores have another row's log-sum-exp, whose exponentials may overflow: inf, as that of
-    # their own, makes them 0.
+    dout, out, dgate[:-1] = before_the_gates(rows.gather(dy), rows.gather(y), gates)
+    # Such a row has the log-sum-exp of another one, with which its exponentials may overflow. A
+    # log-sum-exp of inf makes them 0.
     q_rows, lse = rows.gather(q), rows.gather_once(lse, math.inf)
     dq = rows.empty(q, wide).zero_()
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

@@ -2,8 +2,16 @@
 
 The lower triangle of rows r_0 < r_1 < … splits into a rectangle (later rows, earlier keys) and two
 smaller triangles, again and again. Rectangles need no mask, so torch's own attention runs on them
-at full speed; only the last triangles, the edges, are masked. Rows of a tile are split at the same
-ranks, keys at a position that all its lists have reached.
+at full speed; only the last triangles, the edges, are masked. All lists of a tile are split at the
+same ranks, and at a key that each of them sees there.
+
+Example: four rows that see keys up to 1, 3, 4 and 7, in edges of two rows:
+
+    key     0 1 2 3 4 5 6 7
+    row 0   e e . . . . . .     e, f: the two edges
+    row 1   e e e e . . . .
+    row 2   r r r r f . . .     r: the rectangle, which rows 2 and 3 see whole
+    row 3   r r r r f f f f
 """
 
 from typing import Literal, NamedTuple
@@ -11,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# torch's CPU kernel takes rows and keys in blocks, and is faster where blocks are not cut.
+# torch's CPU kernel works on blocks of rows and keys, and is faster where blocks are not cut.
 _ROW_BLOCK, _KEY_BLOCK = 64, 64
 
 
@@ -22,8 +30,8 @@ class Piece(NamedTuple):
         rows: Ranks of the rows.
         keys: Positions of the keys.
         kind: "full": every row sees every key. "edge": some keys lie beyond a row's limit.
-            "square": row i sees keys 0..i. "rectangle": like full, for rows that another piece
-            has covered; all others cover each row once and come first.
+            "square": row i sees keys 0..i. "rectangle": like full, for rows that another piece has
+            covered. Pieces of the other kinds cover each row once and come first.
     """
 
     rows: slice

@@ -74,8 +74,8 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
         ValueError: If impl names an implementation that does not compute these operands.
     """
     learning = learns(x.q, x.k, x.v, x.gate)
-    few = x.q.shape[1] * x.q.shape[2] <= _MOST_DECODED * x.k.shape[2]
-    decoding = few and not learning
+    _, queries, heads, _ = x.q.shape
+    decoding = not learning and queries * heads <= _MOST_DECODED * x.k.shape[2]
     if impl == "auto":
         return Plan(_fastest(x, decoding, share_on), decoding, learning)
     plan = Plan(impl, decoding, learning)

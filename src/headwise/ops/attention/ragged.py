@@ -1,9 +1,28 @@
-"""The (query, head) pairs that are on, as rows that are computed together.
+"""The pairs of a token and a head that are on, as rows that are computed together.
 
 A *row* is a query token as one key head sees it: row t·R + r is token t under the r-th of the
-R = H / Hkv query heads that share the key head. Each (batch, key head) has its own list of rows,
-ascending. Lists that keep the same pace share a tile, padded to its longest, so that a skewed
-router does not make every head pay for the busiest.
+R = H / Hkv query heads that share the key head. Each (batch entry, key head) has a *list* of the
+rows that are on, ascending. A *tile* is a rectangle of neighbouring lists, each filled up to the
+longest of them. Lists share a tile only if they keep the same pace: a busy head does not fill up
+the lists of all others, and a causal mask cuts all lists of a tile at about the same rank.
+
+Example: one batch entry, T = 4 tokens, H = 2 heads with keys of their own (R = 1), and the gates
+
+    token       0  1  2  3
+    head 0      x  x  .  x      list 0, 1, 3
+    head 1      .  x  .  x      list 1, 3
+
+Both lists go into one tile of shape (1, 2, 3); the second is filled up with its last row, 3. The
+six places of the tile hold
+
+    number      0 1 3 | 1 3 3   the row that stands here
+    index       0 2 6 | 3 7 0   its place t·H + h in q[0], [T, H, C] flattened (0: fills up only)
+
+and the eight pairs of q[0] stand at the places 0 6 1 3 6 6 2 4, where 6, one behind the last place,
+is for all that is off. So `gather` reads q at `index`, and `scatter` reads results at the places.
+
+A tile in which nearly every row is on, as shared heads are, holds *all* rows of its lists instead
+(`whole`): torch's kernel has a causal mask of its own for such a square, which is faster.
 """
 
 import math
@@ -28,7 +47,7 @@ Numbers = NDArray[np.int64]
 _CHECKPOINTS = 8
 # Lists share a tile while they differ by no more rows than this, or this share of their length.
 _SLACK_ROWS, _SLACK_SHARE = 64, 0.15
-# Matrix products compile for each number of rows that they see; multiples of this keep those few.
+# Matrix products are compiled for each number of rows; multiples of this keep the numbers few.
 _ROW_MULTIPLE = 32
 # Rows of an edge. torch's CPU kernel works on 64 rows at a time from 192 rows on, on 32 below.
 _EDGE_ROWS = 192
@@ -42,9 +61,9 @@ class Tile(NamedTuple):
     Attributes:
         batch: Batch entries.
         heads: Key heads.
-        shape: Of its rows: batch entries, key heads, rows of the longest list.
-        start: Where its rows start among those of all tiles.
-        whole: Whether it holds every row of its lists, on or not.
+        shape: b batch entries, h key heads, n rows of the longest list.
+        start: Where its b·h·n places start among those of all tiles.
+        whole: Whether it holds every row of its lists, on or not: row t stands at place t.
     """
 
     batch: slice
@@ -54,12 +73,12 @@ class Tile(NamedTuple):
     whole: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """The tile's part [b, h, N, ...] of the rows of all tiles."""
+        """The tile's part [b, h, n, ...] of what stands at the places of all tiles."""
         return x[self.start : self.stop].unflatten(0, self.shape)
 
     @property
     def stop(self) -> int:
-        """Where its rows end among those of all tiles."""
+        """Where its places end among those of all tiles."""
         return self.start + math.prod(self.shape)
 
     def keys(self, x: Tensor) -> Tensor:
@@ -81,43 +100,51 @@ class Rows:
         largest_share: float,
     ):
         self.shape, self.causal, self.mask, self.bias = gate.shape, causal, mask, bias
-        (_, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
+        (batch, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
         self.per_key_head = heads // kv_heads
-        plain = causal and mask is None and bias is None
-        self._square = plain and queries == self.keys and heads == kv_heads
         # The last query sees the last key.
         self.offset = self.keys - queries
-        on = (gate != 0).cpu().numpy()
+        on_BTH = (gate != 0).cpu().numpy()
         if causal and self.offset < 0:
-            on[:, : -self.offset] = False
-        # The order of rows: batch entry, key head, token, query head of the group.
-        grouped = on.reshape(*on.shape[:2], kv_heads, self.per_key_head).transpose(0, 2, 1, 3)
-        lists, rows = np.divmod(np.flatnonzero(grouped), queries * self.per_key_head)
-        # Only a square tile has a kernel of its own; others gain nothing from being whole.
-        whole_from = largest_share if self._square else math.inf
-        shape = (len(on), kv_heads, queries * self.per_key_head)
-        counts, self.tiles = cut_into_tiles(lists, rows, shape, whole_from)
+            # These tokens come before the first key and see none.
+            on_BTH[:, : -self.offset] = False
+        on_BTGR = on_BTH.reshape(batch, queries, kv_heads, self.per_key_head)
+        on_BGTR = on_BTGR.transpose(0, 2, 1, 3)
+        # In this order a list is a run of T·R entries, so that each one that is on tells its list
+        # b·Hkv + g and its row t·R + r. In the example: lists 0 0 0 1 1, rows 0 1 3 1 3.
+        length = queries * self.per_key_head
+        lists, rows = np.divmod(np.flatnonzero(on_BGTR), length)
+        # Only the square of a plain causal mask has a kernel of its own.
+        plain = causal and mask is None and bias is None
+        square = plain and queries == self.keys and heads == kv_heads
+        counts, self.tiles = cut_into_tiles(
+            lists, rows, (batch, kv_heads, length), largest_share if square else math.inf
+        )
         self.count = self.tiles[-1].stop if self.tiles else 0
-        self._number_rows(lists, rows, counts, gate.device)
+        self._give_places(lists, rows, counts, gate.device)
 
-    def _number_rows(
+    def _give_places(
         self, lists: Numbers, rows: Numbers, counts: Numbers, device: torch.device
     ) -> None:
-        """Find each row's place among the tiles' and its place in a flattened [B, T, H]."""
+        """Find each row's place in the tiles, and its place in a flattened [B, T, H]."""
         (batch, queries, heads), kv_heads = self.shape, counts.shape[1]
-        # What fills up a short list comes after all its rows.
-        numbers: Numbers = np.full(self.count, queries * self.per_key_head - 1)
+        # The place of each list's first row, [B, Hkv]: 0 and 3 in the example.
         starts: Numbers = np.zeros_like(counts)
         whole = np.zeros(counts.shape, dtype=bool)
+        # What fills up a short list comes after all its rows.
+        numbers: Numbers = np.full(self.count, queries * self.per_key_head - 1)
         for tile in self.tiles:
-            inside = tile.start + np.arange(math.prod(tile.shape[:2])) * tile.shape[2]
-            starts[tile.batch, tile.heads] = inside.reshape(tile.shape[:2])
+            firsts = tile.start + np.arange(math.prod(tile.shape[:2])) * tile.shape[2]
+            starts[tile.batch, tile.heads] = firsts.reshape(tile.shape[:2])
             whole[tile.batch, tile.heads] = tile.whole
             if tile.whole:
                 numbers[tile.start : tile.stop].reshape(tile.shape)[:] = np.arange(tile.shape[2])
+        # The i-th row of a list has the i-th of its places; in a whole tile, row t the t-th.
+        # Example: ranks 0 1 2 0 1, places 0 1 2 3 4.
         ranks = np.arange(len(rows)) - (np.cumsum(counts) - counts.reshape(-1))[lists]
         places = starts.reshape(-1)[lists] + np.where(whole.reshape(-1)[lists], rows, ranks)
         numbers[places] = rows
+        # Where a list's token 0 stands in a flattened [B, T, H], then where the row stands.
         entries, groups = np.divmod(np.arange(counts.size), kv_heads)
         corners = entries * (queries * heads) + groups * self.per_key_head
         tokens, members = np.divmod(rows, self.per_key_head) if self.per_key_head > 1 else (rows, 0)
@@ -224,9 +251,12 @@ def cut_into_tiles(
 ) -> tuple[Numbers, list[Tile]]:
     """Cut the rows that are on into tiles.
 
+    The *pace* of a list is how many of its rows are on up to each of eight checkpoints. Example
+    with two checkpoints: rows 0, 1, 3 of four have the pace (2, 3), rows 1, 3 the pace (1, 2).
+
     Args:
-        lists: List b·Hkv + h of each row.
-        rows: Its number in the list.
+        lists: List b·Hkv + h of each row that is on.
+        rows: The row, t·R + r.
         shape: Batch entries, key heads, rows of a list, on or not.
         whole_from: Share of rows that are on from which a tile is computed whole.
 
@@ -234,19 +264,19 @@ def cut_into_tiles(
         How many rows of each list are on, [B, Hkv], and the tiles, without empty ones.
     """
     batch, heads, length = shape
+    # Rows between two checkpoints, then sums: the paces [B, Hkv, checkpoints].
     checkpoints = lists * _CHECKPOINTS + rows * _CHECKPOINTS // max(1, length)
     passed = np.bincount(checkpoints, minlength=batch * heads * _CHECKPOINTS)
     paces = passed.reshape(batch, heads, _CHECKPOINTS).cumsum(2)
     found: list[Tile] = []
     for batch_part, heads_part in _cut(paces, slice(0, batch), slice(0, heads)):
-        inside = paces[batch_part, heads_part, -1]
-        if inside.any():
-            whole = bool(inside.mean() >= whole_from * length)
-            longest = -(-int(inside.max()) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        on = paces[batch_part, heads_part, -1]
+        if on.any():
+            whole = bool(on.mean() >= whole_from * length)
+            longest = -(-int(on.max()) // _ROW_MULTIPLE) * _ROW_MULTIPLE
             rows_of_tile = length if whole else min(length, longest)
             start = found[-1].stop if found else 0
-            tile = Tile(batch_part, heads_part, (*inside.shape, rows_of_tile), start, whole)
-            found.append(tile)
+            found.append(Tile(batch_part, heads_part, (*on.shape, rows_of_tile), start, whole))
     return paces[..., -1], found
 
 

@@ -1,8 +1,8 @@
 """Attention of the heads that are on, in Triton: what is off is neither read nor computed.
 
-Per batch and head, the tokens that are on are ranked; a program takes consecutive ranks and
-gathers their rows straight from q. No size depends on how many there are, so nothing waits for
-the device: a program whose ranks do not exist leaves at once.
+In each batch entry and head, the tokens that are on are ranked. A program computes consecutive
+ranks and gathers their rows straight from q. No size depends on how many tokens are on, so nothing
+waits for the device: a program whose ranks do not exist returns at once.
 """
 
 from typing import Any, Literal, NamedTuple, get_args

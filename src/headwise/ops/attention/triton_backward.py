@@ -1,10 +1,23 @@
-"""The backward kernels: one gathers rows of queries, one holds keys; both compute scores again.
+"""The backward kernels: `queries_kernel` for dq and dgate, then `keys_kernel` for dk and dv.
 
-With p the softmax, o = p v and y = gate · o:
+Both compute the scores again. For a head with tokens t that are on and keys s, p the softmax of
+scale · q·k, o[t] = sum_s p[t,s] v[s] and y = gate · o:
 
-    dgate = o · dy,  ds = p (gate · dy v − y · dy),  dq = ds k,  dk = ds q,  dv = p gate dy
+    delta[t] = y[t] · dy[t]                     dgate[t] = o[t] · dy[t] = delta[t] / gate[t]
+    dp[t,s]  = gate[t] dy[t] · v[s]             ds[t,s]  = p[t,s] (dp[t,s] − delta[t])
+    dq[t]    = scale · sum_s ds[t,s] k[s]       dk[s]    = scale · sum_t ds[t,s] q[t]
+                                                dv[s]    = sum_t p[t,s] gate[t] dy[t]
 
-The first leaves q and gate · dy packed, by rank, so that the second need not gather rows again.
+Example: one key, so p = 1; v = 4, gate = 1/2, dy = 3. Then o = 4, y = 2, delta = 6 and dgate = 12.
+dp = 6, so ds = 0: a softmax over one key is constant, and q and k have no gradient. dv = 1.5.
+
+A token that is on has a *rank* in its head. Example: of T = 5 tokens 1, 2 and 4 are on. Then
+
+    positions   1 2 4 3 0       the token of each rank, then those that are off
+    on_so_far   0 1 2 2 3       how many are on up to and including each token
+
+`queries_kernel` leaves q, gate · dy, the log-sum-exp and delta packed by rank, so that
+`keys_kernel` reads them side by side and gathers nothing.
 """
 
 from typing import no_type_check
@@ -36,6 +49,7 @@ def queries_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq and dgate of ROWS tokens that are on in a head; their rows, packed, for `keys_kernel`."""
+    # The head, and the ranks start..start + ROWS of it; ranks from `count` on do not exist.
     pair, start, count = longest_first(on_so_far, T, H, ROWS)
     if start >= count:
         return
@@ -43,12 +57,14 @@ def queries_kernel(
     t, valid = ranked_tokens(positions + pair * T, start, count, ROWS)
     rows = t.to(tl.int64)
     last = last_key(t, T, S, CAUSAL)
+    # Pointers to the head.
     q += b * q_strides[0] + h * q_strides[2]
     dy += b * dy_strides[0] + h * dy_strides[2]
     y += b * y_strides[0] + h * y_strides[2]
     gate += b * gate_strides[0] + h * gate_strides[2]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
+    # Gather the rows: tiles are [ROWS, WIDTH], what belongs to a row is [ROWS].
     q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
     dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH, True).to(tl.float32)
     y_tile = load_tile(y, rows * y_strides[1], valid, C, WIDTH, True)
@@ -58,12 +74,14 @@ def queries_kernel(
     dgate += b * dgate_strides[0] + h * dgate_strides[2]
     dgates = (deltas / gates).to(dgate.dtype.element_ty)
     tl.store(dgate + rows * dgate_strides[1], dgates, mask=valid)
+    # From here on dy_tile is gate · dy. Pack the rows for the other kernel.
     dy_tile = (dy_tile * gates[:, None]).to(q_tile.dtype)
     ranks = pair * T + start + tl.arange(0, ROWS)
     store_tile(packed_q, ranks * C, valid, q_tile, C, WIDTH)
     store_tile(packed_dy, ranks * C, valid, dy_tile, C, WIDTH)
     tl.store(packed_lse + ranks, lses, mask=valid)
     tl.store(packed_delta + ranks, deltas, mask=valid)
+    # Keys 0..whole are seen by every row of the tile; those up to the last row's need a check.
     queries = (q_tile, dy_tile, lses, deltas, last, rows * mask_strides[2])
     head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
     keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
@@ -89,6 +107,7 @@ def _add_queries(
     for start in range(first, end, KEYS):
         k_tile = tile_of(k, start, KEYS, WIDTH)
         v_tile = tile_of(v, start, KEYS, WIDTH)
+        # scores, p, dp and ds are [ROWS, KEYS].
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
             s = (start + tl.arange(0, KEYS))[None, :]
@@ -111,7 +130,8 @@ def keys_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys, over the query heads that share them: 0 where no head is on."""
-    # Earlier keys are seen by more rows: those of all heads come first.
+    # A program is a block of keys of one key head. Earlier keys are seen by more rows, and what
+    # takes longest starts first: the first blocks of all heads, then the second ones.
     groups = H // GROUP
     programs = tl.cdiv(S, KEYS) * groups
     b, turn = tl.program_id(0) // programs, tl.program_id(0) % programs
@@ -125,10 +145,13 @@ def keys_kernel(
     keys = (k_tile, v_tile, s, mask, mask_strides, T, S)
     k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     v_sums = tl.zeros([KEYS, WIDTH], tl.float32)
+    # The query heads that share these keys add to the same sums, one after the other.
     for i in range(GROUP):
         h = g * GROUP + i
         head = (b * H + h) * T
         count = tl.load(on_so_far + head + T - 1)
+        # Ranks ascend with tokens, so those that see the block's first key start at `first`, and
+        # those that see all of its keys at `whole`: only ranks between the two need a check.
         first = _rank_seeing(start, on_so_far + head, T, S, CAUSAL)
         whole = _rank_seeing(tl.minimum(start + KEYS, S) - 1, on_so_far + head, T, S, CAUSAL)
         # Blocks are counted from `first`; the one that `whole` falls into needs a check.
@@ -157,7 +180,11 @@ def keys_kernel(
 @triton.jit
 @no_type_check
 def _rank_seeing(key, on_so_far, T, S, CAUSAL: tl.constexpr):
-    """The rank of the first token that is on and sees `key`."""
+    """The rank of the first token that is on and sees `key`.
+
+    It is the number of tokens that are on before the first that sees the key. In the example with
+    S = T, token 3 is the first to see key 3, and two are on before it: rank 2, which is token 4.
+    """
     rank = key * 0
     if CAUSAL:
         t = key - (S - T)
@@ -184,6 +211,7 @@ def _add_keys(
         dy_tile = tile_of(dy, start, ROWS, WIDTH)
         lses = tl.load(lse + ranks, mask=valid, other=0)
         deltas = tl.load(delta + ranks, mask=valid, other=0)
+        # Transposed here: scores, p, dp and ds are [KEYS, ROWS].
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
             t = tl.load(positions + ranks, mask=valid, other=0)

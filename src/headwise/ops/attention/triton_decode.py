@@ -27,7 +27,7 @@ from headwise.ops.gates import attention_flops
 from headwise.ops.tensors import adjacent
 
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
-# Reasoned, like all sizes here; not measured on a GPU yet.
+# Like all sizes here, this was reasoned and not measured on a GPU yet.
 PROGRAMS = 512
 MAX_SPLITS = 64
 
@@ -65,7 +65,7 @@ def triton_decode(
     width = triton.next_power_of_2(channels)
     block, group = block_of_keys(width, q.dtype), heads // kv_heads
     splits, keys_each = _splits(keys, batch * kv_heads, block)
-    # Of heads that are off these stay unwritten, and unread.
+    # The entries of heads that are off are neither written nor read.
     totals = q.new_empty(2, batch, heads, queries, splits, dtype=torch.float32)
     sums = q.new_empty(batch, heads, queries, splits, channels, dtype=torch.float32)
     y = q.new_empty(q.shape)
@@ -94,7 +94,7 @@ def _(q: Tensor, *_: object) -> Tensor:
 
 @register_flop_formula(torch.ops.headwise.triton_decode, get_raw=True)
 def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    """Of the heads that are on: what others of their key head share with them is a tile's waste."""
+    """Counts heads that are on; a tile also computes others of their key head, and wastes that."""
     return attention_flops(q, k, gate != 0, causal)
 
 

@@ -1,4 +1,7 @@
-"""The forward kernel: gathered rows of queries, an online softmax over the keys that they see."""
+"""The forward kernel: gathered rows of queries, an online softmax over the keys that they see.
+
+A program computes ROWS consecutive ranks of a head: see `triton_backward` for ranks, by example.
+"""
 
 from typing import no_type_check
 
@@ -29,7 +32,7 @@ def forward_kernel(
     pair, start, count = longest_first(on_so_far, T, H, ROWS)
     b, h = pair // H, pair % H
     y += b * y_strides[0] + h * y_strides[2]
-    # All tokens have a rank, those that are off the last ones.
+    # All tokens have a rank; those that are off have the last ones. Their y and lse become 0.
     ranks = start + tl.arange(0, ROWS)
     own = tl.load(positions + pair * T + ranks, mask=ranks < T, other=0)
     if start >= count:
@@ -37,6 +40,7 @@ def forward_kernel(
         store_tile(y, own.to(tl.int64) * y_strides[1], ranks < T, nothing, C, WIDTH)
         tl.store(lse + pair * T + own, 0.0, mask=ranks < T)
         return
+    # Gather the rows that are on; ranks beyond `count` repeat the first token.
     valid = ranks < count
     t = tl.where(valid, own, tl.load(positions + pair * T + start))
     rows = t.to(tl.int64)
@@ -45,12 +49,14 @@ def forward_kernel(
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
-    # The softmax needs the largest score times scale: that of -q and -scale where it is negative.
+    # The softmax needs the largest score times scale; where scale is negative, -q and -scale are
+    # used instead.
     q_tile = q_tile if scale >= 0 else -q_tile
     scale = tl.abs(scale) * LOG2E
     queries = (q_tile, last, rows * mask_strides[2])
     head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
     keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
+    # Keys 0..whole are seen by all rows; those from there to the last row's end need a check.
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -62,6 +68,7 @@ def forward_kernel(
     sums, peak, total = attend(
         sums, peak, total, queries, keys, whole, end, scale, WIDTH, KEYS, True
     )
+    # A row that sees no key gives 0.
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     lses = tl.where(blind | (ranks >= count), 0.0, peak + tl.log2(total))

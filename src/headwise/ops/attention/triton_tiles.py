@@ -1,4 +1,4 @@
-"""What the Triton kernels share: operands they take, tiles they load, the online softmax."""
+"""What the Triton kernels share: checks of queries, tiles they load, the online softmax."""
 
 from typing import no_type_check
 
@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Triton decides by this, too, and once: when a kernel is decorated.
+# Triton reads this as well, once: when a kernel is decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# Said aloud, because Triton's default is about to change and it warns.
+# Given explicitly, because Triton's default is about to change and Triton warns.
 FUSION = {"enable_fp_fusion": True}
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,8 +43,8 @@ def check_queries(q: Tensor) -> None:
 def described(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """[B, S, H, C] as tiles [1, 1, rows, width] of [B, H, S, C], for the GPU's copy engine.
 
-    What lies outside reads as 0: rows beyond S, channels beyond C. The engine steps in units of 16
-    bytes; what does not lie so is copied.
+    Rows beyond S and channels beyond C read as 0. The engine steps in units of 16 bytes, so x is
+    copied where its strides or its start are no multiples of that.
     """
     x = x.transpose(1, 2)
     unit = 16 // x.element_size()
@@ -53,7 +53,7 @@ def described(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     if x.stride(3) != 1 or x.data_ptr() % 16 or any(s <= 0 or s % unit for s in steps):
         x = x.contiguous()
         strides = x.stride()[:3]
-    # Along an axis of one entry nobody steps; the engine still wants a stride that it could.
+    # The stride of an axis with one entry is never used; the engine still checks it.
     possible = [s if n > 1 else unit for n, s in zip(sizes, strides, strict=True)]
     return TensorDescriptor(x, list(x.shape), [*possible, 1], [1, 1, rows, width])
 
@@ -94,7 +94,7 @@ def store_tile(start, offsets, valid, tile, C: tl.constexpr, WIDTH: tl.constexpr
 @triton.jit
 @no_type_check
 def visible(keys, last, mask, mask_offsets, mask_stride):
-    """Where a query may see a key; shapes broadcast, so either may be the rows."""
+    """Where a query may see a key. Shapes broadcast: queries may be the rows, or keys."""
     seen = keys <= last
     if mask is not None:
         allowed = tl.load(mask + mask_offsets + keys.to(tl.int64) * mask_stride, mask=seen, other=0)
@@ -138,7 +138,7 @@ def last_key(t, T, S, CAUSAL: tl.constexpr):
 @triton.jit
 @no_type_check
 def whole_blocks(keys, mask, KEYS: tl.constexpr):
-    """How many of the first `keys` keys are in blocks of which no key can be hidden."""
+    """How many of the first `keys` keys are in whole blocks, none of whose keys can be hidden."""
     return tl.maximum(keys, 0) // KEYS * KEYS if mask is None else keys * 0
 
 

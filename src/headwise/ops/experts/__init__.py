@@ -60,16 +60,16 @@ def expert_mlp(
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
-        impl: "auto" is grouped_mm on CUDA devices, native on CPUs where it is built, grouped
-            elsewhere and for what those do not take; a named one is that one or an error.
+        impl: "auto" is grouped_mm on CUDA devices, native on CPUs where it is built, and grouped
+            elsewhere and where those cannot compute this; a named one is that one or an error.
 
     Returns:
         y in x's dtype; 0 for a token whose choices are all -1.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, indices holds something else (on a
-            CUDA device torch's assertion says so later), or activation or impl is unknown or does
-            not take this.
+            CUDA device torch's assertion says so later), activation or impl is unknown, or impl
+            cannot compute this.
 
     Example (worked by hand): one expert, relu without gate, up 2, down 3, weight 1/2: x = 1 gives
     1/2 · 3 · relu(2) = 3.

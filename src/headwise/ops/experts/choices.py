@@ -1,4 +1,4 @@
-"""The experts that tokens are sent to, checked before anything is gathered or written by them."""
+"""The experts that tokens are sent to, checked before they decide what is read and written."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ from headwise.ops.dtypes import wide_dtype
 from headwise.ops.experts.choices import known_choices
 from headwise.ops.native.experts import native_mlp
 
-# Matrix products compile for each number of rows that they see; multiples of this keep those few.
+# Matrix products are compiled for each number of rows; multiples of this keep the numbers few.
 _ROW_BLOCK = 16
 
 
