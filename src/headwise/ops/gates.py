@@ -1,5 +1,7 @@
 """What gates [B, T, H] switch on: a gate of exactly 0 means that the token skips the head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,10 @@ def attention_flops(q: Tensor, k: Tensor, computed: Tensor, causal: bool) -> int
     if causal:
         seen = (seen - q.shape[1] + 1 + torch.arange(q.shape[1], device=q.device)).clamp_min(0)
     return 4 * q.shape[3] * int((computed.sum((0, 2)) * seen).sum())
+
+
+def flops_of_what_is_on(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any
+) -> int:
+    """The formula for ops that compute exactly the pairs whose gate is not 0."""
+    return attention_flops(q, k, gate != 0, causal)

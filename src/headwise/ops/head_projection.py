@@ -76,10 +76,7 @@ def merge_heads(
 
 
 def _check(
-    operands: dict[str, tuple[Tensor, str]],
-    bias: Tensor | None,
-    of_bias: str,
-    gate: Tensor,
+    operands: dict[str, tuple[Tensor, str]], bias: Tensor | None, of_bias: str, gate: Tensor
 ) -> None:
     others = {} if bias is None else {"bias": (bias, of_bias)}
     sizes = check_operands({**operands, **others, "gate": (gate, "B T H")})

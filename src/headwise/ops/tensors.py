@@ -11,12 +11,7 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(
-    name: str,
-    x: Any,
-    sizes: Sequence[Any],
-    *,
-    kind: Kind = "floating",
-    like: Tensor | None = None,
+    name: str, x: Any, sizes: Sequence[Any], *, kind: Kind = "floating", like: Tensor | None = None
 ) -> None:
     """Refuse anything but a tensor of that shape and kind, on the device of another one.
 

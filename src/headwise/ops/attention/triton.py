@@ -22,7 +22,7 @@ from headwise.ops.attention.triton_tiles import (
     described,
     expanded,
 )
-from headwise.ops.gates import attention_flops
+from headwise.ops.gates import flops_of_what_is_on
 from headwise.ops.tensors import adjacent
 
 __all__ = ["decode_attention", "head_attention"]
@@ -71,13 +71,7 @@ def head_attention(x: Operands) -> Tensor:
 
 @torch.library.custom_op("headwise::triton_attention", mutates_args=())
 def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, H, T] in float32.
 
@@ -178,13 +172,10 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 triton_attention.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.headwise.triton_attention, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    return attention_flops(q, k, gate != 0, causal)
+register_flop_formula(torch.ops.headwise.triton_attention, get_raw=True)(flops_of_what_is_on)
 
 
 @register_flop_formula(torch.ops.headwise.triton_attention_backward, get_raw=True)
 def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
     """Seven products instead of two: both kernels compute the scores and dy · v again."""
-    q, k, _v, gate, _y, _lse, causal, *_rest = args
-    return attention_flops(q, k, gate != 0, causal) * 7 // 2
+    return flops_of_what_is_on(*args[:4], args[6]) * 7 // 2

@@ -4,7 +4,7 @@ A program holds all query heads that share a head of keys; where none of them is
 before it has read a key.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from headwise.ops.attention.triton_tiles import (
     load_tile,
     whole_blocks,
 )
-from headwise.ops.gates import attention_flops
+from headwise.ops.gates import flops_of_what_is_on
 from headwise.ops.tensors import adjacent
 
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
@@ -51,13 +51,7 @@ def decode_attention(x: Operands) -> Tensor:
 
 @torch.library.custom_op("headwise::triton_decode", mutates_args=())
 def triton_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     batch, queries, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -92,10 +86,8 @@ def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@register_flop_formula(torch.ops.headwise.triton_decode, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    """Counts heads that are on; a tile also computes others of their key head, and wastes that."""
-    return attention_flops(q, k, gate != 0, causal)
+# A tile also computes the other query heads of a key head, and wastes that: it is not counted.
+register_flop_formula(torch.ops.headwise.triton_decode, get_raw=True)(flops_of_what_is_on)
 
 
 def _splits(keys: int, groups: int, block: int) -> tuple[int, int]:

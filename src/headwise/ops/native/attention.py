@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.gates import attention_flops, share_on
+from headwise.ops.gates import attention_flops, flops_of_what_is_on, share_on
 from headwise.ops.native import kernels
 from headwise.ops.plain_attention import attend_all
 from headwise.ops.tensors import adjacent
@@ -100,5 +100,4 @@ def _flops(q: Tensor, k: Tensor, *args: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.headwise.native_attention_backward, get_raw=True)
 def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
-    q, k, _v, gate, _y, _lse, causal, *_rest = args
-    return attention_flops(q, k, gate != 0, causal) * 5 // 2
+    return flops_of_what_is_on(*args[:4], args[6]) * 5 // 2

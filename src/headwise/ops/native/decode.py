@@ -6,20 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.gates import attention_flops
+from headwise.ops.gates import flops_of_what_is_on
 from headwise.ops.native import kernels
 from headwise.ops.tensors import adjacent
 
 
 @torch.library.custom_op("headwise::native_decode", mutates_args=())
 def native_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    causal: bool,
-    scale: float,
-    mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, scale: float, mask: Tensor | None
 ) -> Tensor:
     """y [B, T, H, C] of a few queries; the mask is [B|1, H|1, T|1, S|1]. Forward only."""
     return kernels().decode_attention(
@@ -32,6 +26,4 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@register_flop_formula(torch.ops.headwise.native_decode, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
-    return attention_flops(q, k, gate != 0, causal)
+register_flop_formula(torch.ops.headwise.native_decode, get_raw=True)(flops_of_what_is_on)
