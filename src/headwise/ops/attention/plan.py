@@ -79,7 +79,7 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
     if impl == "auto":
         return Plan(_fastest(x, decoding, share_on), decoding, learning)
     plan = Plan(impl, decoding, learning)
-    _refuse_what_it_does_not_compute(x, plan)
+    _check_computes(x, plan)
     return plan
 
 
@@ -115,7 +115,7 @@ def _native_computes(x: Operands, decoding: bool) -> bool:
     return known and even and x.bias is None and (x.mask is None or decoding)
 
 
-def _refuse_what_it_does_not_compute(x: Operands, plan: Plan) -> None:
+def _check_computes(x: Operands, plan: Plan) -> None:
     q, mask, bias = x.q, x.mask, x.bias
     if plan.impl == "native" and not _native_computes(x, plan.decoding):
         raise ValueError(
