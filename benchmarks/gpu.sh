@@ -30,7 +30,7 @@ step card 20 nvidia-smi
 step env 60 python3 -m headwise env
 step smoke 120 python3 benchmarks/gpu/smoke.py
 step tests 180 python3 -m pytest -q -x -n 8 -p no:cacheprovider -p no:benchmark \
-    tests/ops/test_head_attention_triton.py tests/ops/test_on_gpu.py
+    tests/ops/test_attention_triton.py tests/ops/test_on_gpu.py
 step tiles 150 python3 benchmarks/gpu/tiles.py "$output/tiles.csv"
 for which in attention decode experts layer model; do
     step "$which" 200 python3 -m headwise bench "$which" --device cuda --output "$output/$which"

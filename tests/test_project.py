@@ -1,10 +1,13 @@
 """The project as a whole: what an import pulls in, README's word, contracts, sizes of files."""
 
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers.utils import logging
@@ -35,7 +38,7 @@ MARKDOWN = {
 } | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm_markdown)
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = (
-    "matplotlib", "headwise.ops.head_attention.triton", "diffusers", "kornia", "sklearn", "timm",
+    "matplotlib", "headwise.ops.attention.triton", "diffusers", "kornia", "sklearn", "timm",
     "torchmetrics",
 )  # fmt: skip
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
@@ -114,6 +117,18 @@ def test_public_names():
     assert all(callable(getattr(headwise.ops, name)) for name in operations)
     assert callable(headwise.parity.match_sparse_moe)
     assert callable(headwise.parity.count_flops)
+
+
+@pytest.mark.parametrize("root", [headwise.ops], ids=lambda package: package.__name__)
+def test_no_name_hides_a_module(root):
+    """What a package calls `name` is its module `name`, where it has one."""
+    found = [module.name for module in pkgutil.walk_packages(root.__path__, f"{root.__name__}.")]
+    hidden = []
+    for package, _, name in (module.rpartition(".") for module in found):
+        bound = vars(import_module(package)).get(name)
+        if bound is not None and not isinstance(bound, ModuleType):
+            hidden.append(f"{package}.{name}")
+    assert hidden == []
 
 
 def test_public_names_are_documented():

@@ -1,4 +1,4 @@
-"""Times of the Triton kernels for many tilings: the best are the tables in ops/head_attention."""
+"""Times of the Triton kernels for many tilings: the best are the tables in ops/attention."""
 
 import csv
 import multiprocessing
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from headwise.ops.head_attention import triton as kernels
-from headwise.ops.head_attention import triton_decode
+from headwise.ops.attention import triton as kernels
+from headwise.ops.attention import triton_decode
 
 LENGTH, HEADS = 16384, 16
 Tiling, usual_tiling = kernels.Tiling, kernels.tiling

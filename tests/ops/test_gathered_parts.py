@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from headwise.ops.head_attention import pieces, ragged
-from headwise.ops.head_attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
-from headwise.ops.head_attention.ragged import cut_into_tiles
+from headwise.ops.attention import pieces, ragged
+from headwise.ops.attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
+from headwise.ops.attention.ragged import cut_into_tiles
 
 KEYS = 131
 
@@ -92,3 +92,13 @@ def test_heads_that_nobody_selected_are_in_no_tile():
     assert tiles_of(on)[1] == []
     on[0, 1, :200] = True
     assert [(t.heads.start, t.heads.stop) for t in tiles_of(on)[1]] == [(1, 2)]
+
+
+def test_places_of_rows_by_hand():
+    """The example of `ragged`."""
+    gate = torch.tensor([[[1, 0], [1, 1], [0, 0], [1, 1]]])
+    rows = ragged.Rows(gate, torch.zeros(1, 4, 2, 1), True, None, None, largest_share=1.0)
+    assert [tile.shape for tile in rows.tiles] == [(1, 2, 3)]
+    assert rows._numbers.tolist() == [0, 1, 3, 1, 3, 3]
+    assert rows._index.tolist() == [0, 2, 6, 3, 7, 0]
+    assert rows._places.tolist() == [0, 6, 1, 3, 6, 6, 2, 4]

@@ -13,8 +13,8 @@ from headwise.ops import (
     route_heads_by_query_norm,
     route_tokens,
 )
-from headwise.ops.expert_mlp import Impl as ExpertImpl
-from headwise.ops.head_attention import Impl as HeadImpl
+from headwise.ops.attention import Impl as HeadImpl
+from headwise.ops.experts import Impl as ExpertImpl
 from headwise.ops.head_projection import merge_heads, project_heads
 
 B, T, S, H, G, C, N, D, E, K, F = 2, 5, 7, 6, 3, 14, 13, 10, 11, 3, 22

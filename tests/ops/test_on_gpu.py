@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from headwise.ops import expert_mlp, head_attention
-from headwise.ops.expert_mlp import choose
+from headwise.ops.experts import choose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from headwise.ops import aggregated_attention, expert_mlp, head_attention, route_heads
-from headwise.ops.head_attention import decode
+from headwise.ops.attention import Operands, choose
 from headwise.ops.head_projection import merge_heads, project_heads
 from headwise.ops.logits import router_logits
 
@@ -60,7 +60,7 @@ def test_head_attention(kernels_built, data, seed):
         names += ["native"]
     names += [] if learns else ["decode"]
     impl = data.draw(st.sampled_from(names))
-    few = decode.is_decoding(*(tensors[name].detach() for name in ("q", "k", "v", "gate")))
+    few = choose(Operands(*(tensors[name].detach() for name in ("q", "k", "v", "gate")))).decoding
     assume(not (impl == "native" and "mask" in options and not few))
 
     def run(impl: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.ops import native_routing, route_heads
+from headwise.ops import route_heads
+from headwise.ops.native import routing as native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # Shared heads, routed ones, and those of them that are kept.
@@ -36,7 +37,7 @@ def test_equals_float64(shared, routed, top_k, mode):
     logits = case(shared, routed)
     upstream = torch.randn(3, 101, shared + routed), torch.randn(3, 101, routed)
     options = {"top_k": top_k, "mode": mode}
-    assert native_routing.takes(logits[1], "softmax")
+    assert native.has_kernel(logits[1], "softmax")
     got, chosen = value_and_gradients(logits, upstream, torch.float32, **options)
     want, expected = value_and_gradients(logits, upstream, torch.float64, **options)
     assert torch.equal(chosen, expected)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.mh_moe import ExpertMatrices, Experts, SharedExpert
 from headwise.ops.activations import Activation
-from headwise.ops.expert_mlp import Impl
+from headwise.ops.experts import Impl
 from headwise.ops.ternary import Quantized, pack, quantize_weight, ternary_linear, unpack
 from headwise.ops.ternary_mlp import quantize_experts, ternary_mlp
 

@@ -13,7 +13,7 @@ from headwise.nn.expert_routers import CosineRouter, LinearRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, expert_mlp
 from headwise.ops.activations import Activation, activate
-from headwise.ops.expert_mlp import Impl
+from headwise.ops.experts import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
 from headwise.ops.first_pass import mark_first_pass
 from headwise.ops.scores import TokenScores

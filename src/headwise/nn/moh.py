@@ -10,10 +10,10 @@ from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import Routing, head_attention
+from headwise.ops.attention import Impl
 from headwise.ops.fields import Count, checked
 from headwise.ops.first_pass import mark_first_pass
-from headwise.ops.head_attention import Impl
-from headwise.ops.head_projection import merge_heads, pays, project_heads
+from headwise.ops.head_projection import merge_heads, project_heads, skips_faster
 from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores
 
@@ -185,7 +185,7 @@ class MoHAttention(nn.Module):
         return (
             plain
             and self.impl == "auto"
-            and pays(
+            and skips_faster(
                 x,
                 self.q_proj.weight,
                 head_dim=self.head_dim,

@@ -4,10 +4,10 @@ B batch, T query tokens, S key tokens, N = B·T, D width, H heads, C channels of
 E candidates (experts, routed heads), K kept, F hidden width.
 """
 
-from headwise.ops.aggregated_attention import aggregated_attention
+from headwise.ops.aggregated import aggregated_attention
+from headwise.ops.attention import head_attention
 from headwise.ops.balance import balance_loss, count_choices, load_and_probability, router_z_loss
-from headwise.ops.expert_mlp import expert_mlp
-from headwise.ops.head_attention import head_attention
+from headwise.ops.experts import expert_mlp
 from headwise.ops.routing import Routing, route_heads, route_heads_by_query_norm, route_tokens
 from headwise.ops.scores import sparsemax
 

@@ -62,9 +62,7 @@ def balance_loss(
     return scale * (share * probability).sum()
 
 
-def load_and_probability(
-    routing: Routing,
-) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
+def load_and_probability(routing: Routing) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
     """F and P of `balance_loss`: each candidate's share of tokens and mean probability."""
     probabilities = routing.probabilities.flatten(end_dim=-2)
     counts = count_choices(routing)

@@ -1,4 +1,4 @@
-"""Names to choose from: one check and one message for all of them."""
+"""Arguments that are one of a few names: one check and one message for all of them."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
-    """Refuse what the Literal `choices` does not hold.
+    """Refuse a value that the Literal `choices` does not hold.
 
     Raises:
         ValueError: Naming the field, the value and the choices.
@@ -19,11 +19,11 @@ def check_choice(field: str, value: object, choices: Any) -> None:
 
 
 def look_up(kind: str, name: str, known: Mapping[str, T], *, listed: bool = False) -> T:
-    """What goes by that name.
+    """The entry of that name.
 
     Raises:
-        ValueError: If nothing does, with the nearest name that something goes by; with all of them
-            where none is near, or they are to be `listed`.
+        ValueError: If there is none, with the nearest name; with all names where none is near, or
+            where `listed`.
     """
     if name in known:
         return known[name]

@@ -52,7 +52,7 @@ _LONGEST = 80  # characters of a value that a message shows
 
 
 class Range(NamedTuple):
-    """What a number may be, beside its type, in `Annotated[int, Range(1)]`.
+    """The range of a number, in `Annotated[int, Range(1)]`.
 
     Attributes:
         least, most: Bounds that it may reach.
@@ -88,7 +88,7 @@ Positive = Annotated[float, Range(above=0)]
 
 
 def check_fields(config: Any) -> None:
-    """Refuse a dataclass of which a field is not what its annotation says.
+    """Refuse a dataclass with a field that is not what its annotation says.
 
     Of a class that transformers made a dataclass, only the fields of its own are looked at.
 

@@ -1,7 +1,7 @@
-"""Reentrant activation checkpointing, in whose first pass a layer runs without gradients.
+"""Reentrant activation checkpointing: its first pass runs a layer without gradients.
 
-torch gives gradients to the tensors that the checkpointed function returns, and only to these: a
-routing that it returns is a tuple of tensors, and keeps none.
+torch gives gradients to the tensors that the checkpointed function returns, and to these only. A
+routing is a tuple of tensors, so a routing that it returns has none.
 """
 
 import sys
@@ -16,7 +16,7 @@ _FIRST_PASS = CheckpointFunction.forward.__code__
 
 
 def mark_first_pass(routing: Routing) -> Routing:
-    """The same routing; if it was made in the first pass, a loss outside of it will be refused."""
+    """The same routing, marked if the first pass made it: a loss outside of it is then refused."""
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _in_first_pass():
         probabilities: Any = routing.probabilities
         probabilities.of_first_pass = True

@@ -1,7 +1,7 @@
 """Rows in runs, each run times a matrix of its own.
 
-torch's grouped product on GPUs; elsewhere, and for widths which that does not take, one matrix
-after the other.
+On GPUs torch's grouped product computes it; elsewhere, and for widths that torch's kernel does not
+compute, one matrix product after the other.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.expert_mlp.grouped_mm import takes
+from headwise.ops.experts.grouped_mm import computes
 
 
 def grouped_product(
@@ -30,7 +30,7 @@ def grouped_product(
     Example (worked by hand): rows 1, 2, 3, 4 of width 1, matrices 5 and 7, ends 1 and 3 give
     5, 14, 21, 0.
     """
-    if rows.device.type != "cuda" or not takes(rows, matrices.mT):
+    if rows.device.type != "cuda" or not computes(rows, matrices.mT):
         return looped_product(rows, matrices, ends)
     # The kernel leaves what follows the last end as it was, in the backward too.
     counts = (torch.arange(len(rows), device=rows.device) < ends[-1]).unsqueeze(1)

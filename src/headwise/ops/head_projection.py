@@ -1,46 +1,45 @@
-"""Projections into heads and out of them that skip what is off, in C++ (ops/native), for CPUs.
+"""Projections into heads and out of them that skip heads that are off, in C++, for CPUs.
 
-Without gradients only: training computes all heads' queries, which their gates' gradients need.
+They have no backward: training computes the queries of all heads, because the gradients of their
+gates need them.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops import native
 from headwise.ops.gradients import learns
+from headwise.ops.native import DTYPES, is_ready
+from headwise.ops.native.projection import native_merge, native_project
 from headwise.ops.tensors import check_operands, check_same_dtype
 
-# Gathering rows and weights of a head costs what so many rows of it do; see `pays`.
+# Gathering the rows and weights of a head costs as much as computing so many of its rows.
 _FEWEST_ROWS = {torch.float32: 256, torch.bfloat16: 512}
 _FEWEST_CHANNELS = 48
 
 
-def pays(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int, off: int) -> bool:
-    """Whether the kernels are there, take this and are faster than computing all heads.
+def skips_faster(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int, off: int) -> bool:
+    """Whether the kernels are there, compute this and are faster than computing all heads.
 
     Args:
         x: Tokens [B, T, D].
-        weight: Of either projection.
+        weight: Weight of either projection.
         head_dim: Channels of a head.
-        routed_heads: Heads that are on for some tokens.
+        routed_heads: Heads that are on for some tokens only.
         off: How many of these are off for a token.
     """
-    known = _takes(x, head_dim, x.shape[-1]) and weight.dtype == x.dtype
+    known = _has_kernel(x, head_dim, x.shape[-1]) and weight.dtype == x.dtype
     narrowed = torch.is_autocast_enabled(x.device.type)
     if not known or head_dim < _FEWEST_CHANNELS or narrowed or learns(x, weight):
         return False
     enough = x.shape[:-1].numel() * off >= _FEWEST_ROWS[x.dtype] * routed_heads
-    return off > 0 and enough and native.is_ready()
+    return off > 0 and enough and is_ready()
 
 
-def _takes(x: Tensor, *widths: int) -> bool:
+def _has_kernel(x: Tensor, *widths: int) -> bool:
     """Whether the kernels compute this: heads' channels and tokens' width are even."""
     even = all(width % 2 == 0 for width in widths)
-    return x.device.type == "cpu" and x.dtype in native.DTYPES and even
+    return x.device.type == "cpu" and x.dtype in DTYPES and even
 
 
 def project_heads(
@@ -52,7 +51,7 @@ def project_heads(
     """W_h x + b_h for the heads whose gate is not 0, and 0 for the others.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not take them.
+        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not compute them.
     """
     _check({"x": (x, "B T D"), "weight": (weight, "HC D")}, bias, "HC", gate)
     heads = native_project(x.flatten(0, 1), weight, bias, gate.flatten(0, 1).float())
@@ -68,7 +67,7 @@ def merge_heads(
     """The sum of W_h heads_h over the heads whose gate is not 0, plus b.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not take them.
+        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not compute them.
     """
     _check({"heads": (heads, "B T H C"), "weight": (weight, "D HC")}, bias, "D", gate)
     rows = heads.flatten(2).flatten(0, 1)
@@ -77,10 +76,7 @@ def merge_heads(
 
 
 def _check(
-    operands: dict[str, tuple[Tensor, str]],
-    bias: Tensor | None,
-    of_bias: str,
-    gate: Tensor,
+    operands: dict[str, tuple[Tensor, str]], bias: Tensor | None, of_bias: str, gate: Tensor
 ) -> None:
     others = {} if bias is None else {"bias": (bias, of_bias)}
     sizes = check_operands({**operands, **others, "gate": (gate, "B T H")})
@@ -92,40 +88,8 @@ def _check(
             f"H = {sizes['H']} heads of {sizes.get('C', 'so many')} channels"
         )
     name, (x, _) = next(iter(operands.items()))
-    if not _takes(x, channels, sizes["D"]):
+    if not _has_kernel(x, channels, sizes["D"]):
         raise ValueError(
             f"{name} is {x.dtype} {list(x.shape)} on {x.device}; the kernels take float32 and "
             "bfloat16 of even widths, with an even number of channels a head, on CPUs"
         )
-
-
-@torch.library.custom_op("headwise::native_project", mutates_args=())
-def native_project(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """[N, H·C] of x [N, D] and gate [N, H]."""
-    return native.kernels().project_heads(
-        x.contiguous(), weight.contiguous(), _contiguous(bias), gate.contiguous()
-    )
-
-
-@torch.library.custom_op("headwise::native_merge", mutates_args=())
-def native_merge(heads: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """[N, D] of heads [N, H·C] and gate [N, H]."""
-    return native.kernels().merge_heads(
-        heads.contiguous(), weight.contiguous(), _contiguous(bias), gate.contiguous()
-    )
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
-@native_project.register_fake
-@native_merge.register_fake
-def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(x), len(weight))
-
-
-@register_flop_formula(torch.ops.headwise.native_project, get_raw=True)
-@register_flop_formula(torch.ops.headwise.native_merge, get_raw=True)
-def _flops(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, **_: Any) -> int:
-    return 2 * int((gate != 0).sum()) * weight.numel() // gate.shape[1]

@@ -1,16 +1,14 @@
 """Logits of routers: products in float32 or wider, whatever the dtype of what they read."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops import native
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gradients import learns
+from headwise.ops.native import is_ready
+from headwise.ops.native.logits import native_logits
 from headwise.ops.tensors import check_tensor
 
 
@@ -25,7 +23,7 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
     """
     check_tensor("weight", weight, ("K", "D"))
     check_tensor("x", x, ("...", weight.shape[1]), like=weight)
-    if _kernel_takes(x, weight):
+    if _has_kernel(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
     dtype = wide_dtype(x)
@@ -34,22 +32,6 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
         return linear(x.to(dtype), weight.to(dtype))
 
 
-def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
-    return narrow and x.device.type == "cpu" and not learns(x, weight) and native.is_ready()
-
-
-@torch.library.custom_op("headwise::native_logits", mutates_args=())
-def native_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """[N, K] in float32 of x [N, D] and weight [K, D] in bfloat16."""
-    return native.kernels().logits(x.contiguous(), weight.contiguous())
-
-
-@native_logits.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.float32)
-
-
-@register_flop_formula(torch.ops.headwise.native_logits)
-def _flops(x: Any, weight: Any, **_: Any) -> int:
-    return 2 * x[0] * x[1] * weight[0]
+    return narrow and x.device.type == "cpu" and not learns(x, weight) and is_ready()

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.ops import native_routing
 from headwise.ops.choice import check_choice
+from headwise.ops.dtypes import widened
 from headwise.ops.fields import Index, check
+from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 from headwise.ops.tensors import check_operands
 
@@ -137,14 +138,14 @@ def route_heads(
     _check_top_k(top_k, num_routed, lowest=0)
     if num_shared > 0 and num_routed > 0 and stage_logits is None:
         raise ValueError("stage_logits is None; with shared and routed heads it must be given")
-    routed_logits = _wide(routed_logits)
-    if native_routing.takes(routed_logits, scores):
-        stage = None if stage_logits is None else _wide(stage_logits)
-        weights, indices, p = native_routing.gates(
-            _wide(shared_logits), routed_logits, stage, top_k, mode == "paper"
+    routed_logits = widened(routed_logits)
+    if native.has_kernel(routed_logits, scores):
+        stage = None if stage_logits is None else widened(stage_logits)
+        weights, indices, p = native.gates(
+            widened(shared_logits), routed_logits, stage, top_k, mode == "paper"
         )
         return Routing(weights, indices, p, routed_logits)
-    shared = _wide(shared_logits).softmax(-1)
+    shared = widened(shared_logits).softmax(-1)
     p, probabilities = affinities(routed_logits, scores)
     indices = top_k_lowest_first(p, top_k)
     routed = p * _multi_hot(indices, p)
@@ -155,7 +156,7 @@ def route_heads(
         eps = torch.finfo(routed.dtype).eps
         routed = routed / routed.sum(-1, keepdim=True).clamp_min(eps) * top_k
     if num_shared > 0 and num_routed > 0 and stage_logits is not None:
-        stage = _wide(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
+        stage = widened(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
         shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
     return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, routed_logits)
 
@@ -204,7 +205,7 @@ def route_heads_by_query_norm(
     _check_top_k(top_k, num_heads - len(shared), lowest=0)
     first = list(shared) == list(range(len(shared)))
     routed = q[..., len(shared) :, :] if first else _without(q, shared, dim=-2)
-    norms = torch.linalg.vector_norm(_wide(routed), dim=-1)
+    norms = torch.linalg.vector_norm(widened(routed), dim=-1)
     indices = top_k_lowest_first(norms, top_k)
     logits = norms / _guarded_std(norms) if scale_by_std and norms.shape[-1] > 1 else norms
     probabilities = logits.softmax(-1)
@@ -251,7 +252,7 @@ def route_tokens(
     check("normalize", normalize, bool)
     biases = {} if bias is None else {"bias": (bias, "E")}
     sizes = check_operands({"logits": (logits, "... E"), **biases})
-    logits = _wide(logits)
+    logits = widened(logits)
     _check_top_k(top_k, sizes["E"], lowest=1)
     p, probabilities = affinities(logits, scores)
     indices = top_k_lowest_first(p if bias is None else p.detach() + bias, top_k)
@@ -282,10 +283,6 @@ def arrange_gates(
 
 def _without(x: Tensor, heads: Sequence[int], dim: int) -> Tensor:
     return torch.stack([part for h, part in enumerate(x.unbind(dim)) if h not in heads], dim=dim)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _multi_hot(indices: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a tensor must be, asked before a kernel or torch would fail on it with less to say."""
+"""Checks of tensors, made before a kernel or torch fails on them with a poorer message."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,28 +11,24 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(
-    name: str,
-    x: Any,
-    sizes: Sequence[Any],
-    *,
-    kind: Kind = "floating",
-    like: Tensor | None = None,
+    name: str, x: Any, sizes: Sequence[Any], *, kind: Kind = "floating", like: Tensor | None = None
 ) -> None:
-    """Refuse what is no tensor of that shape and kind, or lies elsewhere than another tensor.
+    """Refuse anything but a tensor of that shape and kind, on the device of another one.
 
-    Shapes, kinds and devices are known while a graph is captured, so that it costs a graph nothing.
+    Shapes, kinds and devices are known while a graph is captured, so this costs a graph nothing.
 
     Args:
-        name: Of the argument.
-        x: What came.
-        sizes: Of the axes: a number, or a name for any; "..." in the first place for any axes.
+        name: The argument's name.
+        x: The argument.
+        sizes: The axes' sizes: a number, or a name for any size; "..." in the first place stands
+            for any axes.
         kind: "floating", "whole" (signed integers), "real" (both), "torch.bool", "torch.uint8" or
             "any".
-        like: A tensor whose device it must share; weights on the meta device are somewhere else
-            until they are needed, and not asked.
+        like: A tensor on whose device x must be. A device "meta" is not compared: such weights
+            are elsewhere until they are needed.
 
     Raises:
-        ValueError: Naming the argument, what came and what would be right.
+        ValueError: Naming the argument, its shape or kind, and what would be right.
     """
     wanted = f"[{', '.join(map(str, sizes))}]"
     if not isinstance(x, Tensor):
@@ -75,7 +71,7 @@ def check_operands(
 
     Args:
         operands: Each tensor, by name, with its axes.
-        sizes: Of axes that are known already.
+        sizes: Axes whose size is known already.
 
     Returns:
         The size of each axis.
@@ -85,12 +81,14 @@ def check_operands(
     """
     sizes = dict(sizes or {})
     batch: tuple[int, ...] | None = None
-    first = next(iter(operands))
-    # Every call of an op comes by here, so what is right passes without a detour.
+    first, device = "", None
+    # Every call of an op runs this, so right tensors pass without a detour.
     for name, (x, axes) in operands.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             check_tensor(name, x, ("...",))
-        if x.device != operands[first][0].device:
+        if device is None:
+            first, device = name, x.device
+        elif x.device != device:
             check_same_device(**{first: operands[first][0], name: x})
         symbols, shape = axes.split(), x.shape
         if symbols[0] == "...":
@@ -109,7 +107,7 @@ def check_operands(
 def _misfit(
     name: str, x: Tensor, axes: str, sizes: dict[str, int], batch: tuple[int, ...] | None
 ) -> str:
-    """What `check_operands` says of a tensor of another shape."""
+    """The message of `check_operands` for a tensor of another shape."""
     symbols = axes.split()
     known = [str(sizes.get(axis, axis)) for axis in symbols]
     if symbols[0] == "..." and batch is not None:
@@ -121,7 +119,7 @@ def _misfit(
 
 
 def check_same_device(**operands: Tensor) -> None:
-    """Refuse tensors on several devices; one on the meta device is elsewhere, too.
+    """Refuse tensors on several devices; "meta" counts as a device, too.
 
     Raises:
         ValueError: Naming the first that differs, and the device that it must be on.
@@ -145,5 +143,5 @@ def check_same_dtype(**operands: Tensor) -> None:
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """The same with the last axis side by side in memory: kernels follow every stride but that."""
+    """x with its last axis side by side in memory: kernels follow the strides of all others."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -17,13 +17,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from headwise.ops.dtypes import wide_dtype
+from headwise.ops.dtypes import widened
 from headwise.ops.fields import Index, check
 from headwise.ops.gradients import learns
 from headwise.ops.tensors import check_tensor
 
 _LARGEST_LEVEL = 127
-# A smaller mean or maximum counts as this much: what is 0 everywhere stays 0, and still learns.
+# A smaller mean or maximum counts as this much: a matrix of zeros stays 0, and still learns.
 _LEAST = 1e-5
 _NORM_EPSILON = 1e-6
 _VALUES_PER_BYTE, _BITS = 4, 2
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
         levels: Whole numbers in the tensor's float dtype: -1, 0, 1 of weights [*matrices, O, D],
             -127..127 of activations [*rows, D].
         scale: float32 or wider; of weights one a matrix [*matrices], of activations one a row
-            [*rows, 1]. Takes no gradient.
+            [*rows, 1]. It has no gradient.
     """
 
     levels: Tensor
@@ -54,7 +54,7 @@ def quantize_weight(weight: Float[Tensor, "*matrices O D"]) -> Quantized:
     (halves go to the even number): [[1, 0], [0, 1]] · 2.
     """
     check_tensor("weight", weight, ("...", "O", "D"))
-    wide = weight.to(wide_dtype(weight))
+    wide = widened(weight)
     scale = wide.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
     levels = _round(wide / scale, bound=1)
     return Quantized(levels.to(weight.dtype), scale.squeeze((-2, -1)))
@@ -70,7 +70,7 @@ def quantize_activations(x: Float[Tensor, "*rows D"]) -> Quantized:
     Example (worked by hand): [254, -3, 100] has s = 2: [127, -2, 50] (-1.5 goes to the even -2).
     """
     check_tensor("x", x, ("...", "D"))
-    wide = x.to(wide_dtype(x))
+    wide = widened(x)
     scale = wide.detach().abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST) / _LARGEST_LEVEL
     levels = _round(wide / scale, bound=_LARGEST_LEVEL)
     return Quantized(levels.to(x.dtype), scale)
@@ -82,7 +82,7 @@ def rms_norm(x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
     Example (worked by hand): [3, -4] has the mean square 12.5, so it becomes [0.849, -1.131].
     """
     check_tensor("x", x, ("...", "D"))
-    return functional.rms_norm(x.to(wide_dtype(x)), x.shape[-1:], eps=_NORM_EPSILON)
+    return functional.rms_norm(widened(x), x.shape[-1:], eps=_NORM_EPSILON)
 
 
 def ternary_linear(
@@ -126,7 +126,7 @@ def rescale(product: Tensor, scale: Tensor) -> Tensor:
     """
     if product.dtype == torch.float16:
         raise ValueError("the dtype is torch.float16; ternary layers take bfloat16 or float32")
-    return product.to(wide_dtype(product)) * scale
+    return widened(product) * scale
 
 
 def pack(levels: Float[Tensor, "*rows D"]) -> UInt8[Tensor, "*rows bytes"]:

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.ops.activations import Activation, activate
-from headwise.ops.expert_mlp.choices import known_choices
-from headwise.ops.expert_mlp.grouped import in_autocast
+from headwise.ops.dtypes import in_autocast
+from headwise.ops.experts.choices import known_choices
 from headwise.ops.grouped_product import grouped_product
 from headwise.ops.ternary import (
     Quantized,

@@ -1,6 +1,7 @@
 """Kernels in C++ for CPUs (kernels/), built once by `headwise compile`, for this machine alone.
 
-The ops have an implementation "native" that calls them; "auto" takes it where they are built.
+`build` compiles them, `kernel_file` finds them, and one module a header makes them operators of
+torch with gradients. The ops' implementation "native" calls these.
 """
 
 import logging
@@ -37,11 +38,11 @@ def is_built() -> bool:
 
 @torch.compiler.assume_constant_result
 def is_ready() -> bool:
-    """`is_built`, for an op that the kernels would make faster: the first one says that none are.
+    """`is_built`, asked by an op that the kernels would make faster; it warns where none are built.
 
-    It says so once per process, as a warning of the logger "headwise.ops.native". At level INFO
-    nobody would read it who did not ask, and a model several times slower than it could be
-    is what its user wants to know. `logging.getLogger("headwise").setLevel("ERROR")` silences it.
+    It warns once per process, by the logger "headwise.ops.native". At level INFO nobody would see
+    that a model runs several times slower than it could.
+    `logging.getLogger("headwise").setLevel("ERROR")` silences it.
     """
     if not is_built():
         _say_once()

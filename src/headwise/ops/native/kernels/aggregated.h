@@ -1,8 +1,8 @@
 // What both passes of aggregated attention share: the weights of the rows that are on.
 //
-// A list is one head of one image, a row a token that is on; blocks of rows multiply with the
-// pooled keys, the window is taken row by row from a map with a border of zeros. All scores of a
-// row stand side by side, pooled ones first, so that one softmax does.
+// A list is one head of one image. A row is a token that is on. Blocks of rows multiply with the
+// pooled keys; the window is read row by row, from a map with a border of zeros. All scores of a row
+// stand side by side, pooled ones first, so that one softmax goes over both.
 //
 // Sources: TransNeXt, arXiv 2311.17132; MoH, arXiv 2410.11842, Eq. 4.
 #pragma once
@@ -57,7 +57,7 @@ void widen(float* out, const T* in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);
 }
 
-// Reductions by hand: a compiler sums the lanes one by one, which takes longer than the rest.
+// Reductions by hand: a compiler adds the lanes one by one, which is slower than all the rest.
 typedef float Eight __attribute__((vector_size(32)));
 
 inline Eight eight(const float* from) {
@@ -124,7 +124,7 @@ template <typename T, int64_t CHANNELS>
 struct MapList {
   const Map& z;
   const MapInputs& x;
-  // What is read row by row, where asking a tensor each time would take its time.
+  // Pointers for what is read row by row: asking the tensor each time would be slow.
   const T *q_of, *unit_q_of;
   const float *gates, *local_bias, *pool_bias, *learned_bias;
   int64_t b = 0, h = 0;
@@ -146,7 +146,7 @@ struct MapList {
 
   int64_t channels() const { return CHANNELS ? CHANNELS : z.channels; }
 
-  // False where all of the list is off.
+  // Returns false where no token of the list is on.
   bool enter(int64_t image, int64_t head) {
     const int64_t c = channels();
     b = image, h = head;
@@ -157,7 +157,7 @@ struct MapList {
     const T *k = of_list(x.k), *v = of_list(x.v), *k_pool = of_list(x.k_pool);
     const int64_t k_stride = x.k.stride(1), v_stride = x.v.stride(1);
     for (int64_t t = 0; t < z.tokens; ++t) {
-      // The next heads are beside this one; such strides are more than hardware foresees.
+      // The next heads are beside this one. The hardware does not foresee strides this large.
       __builtin_prefetch(k + t * k_stride + 2 * c, 0, 2);
       __builtin_prefetch(v + t * v_stride + 2 * c, 0, 2);
       widen(keys.data() + z.middle(t), k + t * k_stride, c);
@@ -216,7 +216,7 @@ struct MapList {
       s[z.pooled + w] += near_bias[w] + outside[w];
       l[w] += l_bias[w];
     }
-    // Whole vectors: what is over weighs nothing.
+    // The row is filled up to whole vectors with keys of weight 0.
     std::fill(s + z.pooled + z.near, s + z.columns, -INFINITY);
     const float top = largest(s, columns);
 #pragma omp simd

@@ -1,11 +1,12 @@
-// Weights again, then all gradients of a list while its keys and values are at hand.
+// Computes the weights again, then all gradients of a list while its keys and values are in cache.
 #pragma once
 
 #include "aggregated.h"
 
 namespace headwise {
 
-// What the images share is summed in parts, then over these, in an order that no thread changes.
+// Gradients of what all images share are summed in parts, one for each run of images, and then over
+// the parts: the order of the sums does not depend on the threads.
 struct MapGradients {
   Tensor q, k, v, k_pool, v_pool, gate, unit_q;
   Tensor local_bias, pool_bias, learned_tokens, learned_bias;  // [parts, H, ...], in float32
@@ -21,7 +22,7 @@ struct MapBackward {
   T *dq_of, *d_unit_q_of;
   float *dgate_of, *d_pool_bias_of;
   Buffer<float> wide_dy, d, dl, dq, d_unit_q, dk, dv, dk_pool, dv_pool, d_tokens, transposed;
-  // Sums over thousands of rows one by one, which float would round too often.
+  // Thousands of rows are added one by one: float would round too often.
   Buffer<double> d_local_bias, d_learned_bias;
   Buffer<T> dys, packed_dy, packed_q, packed_unit_q, half, far_keys, far_values, learned_tokens;
 

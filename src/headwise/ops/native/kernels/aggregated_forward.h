@@ -1,4 +1,4 @@
-// The heads that are on, list by list.
+// The output of the heads that are on, list by list.
 #pragma once
 
 #include "aggregated.h"

@@ -1,7 +1,8 @@
 // What both passes of attention share: FlashAttention's tiling over gathered queries.
 //
-// A row is a query token under one of the query heads that share a key head; every (batch, key
-// head) has a list of the rows that are on, ascending. Blocks of a list are computed side by side.
+// A row is a query token under one of the query heads that share a key head: row t * group + i is
+// token t under the i-th of them. Every (batch entry, key head) has a list of the rows that are on,
+// ascending. Blocks of ROWS rows of a list are computed by different threads.
 //
 // Sources: MoH, arXiv 2410.11842, Eq. 4; FlashAttention, arXiv 2205.14135 and 2307.08691.
 #pragma once

@@ -1,4 +1,19 @@
-// Scores again, transposed: [keys, rows], as four of the five products want them.
+// The gradients of attention. Scores are computed again, from what the forward left of each row: the
+// logarithm (base 2) of the sum of its exponentials.
+//
+// For a list with rows r that are on and keys j, with o[r] = sum_j p[r,j] v[j] and y = gate · o:
+//
+//   p[r,j]  = 2^(scale log2(e) q[r]·k[j] - lse[r])
+//   dout[r] = gate[r] dy[r]                          delta[r] = dy[r] · y[r]
+//   dp[r,j] = dout[r] · v[j]                         ds[r,j]  = p[r,j] (dp[r,j] - delta[r])
+//   dv[j]   = sum_r p[r,j] dout[r]                   dgate[r] = delta[r] / gate[r]
+//   dk[j]   = scale sum_r ds[r,j] q[r]               dq[r]    = scale sum_j ds[r,j] k[j]
+//
+// Example: one key, so p = 1; v = 4, gate = 1/2, dy = 3. Then y = 2, delta = 6, dgate = 12; dp = 6,
+// so ds = 0: a softmax over one key is constant, and q and k get no gradient. dv = 1.5.
+//
+// Blocks of ROWS rows meet steps of KEYS keys. Scores stand transposed, [keys, rows]: then four of
+// the five products read what they need as it lies, and only dq needs ds turned, [rows, keys].
 #pragma once
 
 #include <mutex>
@@ -7,8 +22,14 @@
 
 namespace headwise {
 
-// What a thread needs for the backward of a block; s, dp, p and ds are [keys, rows]. The sums dk
-// and dv [keys, channels] may instead be those of the result, `stride` apart.
+// What a thread needs for a block of rows and a step of keys:
+//   s, dp            [KEYS, rows] in float32: scores and products, in place turned into p and ds
+//   p, ds            the same in bfloat16, as operands of products
+//   ds_rows          [ROWS, KEYS], half_ds_rows in bfloat16: ds turned
+//   q, dout          [ROWS, channels]: rows gathered; *_packed and *_transposed are second operands
+//   dq               [ROWS, channels] in float32: the sum over all steps
+//   dk, dv           [all keys, channels] in float32, rows `stride` apart: sums over the list's
+//                    blocks, in memory of the thread or in place in the result
 template <typename T>
 struct Scratch {
   Buffer<float> s, dp, ds_rows, dq, own_dk, own_dv;
@@ -39,6 +60,7 @@ void backward_rows(
     const Sizes& z, const Operands& x, int64_t list, const int32_t* rows, int64_t count,
     Scratch<T>& w) {
   const int64_t c = z.channels, padded = round_up(count, ROW_MULTIPLE);
+  // 1. Gather the rows of the block: q, dout = gate dy, delta = dy y; and dgate, which needs no key.
   // A float's rounding of lse would be that of all weights of a row: what it cuts off is kept.
   float lse[ROWS] = {}, cut_off[ROWS] = {}, delta[ROWS] = {}, row[1024];
   for (int64_t r = 0; r < count; ++r) {
@@ -56,6 +78,8 @@ void backward_rows(
     lse[r] = static_cast<float>(exact), cut_off[r] = static_cast<float>(exact - lse[r]);
     x.dgate.mutable_data_ptr<float>()[place] = delta[r] / gate;
   }
+  // 2. The rows as second operands: packed [rows, channels] for dk and dv, transposed
+  // [channels, rows] for scores and dp.
   pack(w.q_packed.data(), w.q.data(), c, count, padded, c);
   pack(w.dout_packed.data(), w.dout.data(), c, count, padded, c);
   const auto row_of = [&](T* rows) { return [=](int64_t i) { return rows + i * c; }; };
@@ -65,16 +89,20 @@ void backward_rows(
   const T *k = of_list<T>(x.k, z, list), *v = of_list<T>(x.v, z, list);
   const int64_t end = z.limit(rows[count - 1]) + 1, ks = x.k.stride(1), vs = x.v.stride(1);
   const float to_log2 = x.scale * LOG2E;
+  // 3. All keys that the last row sees, a step at a time.
   for (int64_t first = 0; first < end; first += KEYS) {
     const int64_t width =
         std::min({KEYS, round_up(end - first, KEY_MULTIPLE), z.keys - first});
+    // q k and dout v: [width, padded] = [width, channels] times [channels, padded].
     multiply(
         width, padded, c, k + first * ks, ks, w.q_transposed.data(), padded, w.s.data(), padded,
         false);
     multiply(
         width, padded, c, v + first * vs, vs, w.dout_transposed.data(), padded, w.dp.data(), padded,
         false);
-    // Rows ascend, so those that see a key are the last ones.
+    // s becomes p and dp becomes ds, key by key. Rows ascend, so those that see a key are the last
+    // ones: rows from `seeing` on. Example: rows of tokens 1, 4 and 7; of the causal key 2 the
+    // last two, seeing = 1.
     int64_t seeing = 0;
     for (int64_t j = 0; j < width; ++j) {
       while (seeing < count && z.limit(rows[seeing]) < first + j) ++seeing;
@@ -91,6 +119,7 @@ void backward_rows(
         store(w.ds.data() + j * padded, dp, padded);
       }
     }
+    // dv += p dout and dk += ds q: [width, channels] = [width, padded] times [padded, channels].
     const T* p = HALF<T> ? w.p.data() : reinterpret_cast<const T*>(w.s.data());
     const T* ds = HALF<T> ? w.ds.data() : reinterpret_cast<const T*>(w.dp.data());
     multiply(
@@ -99,6 +128,7 @@ void backward_rows(
     multiply(
         width, c, padded, ds, padded, w.q_packed.data(), c, w.dk + first * w.stride, w.stride,
         true);
+    // dq += ds k: [padded, channels] = [padded, width] times [width, channels].
     const int64_t even = round_up(width, 2);
     transpose_words(
         reinterpret_cast<uint32_t*>(w.ds_rows.data()), KEYS,
@@ -115,6 +145,7 @@ void backward_rows(
           padded, c, width, w.ds_rows.data(), KEYS, k + first * ks, ks, w.dq.data(), c, true);
     }
   }
+  // 4. The sums of dq to where their rows stand.
   T* dq = x.dq.mutable_data_ptr<T>();
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t j = 0; j < c; ++j) row[j] = x.scale * w.dq[r * c + j];
@@ -145,8 +176,10 @@ template <typename T>
 void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
   const Sizes z(x.q, x.k, causal);
   const auto lists = rows_that_are_on(z, x.gate.const_data_ptr<float>());
-  // Only where there are fewer lists than threads do threads share one.
+  // A list belongs to one thread; where there are fewer lists than threads, `parts` threads share
+  // one, every parts-th block each, and add their dk and dv one after the other.
   const int64_t parts = std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(1, z.lists()));
+  // Sums of a thread alone in float32 need no memory of their own.
   const bool in_place = !HALF<T> && parts == 1;
   std::vector<std::mutex> locks(z.lists());
   share_out(z.lists() * parts, [&] {

@@ -1,4 +1,6 @@
-// An online softmax over the keys, block by block of rows.
+// An online softmax over the keys: a block of ROWS rows meets KEYS keys at a step. A row keeps the
+// largest score so far (`peak`), the sum of its weights and the weighted sum of the values (`out`);
+// where a step has a larger score, both sums shrink by 2^(old peak - new peak).
 #pragma once
 
 #include <tuple>
@@ -54,7 +56,7 @@ void forward_rows(
   }
   for (int64_t r = 0; r < count; ++r) {
     const int64_t place = z.place(list, rows[r]);
-    // Not times gate / total: its rounding would be that of the whole row.
+    // Not times (gate / total): the quotient's rounding would be in every channel of the row.
     const float weight = gate.const_data_ptr<float>()[place];
     for (int64_t j = 0; j < c; ++j) out[r * c + j] = weight * (out[r * c + j] / total[r]);
     store(y.mutable_data_ptr<T>() + place * c, out + r * c, c);
@@ -70,7 +72,7 @@ void forward(
   const int64_t c = z.channels, of_a_list = z.steps() * KEYS * c;
   const auto lists = rows_that_are_on(z, gate.const_data_ptr<float>());
   std::vector<std::tuple<int64_t, int64_t>> blocks;
-  // Later rows see more keys: the longest work starts first.
+  // Later rows see more keys. What takes longest starts first.
   for (int64_t first = round_up(z.queries * z.group, ROWS); (first -= ROWS) >= 0;)
     for (int64_t list = 0; list < z.lists(); ++list)
       if (first < static_cast<int64_t>(lists[list].size())) blocks.emplace_back(list, first);

@@ -17,11 +17,11 @@ using at::BFloat16;
 using at::Tensor;
 using at::native::cpublas::brgemm;
 
-// Products compile for each size that they see; multiples keep those few.
+// oneDNN compiles a product for each size that it sees; multiples keep the sizes few.
 constexpr int64_t ROW_MULTIPLE = 32;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Uninitialised, unlike a vector: kernels write before they read.
+// Memory without values, unlike a vector's: kernels write before they read.
 template <typename T>
 struct Buffer {
   std::unique_ptr<T[]> values;
@@ -35,7 +35,8 @@ constexpr bool HALF = std::is_same_v<T, BFloat16>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// 2^x for x <= 0, by a series that vectorises: within roundings, where halves follow within 3e-6.
+// 2^x for x <= 0, by a series that vectorises: exact but for roundings, or within 3e-6 where the
+// result becomes a bfloat16.
 template <typename T>
 inline float exp2_of(float x) {
   x = x < -126.0f ? -126.0f : x;
@@ -97,10 +98,11 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-// Words of 32 bits, be they a float or a pair of halves.
+// Words of 32 bits: a float, or a pair of bfloat16.
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-// Exchanges what differs in this bit of row and column; all bits in turn transpose a square.
+// Exchanges entries (i, j) and (j, i) where i and j differ in this bit; all bits in turn transpose a
+// square.
 template <int BIT>
 inline void exchange(Words (&rows)[LANES]) {
   Words first, second;
@@ -121,7 +123,7 @@ inline void transpose_square(Words (&rows)[LANES]) {
   exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
 }
 
-// Copies a row of a square, or the part of it that there is.
+// Copies a row of a square: LANES words, or fewer where the matrix ends.
 inline void copy_words(void* out, const void* in, int64_t words) {
   if (words >= LANES)
     std::memcpy(out, in, sizeof(Words));
@@ -147,8 +149,8 @@ void transpose_words(
     }
 }
 
-// The same for the transpose of `count` rows [channels], row_of(i) being where one starts:
-// B [channels, columns].
+// The same operand for the transpose of `count` rows [channels]: B [channels, columns]. Row i starts
+// at row_of(i).
 template <typename T, typename RowOf>
 void pack_transposed(
     T* out, const RowOf& row_of, int64_t count, int64_t columns, int64_t channels) {
@@ -165,7 +167,8 @@ void multiply(
   brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, HALF<T>);
 }
 
-// Calls work(i) for every i below count; threads take the next one when they are done.
+// Calls work(i) for every i below count, where work = make_worker() is a thread's own. A thread that
+// is done asks for the next i.
 template <typename Work>
 void share_out(int64_t count, const Work& make_worker) {
   std::atomic<int64_t> next{0};

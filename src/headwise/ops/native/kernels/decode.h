@@ -1,7 +1,8 @@
 // A few query tokens against a long cache: key heads that no row needs are never read.
 //
-// Reading keys and values is the cost. Keys are cut into pieces, so that threads share out evenly
-// whatever is on; what the pieces found is merged by the sums of their exponentials.
+// Reading keys and values is the cost. Keys are cut into pieces, so that every thread has as much to
+// do as the others, whichever heads are on. The results of the pieces are merged by the sums of their
+// exponentials.
 #pragma once
 
 #include <array>
@@ -52,7 +53,7 @@ inline std::pair<float, float> to_weights(float* s, int64_t n) {
 #pragma omp simd reduction(max : peak)
   for (int64_t j = 0; j < n; ++j) peak = s[j] > peak ? s[j] : peak;
   if (peak == -INFINITY) {
-    // Nothing is seen; or what is seen is NaN, and so must the output be.
+    // Either no key is seen, or the scores are NaN, and then the output must be NaN.
     if (std::any_of(s, s + n, [](float score) { return std::isnan(score); })) peak = total = NAN;
     std::fill_n(s, n, 0.0f);
     return {peak, total};
@@ -65,7 +66,7 @@ inline std::pair<float, float> to_weights(float* s, int64_t n) {
   return {peak, total};
 }
 
-// What may be seen, [B|1, H|1, T|1, S|1], besides causality.
+// Which keys may be seen, [B|1, H|1, T|1, S|1], besides the causal limit.
 struct Mask {
   Tensor wide;
 
@@ -143,7 +144,7 @@ Tensor decode(
     if (count) active.push_back(list);
     starts[list] = rows, rows += count, most = std::max(most, count);
   }
-  // Queries [rows, C] of the lists in turn, scaled; and what is found, [list][piece][row].
+  // Scaled queries [rows, C], list after list; and the results, [list][piece][row].
   Buffer<float> queries(rows * c), found(rows * pieces * each);
   for (const int64_t list : active)
     for (size_t r = 0; r < lists[list].size(); ++r)

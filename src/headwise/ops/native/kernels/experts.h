@@ -55,8 +55,8 @@ struct ExpertSizes {
   bool gated() const { return up == 2 * hidden; }
 };
 
-// What each choice says: K tensors [N, D]. Memory of one of N·K rows would be the system's anew in
-// every call, and finding it costs as much as filling it ten times.
+// The output of each choice: K tensors [N, D]. One tensor of N·K rows would be so large that the
+// system gives and takes its memory in every call, which costs as much as filling it ten times.
 struct Outputs {
   std::vector<Tensor> choices;
 
@@ -72,7 +72,7 @@ struct Outputs {
   }
 };
 
-// Two rows of [hidden, columns] as the second operand of a product, see pack().
+// Two rows of [hidden, columns], activated, as the second operand of a product: see pack().
 template <typename T, Nonlinearity act>
 void activate_rows(
     T* out, const float* gate, const float* value, int64_t columns) {

@@ -1,5 +1,5 @@
-// The kernels as operators of torch, CPU only. Matrix products are oneDNN's, through torch; bfloat16
-// is multiplied as such and summed in float32.
+// The kernels as operators of torch, for CPUs only. oneDNN multiplies matrices, through torch:
+// products of bfloat16, sums of float32.
 #include <torch/library.h>
 
 #include "aggregated_backward.h"
@@ -79,7 +79,7 @@ std::vector<Tensor> aggregated_attention_backward(
   const Tensor tokens = at::constant_pad_nd(learned_tokens, {0, z.near_columns - z.near});
   const MapInputs x{
       q, k, v, k_pool, v_pool, gate, local_bias, pool_bias, unit_q, tokens, learned_bias};
-  // As many that each thread has several to do.
+  // So many parts that each thread has several to do.
   const int64_t parts = std::min(z.batch, (4 * at::get_num_threads() + z.heads - 1) / z.heads);
   const auto like = [](const Tensor& of) { return at::zeros(of.sizes(), of.options()); };
   const auto in_parts = [&](const Tensor& of) {

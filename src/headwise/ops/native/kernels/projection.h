@@ -1,5 +1,5 @@
-// Projections into heads and out of them, for the tokens that have a head on. Heads that all tokens
-// have on are left to torch, as one product; of the others each gathers its rows.
+// Projections into heads and out of them, for the tokens that have a head on. torch multiplies the
+// first heads, which are on for all tokens, as one product. Each other head gathers its rows.
 #pragma once
 
 #include <algorithm>

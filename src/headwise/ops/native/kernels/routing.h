@@ -5,7 +5,7 @@
 
 namespace headwise {
 
-// Tokens that a thread takes at a time, so that a few of them do not wait for threads.
+// Tokens of a thread at a time: so few that one thread does them do not wait for others.
 constexpr int64_t TOKENS = 128;
 
 // Logits [tokens, count]; the rows may be parts of longer ones.
@@ -32,7 +32,7 @@ inline void softmax(const float* logits, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] /= sum;
 }
 
-// Of the gradient of softmax(z) = p that of z.
+// The gradient dz from dp, where p = softmax(z).
 inline void softmax_backward(const float* p, const float* dp, int64_t count, float* dz) {
   float mean = 0;
   for (int64_t i = 0; i < count; ++i) mean += p[i] * dp[i];
@@ -48,7 +48,7 @@ inline void best(const float* p, int64_t count, int64_t k, float* left, int64_t*
   }
 }
 
-// What a token's shared and routed scores are multiplied by, before the stages have their say.
+// The factors of a token's shared and routed scores, without those of the stages.
 inline std::pair<float, float> scales(const HeadLogits& z, const float* p, const int64_t* chosen) {
   if (z.paper) return {1.0f, 1.0f};
   float sum = 0;

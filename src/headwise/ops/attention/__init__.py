@@ -1,0 +1,169 @@
+"""Attention with heads gated per query token: signature, checks, choice of implementation.
+
+reference   Eq. 4 with loops: the specification.
+dense       Every head by torch's own attention, then the gate: skips nothing.
+gathered    Only heads that are on, by torch's kernels on gathered queries. Forward and backward.
+native      The same fused in C++, for CPUs, once `headwise compile` has built it.
+decode      A few queries against a long cache; keys of heads off are not read. Forward only.
+triton      Fused kernels for CUDA devices. Forward, backward, decode.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headwise.ops.attention import decode, dense, gathered, reference
+from headwise.ops.attention.plan import Impl, Operands, Plan, choose
+from headwise.ops.choice import check_choice
+from headwise.ops.native.attention import largest_share, native_attention
+from headwise.ops.native.decode import native_decode
+from headwise.ops.tensors import (
+    Kind,
+    check_operands,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
+
+__all__ = ["Impl", "Operands", "Plan", "choose", "head_attention"]
+
+_LARGEST_SCALE = 1e38  # of float32
+_IN_PYTORCH = {
+    "reference": reference.head_attention,
+    "dense": dense.head_attention,
+    "gathered": gathered.head_attention,
+    "decode": decode.head_attention,
+}
+
+
+def head_attention(
+    q: Float[Tensor, "B T H C"],
+    k: Float[Tensor, "B S Hkv C"],
+    v: Float[Tensor, "B S Hkv C"],
+    gate: Float[Tensor, "B T H"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    scale: float | None = None,
+    share_on: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "B T H C"]:
+    """Gated attention heads, the summands of MoH before the output projection.
+
+        y[b,t,h] = gate[b,t,h] · sum_s softmax_s(scale · q[b,t,h]·k[b,s] + bias[b,h,t,s]) v[b,s]
+
+    A gate of exactly 0 means off: the pair (t, h) gives 0 and passes no gradient, to its gate
+    neither. Query heads share key heads in groups of H / Hkv (grouped-query attention).
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 4.
+    **Deviates**: the gradient of a gate that is off is 0 by definition, so that an implementation
+    may skip the head; the released code computes every head and masks it.
+
+    Args:
+        q: Queries.
+        k: Keys; S may differ from T, Hkv divides H.
+        v: Values.
+        gate: Weight of each head for each query token, in any float dtype.
+        causal: Token t sees keys up to t + S - T (the last query sees all keys).
+        mask: True where a key may be seen; broadcastable to [B, H, T, S].
+        bias: Added to the scores; broadcastable to [B, H, T, S].
+        scale: Factor of the scores, finite; 1/√C by default.
+        share_on: Share of the heads that are on, 0 to 1, where the caller knows it from a budget:
+            on a GPU "auto" would have to wait for the gates to count them. It changes no result.
+        impl: "auto" chooses by device and shape (`choose`); a named one is that one or an error.
+
+    Returns:
+        The gated heads in q's dtype. A query whose mask is False everywhere gives 0, never NaN.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, a number is out of range, impl is
+            unknown, or impl cannot compute this.
+
+    Example (worked by hand): one head, q = 0, values 2 and 4, gate 1/2: y = 1/2 · (2 + 4)/2 = 1.5.
+    """
+    check_choice("impl", impl, Impl)
+    _check(q, k, v, gate, mask, bias)
+    _check_options(causal, scale, share_on)
+    if q.numel() == 0 or k.numel() == 0:
+        return q.clone().zero_()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
+    x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
+    return _compute(x, choose(x, share_on=share_on, impl=impl))
+
+
+def _compute(x: Operands, plan: Plan) -> Tensor:
+    if plan.impl == "native":
+        gate = x.gate.float()
+        if plan.decoding:
+            return native_decode(x.q, x.k, x.v, gate, x.causal, x.scale, x.mask)
+        limit = largest_share(x.q.dtype, learning=plan.learning)
+        return native_attention(x.q, x.k, x.v, gate, x.causal, x.scale, limit)[0]
+    if plan.impl == "triton":
+        # Triton is on machines with a GPU, and `import headwise` does without.
+        from headwise.ops.attention import triton
+
+        return (triton.decode_attention if plan.decoding else triton.head_attention)(x)
+    return _IN_PYTORCH[plan.impl](x)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> None:
+    sizes = check_operands(
+        {
+            "q": (q, "B T H C"),
+            "k": (k, "B S Hkv C"),
+            "v": (v, "B S Hkv C"),
+            "gate": (gate, "B T H"),
+        }
+    )
+    check_same_dtype(q=q, k=k, v=v)
+    if sizes["Hkv"] == 0 or sizes["H"] % sizes["Hkv"]:
+        raise ValueError(
+            f"k has shape {list(k.shape)}; its Hkv = {sizes['Hkv']} heads must divide q's "
+            f"H = {sizes['H']}"
+        )
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; it must be bool (additive ones are `bias`)")
+    scores = [sizes[axis] for axis in ("B", "H", "T", "S")]
+    added: tuple[tuple[str, Tensor | None, Kind], ...] = (
+        ("mask", mask, "torch.bool"),
+        ("bias", bias, "floating"),
+    )
+    for name, tensor, kind in added:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, ("...",), kind=kind)
+        check_same_device(**{"q": q, name: tensor})
+        if not _broadcastable(tensor.shape, scores):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; it must be broadcastable to "
+                f"[B, H, T, S] = {scores}"
+            )
+
+
+def _check_options(causal: bool, scale: float | None, share_on: float | None) -> None:
+    # Checks against annotations would be slower, and every step of a decoding model runs this.
+    if causal is not True and causal is not False:
+        raise ValueError(f"causal is {causal!r}; it must be True or False")
+    if scale is not None and not (_is_number(scale) and abs(scale) < _LARGEST_SCALE):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if share_on is not None and not (_is_number(share_on) and 0 <= share_on <= 1):
+        raise ValueError(f"share_on is {share_on!r}; it must lie in 0..1")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, float | int) and not isinstance(x, bool)
+
+
+def _four_dimensional(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _broadcastable(shape: torch.Size, to: list[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)

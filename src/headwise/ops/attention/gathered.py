@@ -1,0 +1,199 @@
+"""Attention of the heads that are on, gathered: what is off is neither computed nor read.
+
+1. Rows that are on are gathered into tiles (`ragged`).
+2. The causal triangle over a tile's rows is cut into rectangles and edges (`pieces`).
+3. torch's attention runs on each piece (`plain_attention`).
+4. Results of one row over several pieces are merged by their log-sum-exp.
+
+The backward computes the scores again, piece by piece. Where few heads are off, gathering costs
+more than it saves, and torch computes all of them.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from headwise.ops.attention.pieces import Piece
+from headwise.ops.attention.plan import Operands
+from headwise.ops.attention.ragged import Rows
+from headwise.ops.dtypes import wide_dtype
+from headwise.ops.gates import attention_flops, share_on
+from headwise.ops.plain_attention import (
+    attend,
+    attend_all,
+    attend_all_backward,
+    attend_backward,
+    before_the_gates,
+)
+
+
+def largest_share(dtype: torch.dtype, causal: bool, keys: int) -> float:
+    """Share of heads that may be on for gathering to be faster than computing all of them.
+
+    Measured (results/performance.csv): gathering costs a nearly constant time per row, splitting a
+    triangle costs more, and torch's own kernel is fastest in half precision.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    at_1024, per_doubling = {
+        (False, False): (0.83, 0.1),
+        (False, True): (0.57, 0.1),
+        (True, False): (0.70, 0.25),
+        (True, True): (0.38, 0.1),
+    }[half, causal]
+    return min(0.95, at_1024 + per_doubling * math.log2(max(keys, 1) / 1024))
+
+
+def head_attention(x: Operands) -> Tensor:
+    return gathered_attention(*x)[0]
+
+
+@torch.library.custom_op("headwise::gathered_attention", mutates_args=())
+def gathered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
+    limit = largest_share(q.dtype, causal, k.shape[1])
+    if share_on(gate) >= limit:
+        return attend_all(q, k, v, gate, causal, mask, bias, scale)
+    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
+    wide = wide_dtype(q)
+    q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
+    for tile in rows.tiles:
+        tile_q, tile_out, tile_lse = (tile.of(x) for x in (q_rows, out, lse))
+        pieces = rows.pieces(tile)
+        # Sums of several pieces are kept in float32 or wider.
+        merged = tile_out if len(pieces) == 1 else torch.empty_like(tile_out, dtype=wide)
+        merged = tile_out if tile_out.dtype == wide else merged
+        for piece in pieces:
+            part, part_lse = attend(
+                tile_q[:, :, piece.rows],
+                tile.keys(k)[:, :, piece.keys],
+                tile.keys(v)[:, :, piece.keys],
+                added=rows.added(tile, piece, q.dtype),
+                causal=piece.kind == "square",
+                scale=scale,
+                blind=mask is not None,
+            )
+            _merge(merged[:, :, piece.rows], tile_lse[:, :, piece.rows], part, part_lse, piece)
+        if merged is not tile_out:
+            tile_out.copy_(merged)
+    out[:-1] *= rows.gather(gate.to(q.dtype)).unsqueeze(-1)
+    return rows.scatter(out), rows.scatter(lse)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, piece: Piece) -> None:
+    """out and lse of rows over more keys, in place: averages weighted by exp(lse)."""
+    if piece.kind != "rectangle":
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
+    weight = torch.sigmoid(part_lse - lse)
+    out.lerp_(part.to(out.dtype), weight.unsqueeze(-1).to(out.dtype))
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+@torch.library.custom_op("headwise::gathered_attention_backward", mutates_args=())
+def gathered_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
+    limit = largest_share(q.dtype, causal, k.shape[1])
+    if share_on(gate) >= limit:
+        return attend_all_backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
+    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
+    wide = wide_dtype(q)
+    # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
+    gates = rows.gather_once(gate.to(wide))
+    dgate = rows.empty(gate)
+    dout, out, dgate[:-1] = before_the_gates(rows.gather(dy), rows.gather(y), gates)
+    # Such a row has the log-sum-exp of another one, with which its exponentials may overflow. A
+    # log-sum-exp of inf makes them 0.
+    q_rows, lse = rows.gather(q), rows.gather_once(lse, math.inf)
+    dq = rows.empty(q, wide).zero_()
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dbias = q.new_zeros(bias.shape if needs_bias and bias is not None else 0, dtype=wide)
+    for tile in rows.tiles:
+        tile_q, tile_dq, tile_dout, tile_out, tile_lse = (
+            tile.of(x) for x in (q_rows, dq, dout, out, lse)
+        )
+        for piece in rows.pieces(tile):
+            part = attend_backward(
+                *(x[:, :, piece.rows] for x in (tile_dout, tile_q)),
+                *(tile.keys(x)[:, :, piece.keys] for x in (k, v)),
+                *(x[:, :, piece.rows] for x in (tile_out, tile_lse)),
+                added=rows.added(tile, piece, q.dtype),
+                causal=piece.kind == "square",
+                scale=scale,
+                scores_gradient=needs_bias,
+            )
+            tile_dq[:, :, piece.rows] += part.q
+            tile.keys(dk)[:, :, piece.keys] += part.k
+            tile.keys(dv)[:, :, piece.keys] += part.v
+            if part.scores is not None:
+                rows.add_to_bias(dbias, tile, piece, part.scores)
+    dq, dk, dv = rows.scatter(dq).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv, rows.scatter(dgate), dbias
+
+
+@gathered_attention.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(q)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+@gathered_attention_backward.register_fake
+def _(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias):  # type: ignore[no-untyped-def]
+    dbias = bias.new_empty(bias.shape, dtype=lse.dtype) if needs_bias else q.new_empty(0)
+    return *(x.new_empty(x.shape) for x in (q, k, v, gate)), dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gate, ctx.causal, mask, bias, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, gate, *output, mask, bias)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gate, y, lse, mask, bias = ctx.saved_tensors
+    needs_bias = ctx.needs_input_grad[6]
+    *gradients, dbias = gathered_attention_backward(
+        dy, q, k, v, gate, y, lse, ctx.causal, mask, bias, ctx.scale, needs_bias
+    )
+    return *gradients, None, None, dbias.to(bias.dtype) if needs_bias else None, None
+
+
+gathered_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.headwise.gathered_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any, **__: Any) -> int:
+    computed = gate != 0
+    if share_on(gate) >= largest_share(q.dtype, causal, k.shape[1]):
+        computed = torch.ones_like(computed)
+    return attention_flops(q, k, computed, causal)
+
+
+@register_flop_formula(torch.ops.headwise.gathered_attention_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **options: Any) -> int:
+    return _flops(*args[:4], args[6]) * 5 // 2

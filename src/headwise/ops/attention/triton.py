@@ -1,0 +1,181 @@
+"""Attention of the heads that are on, in Triton: what is off is neither read nor computed.
+
+In each batch entry and head, the tokens that are on are ranked. A program computes consecutive
+ranks and gathers their rows straight from q. No size depends on how many tokens are on, so nothing
+waits for the device: a program whose ranks do not exist returns at once.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from headwise.ops.attention.plan import Operands
+from headwise.ops.attention.triton_backward import keys_kernel, queries_kernel
+from headwise.ops.attention.triton_decode import decode_attention
+from headwise.ops.attention.triton_forward import forward_kernel
+from headwise.ops.attention.triton_ranks import ranked
+from headwise.ops.attention.triton_tiles import (
+    FUSION,
+    described,
+    expanded,
+)
+from headwise.ops.gates import flops_of_what_is_on
+from headwise.ops.tensors import adjacent
+
+__all__ = ["decode_attention", "head_attention"]
+
+
+class Tiling(NamedTuple):
+    """Rows that a program holds, rows it reads in one step, and how it is launched."""
+
+    own: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+# Forward, backward of queries, backward of keys, by channels: the fastest on an H100 at T = 16,384
+# with half of the heads on (benchmarks/gpu/tiles.py); those of 256 channels were not measured.
+_HALF = {
+    64: (Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 2)),
+    128: (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)),
+    256: (Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
+}
+# Exact float32 products run outside the tensor cores and want small tiles.
+_FLOAT = {
+    64: (Tiling(32, 32, 8, 2),) * 3,
+    128: (Tiling(32, 16, 8, 2),) * 3,
+    256: (Tiling(16, 16, 8, 2),) * 3,
+}
+Kernel = Literal["forward", "queries", "keys"]
+
+
+def tiling(width: int, dtype: torch.dtype, kernel: Kernel) -> Tiling:
+    """The tiling of a kernel for heads of `width` channels, padded to a power of two."""
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    return table[max(width, 64)][get_args(Kernel).index(kernel)]
+
+
+def head_attention(x: Operands) -> Tensor:
+    """Gated attention heads by Triton kernels, forward and backward.
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 4; the online softmax and the recomputed scores are
+    FlashAttention's, arXiv 2205.14135 and 2307.08691.
+    **Deviates**: rows are gathered by their gates, which changes no number.
+    """
+    return triton_attention(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)[0]
+
+
+@torch.library.custom_op("headwise::triton_attention", mutates_args=())
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, H, T] in float32.
+
+    The second is 0 where a head is off or sees no key.
+    """
+    batch, queries, heads, channels = q.shape
+    q = adjacent(q)
+    y, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    positions, on_so_far = ranked(gate)
+    mask, mask_strides = expanded(mask, q, k)
+    width = triton.next_power_of_2(channels)
+    own, step, num_warps, num_stages = tiling(width, q.dtype, "forward")
+    with torch.cuda.device_of(q):
+        forward_kernel[(triton.cdiv(queries, own) * batch * heads,)](
+            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            on_so_far, y, lse, q.stride(), gate.stride(), mask_strides, y.stride(),
+            queries, k.shape[1], heads, heads // k.shape[2], scale,
+            C=channels, WIDTH=width, ROWS=own, KEYS=step, CAUSAL=causal,
+            num_warps=num_warps, num_stages=num_stages, **FUSION,
+        )  # fmt: skip
+    return y, lse
+
+
+@torch.library.custom_op("headwise::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and gate."""
+    batch, queries, heads, channels = q.shape
+    keys, kv_heads = k.shape[1:3]
+    dy, q, k, v, y = map(adjacent, (dy, q, k, v, y))
+    dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dgate = gate.new_zeros(gate.shape)
+    # By rank; rows beyond the last that is on are read, too, and must add nothing.
+    packed_q, packed_dy = (
+        q.new_zeros(batch, heads, queries, channels).transpose(1, 2) for _ in range(2)
+    )
+    packed_lse, packed_delta = torch.empty_like(lse), torch.empty_like(lse)
+    positions, on_so_far = ranked(gate)
+    mask, mask_strides = expanded(mask, q, k)
+    width = triton.next_power_of_2(channels)
+    shape = {"C": channels, "WIDTH": width, "CAUSAL": causal, **FUSION}
+    sizes = (queries, keys, heads, heads // kv_heads, scale)
+    with torch.cuda.device_of(q):
+        own, step, num_warps, num_stages = tiling(width, q.dtype, "queries")
+        queries_kernel[(triton.cdiv(queries, own) * batch * heads,)](
+            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            on_so_far, dy, y, lse, dq, dgate, packed_q, packed_dy, packed_lse, packed_delta,
+            q.stride(), gate.stride(), mask_strides, dy.stride(), y.stride(), dq.stride(),
+            dgate.stride(), *sizes,
+            **shape, ROWS=own, KEYS=step, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        own, step, num_warps, num_stages = tiling(width, q.dtype, "keys")
+        keys_kernel[(triton.cdiv(keys, own) * batch * kv_heads,)](
+            described(packed_q, step, width), described(packed_dy, step, width), packed_lse,
+            packed_delta, k, v, mask, positions, on_so_far, dk, dv,
+            k.stride(), v.stride(), mask_strides, dk.stride(), dv.stride(), *sizes,
+            **shape, ROWS=step, KEYS=own, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return dq, dk, dv, dgate
+
+
+@triton_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _channels = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@triton_attention_backward.register_fake
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, gate = (x.new_empty(x.shape) for x in (q, k, v, gate))
+    return q, k, v, gate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gate, ctx.causal, mask, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, gate, *output, mask)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gate, y, lse, mask = ctx.saved_tensors
+    gradients = triton_attention_backward(dy, q, k, v, gate, y, lse, ctx.causal, mask, ctx.scale)
+    return *gradients, None, None, None
+
+
+triton_attention.register_autograd(_backward, setup_context=_save)
+
+
+register_flop_formula(torch.ops.headwise.triton_attention, get_raw=True)(flops_of_what_is_on)
+
+
+@register_flop_formula(torch.ops.headwise.triton_attention_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
+    """Seven products instead of two: both kernels compute the scores and dy · v again."""
+    return flops_of_what_is_on(*args[:4], args[6]) * 7 // 2

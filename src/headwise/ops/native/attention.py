@@ -1,0 +1,103 @@
+"""Attention of the heads that are on, in C++ (kernels/attention*.h): FlashAttention's tiling.
+
+The kernels gather the rows that are on. They do what torch's own CPU kernels do for all rows, and
+in the backward they multiply in bfloat16 where the inputs are bfloat16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from headwise.ops.gates import attention_flops, flops_of_what_is_on, share_on
+from headwise.ops.native import kernels
+from headwise.ops.plain_attention import attend_all
+from headwise.ops.tensors import adjacent
+
+# On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
+# of heads on; on others these kernels are, at every share (results/performance.csv).
+_LARGEST_SHARE, _NEVER = 0.85, 2.0
+_HAS_TILES = torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def largest_share(dtype: torch.dtype, *, learning: bool) -> float:
+    """Share of heads on up to which the kernels are faster than torch's; above 1 they always are.
+
+    While something is learned they always compute, because their backward needs their sums.
+    """
+    return _LARGEST_SHARE if _HAS_TILES and dtype == torch.bfloat16 and not learning else _NEVER
+
+
+@torch.library.custom_op("headwise::native_attention", mutates_args=())
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, scale: float, limit: float
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, T, H] in float64.
+
+    Where the share of heads on reaches `limit`, torch computes all of them. There is no backward
+    then.
+    """
+    if limit <= 1 and share_on(gate) >= limit:
+        y, lse = attend_all(q, k, v, gate, causal, None, None, scale)
+        return y, lse.double()
+    return kernels().attention(
+        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale
+    )
+
+
+@torch.library.custom_op("headwise::native_attention_backward", mutates_args=())
+def native_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and gate."""
+    return kernels().attention_backward(
+        dy.contiguous(), q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), y, lse,
+        causal, scale,
+    )  # fmt: skip
+
+
+@native_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), gate.new_empty(gate.shape, dtype=torch.float64)
+
+
+@native_attention_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> Any:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, gate))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gate, ctx.causal, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, gate, *output)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = native_attention_backward(dy, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return *gradients, None, None, None
+
+
+native_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.headwise.native_attention, get_raw=True)
+def _flops(q: Tensor, k: Tensor, *args: Any, **_: Any) -> int:
+    _v, gate, causal, _scale, limit = args
+    computed = gate != 0
+    if limit <= 1 and share_on(gate) >= limit:
+        computed = torch.ones_like(computed)
+    return attention_flops(q, k, computed, causal)
+
+
+@register_flop_formula(torch.ops.headwise.native_attention_backward, get_raw=True)
+def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
+    return flops_of_what_is_on(*args[:4], args[6]) * 5 // 2

@@ -1,0 +1,27 @@
+"""A mixture of expert MLPs in C++ (kernels/experts.h): forward only, each expert in one go.
+
+`experts.grouped` has the backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.ops.native import kernels
+
+
+@torch.library.custom_op("headwise::native_mlp", mutates_args=())
+def native_mlp(
+    x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """y [N, D] of `ops.expert_mlp`; activation is "silu" or "relu"."""
+    return kernels().expert_mlp(
+        x.contiguous(), weights.float().contiguous(), indices.contiguous(), up.contiguous(),
+        down.contiguous(), activation == "relu",
+    )  # fmt: skip
+
+
+@native_mlp.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)

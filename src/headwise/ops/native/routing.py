@@ -1,0 +1,84 @@
+"""Two-stage routing of heads in C++ (kernels/routing.h).
+
+A token's softmaxes are a few numbers each: a kernel reads them once, where a chain of tensor
+operations costs about as much as a quarter of the attention heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.ops.native import is_ready, kernels
+from headwise.ops.tensors import adjacent
+
+
+def has_kernel(logits: Tensor, scores: str) -> bool:
+    """Whether the kernel is there and computes this."""
+    plain = scores == "softmax" and logits.dtype == torch.float32
+    return plain and logits.device.type == "cpu" and is_ready()
+
+
+def gates(
+    shared: Tensor, routed: Tensor, stage: Tensor | None, top_k: int, paper: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, chosen heads and probabilities of logits [..., n], as `ops.route_heads` has them."""
+    batch = shared.shape[:-1]
+    logits = [shared, routed, shared.new_empty(*batch, 0) if stage is None else stage]
+    rows = [adjacent(x.reshape(batch.numel(), x.shape[-1])) for x in logits]
+    parts = native_route_heads(*rows, top_k, paper)
+    weights, indices, probabilities = (x.view(*batch, x.shape[-1]) for x in parts)
+    return weights, indices, probabilities
+
+
+@torch.library.custom_op("headwise::native_route_heads", mutates_args=())
+def native_route_heads(
+    shared: Tensor, routed: Tensor, stage: Tensor, top_k: int, paper: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates [N, shared + routed], indices [N, top_k], probabilities [N, routed]."""
+    return kernels().route_heads(shared, routed, stage, top_k, paper)
+
+
+@torch.library.custom_op("headwise::native_route_heads_backward", mutates_args=())
+def native_route_heads_backward(
+    dgates: Tensor,
+    dprobabilities: Tensor,
+    shared: Tensor,
+    routed: Tensor,
+    stage: Tensor,
+    indices: Tensor,
+    paper: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of shared, routed and stage."""
+    return kernels().route_heads_backward(
+        dgates.contiguous(), dprobabilities.contiguous(), shared, routed, stage, indices, paper
+    )
+
+
+@native_route_heads.register_fake
+def _(shared: Tensor, routed: Tensor, stage: Tensor, top_k: int, paper: bool) -> Any:
+    tokens = len(shared)
+    return (
+        shared.new_empty(tokens, shared.shape[1] + routed.shape[1]),
+        shared.new_empty(tokens, top_k, dtype=torch.long),
+        routed.new_empty(tokens, routed.shape[1]),
+    )
+
+
+@native_route_heads_backward.register_fake
+def _(dgates: Tensor, dprobabilities: Tensor, *logits_and_more: Any) -> Any:
+    return tuple(x.new_empty(x.shape) for x in logits_and_more[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *logits, _, ctx.paper = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*logits, output[1])
+
+
+def _backward(ctx: Any, dgates: Tensor, _: Tensor, dprobabilities: Tensor) -> Any:
+    gradients = native_route_heads_backward(dgates, dprobabilities, *ctx.saved_tensors, ctx.paper)
+    return *gradients, None, None
+
+
+native_route_heads.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,316 @@
+"""The Triton kernels against the reference: on a GPU, or else in Triton's interpreter.
+
+Blocks are shrunk to 16 rows and keys, so that small cases take every path: several blocks, blocks
+that need no check, programs that leave at once.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+ON_GPU = torch.cuda.is_available()
+# Triton looks at it when it is first imported; whatever imports headwise does that.
+os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
+tl = pytest.importorskip("triton.language", reason="triton is not installed")
+
+from headwise.ops.attention import (  # noqa: E402
+    Operands,
+    choose,
+    dense,
+    reference,
+    triton_decode,
+    triton_tiles,
+)
+from headwise.ops.attention import triton as kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and type(tl.max).__name__ == "JITFunction",
+    reason="no GPU, and TRITON_INTERPRET=1 was not set when triton was first imported",
+)
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter cuts bfloat16 off instead of rounding it.
+HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "tiling", lambda *_: kernels.Tiling(16, 16, 4, 1))
+    monkeypatch.setattr(triton_decode, "block_of_keys", lambda *_: 16)
+
+
+def case(T=37, S=37, H=2, kv_heads=2, C=32, on=0.6, mask=None, B=1, **options):
+    """Leaf tensors (all gradients wanted) and the options of a call, in float32."""
+    q = torch.randn(B, T, H, C, device=DEVICE)
+    k, v = (torch.randn(B, S, kv_heads, C, device=DEVICE) for _ in range(2))
+    gate = torch.rand(B, T, H, device=DEVICE) + 0.1
+    gate[torch.rand(B, T, H, device=DEVICE) > on] = 0
+    if mask is not None:
+        mask = torch.rand(mask, device=DEVICE) > 0.4
+    options = {"causal": False, "mask": mask, "bias": None, "scale": C**-0.5} | options
+    leaves = {"q": q, "k": k, "v": v, "gate": gate}
+    return {name: x.requires_grad_() for name, x in leaves.items()}, options
+
+
+def value_and_gradients(leaves, options, compute):
+    y = compute(Operands(**leaves, **options))
+    upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype)
+    return y, torch.autograd.grad(y, list(leaves.values()), upstream)
+
+
+def exact(leaves, options, compute):
+    """Value and gradients in float64, the options' mask and all."""
+    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    return value_and_gradients(wide, options, compute)
+
+
+def assert_equal_to(compute, leaves, options):
+    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
+    want, want_gradients = exact(leaves, options, compute)
+    assert_close(y.double(), want, **CLOSE)
+    for got, true in zip(gradients, want_gradients, strict=True):
+        assert_close(got.double(), true, **CLOSE)
+    off = leaves["gate"] == 0
+    assert all((x[off] == 0).all() for x in (y, gradients[0], gradients[3]))
+    return y, gradients
+
+
+CASES = {
+    "full": {},
+    "causal": {"causal": True, "T": 67, "S": 67},
+    "causal, more keys": {"causal": True, "T": 37, "S": 53},
+    "causal, fewer keys": {"causal": True, "T": 53, "S": 29},
+    "full, more keys": {"T": 5, "S": 41},
+    "grouped": {"H": 6, "kv_heads": 2, "causal": True},
+    "one head of keys": {"H": 3, "kv_heads": 1, "T": 23, "S": 31},
+    "all on": {"on": 1, "causal": True},
+    "few on": {"on": 0.1, "causal": True, "T": 61, "S": 61},
+    "48 channels": {"C": 48, "causal": True},
+    "64 channels": {"C": 64, "T": 19, "S": 23},
+    "one token": {"T": 1, "S": 1, "causal": True, "on": 1},
+    "mask of keys": {"B": 2, "mask": (2, 1, 1, 37), "T": 29},
+    "mask": {"mask": (1, 2, 37, 37), "causal": True},
+    "mask of queries, grouped": {"mask": (1, 1, 29, 37), "T": 29, "H": 2, "kv_heads": 1},
+    "scale": {"scale": -0.3, "T": 17},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_plain_attention_in_values_and_all_gradients(name):
+    leaves, options = case(**CASES[name])
+    assert_equal_to(dense.head_attention, leaves, options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_the_reference(causal):
+    leaves, options = case(T=7, S=5, H=2, kv_heads=1, causal=causal, mask=(1, 1, 7, 5))
+    assert_equal_to(reference.head_attention, leaves, options)
+
+
+def test_every_head_has_its_own_number_of_tokens():
+    leaves, options = case(H=4, kv_heads=2, T=53, S=53, causal=True)
+    with torch.no_grad():
+        leaves["gate"].zero_()
+        leaves["gate"][:, :, 0] = 0.7
+        leaves["gate"][:, 52, 1] = 0.3
+        leaves["gate"][:, 16:33, 2] = 0.2
+    assert_equal_to(dense.head_attention, leaves, options)
+
+
+def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient():
+    leaves, options = case(H=4, kv_heads=2)
+    with torch.no_grad():
+        leaves["gate"][:, :, 2:] = 0
+        leaves["k"][:, :, 1] = torch.nan
+        leaves["v"][:, :, 1] = torch.nan
+    y, (dq, dk, dv, dgate) = value_and_gradients(leaves, options, kernels.head_attention)
+    assert all(x.isfinite().all() for x in (y, dq, dk, dv, dgate))
+    assert (dk[:, :, 1] == 0).all()
+    assert (dv[:, :, 1] == 0).all()
+
+
+def test_neither_queries_that_are_off_nor_blocks_of_keys_that_nobody_sees_are_read():
+    leaves, options = case(T=53, S=53, kv_heads=1, causal=True)
+    with torch.no_grad():
+        leaves["gate"][:, 21:] = 0
+        leaves["q"][leaves["gate"] == 0] = torch.nan
+        leaves["k"][:, 32:] = torch.nan
+        leaves["v"][:, 32:] = torch.nan
+    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
+    assert all(x.isfinite().all() for x in (y, *gradients))
+    assert (y[leaves["gate"] != 0] != 0).all()
+
+
+def test_all_heads_off_gives_zero():
+    leaves, options = case(on=-1, causal=True)
+    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
+    assert all((x == 0).all() for x in (y, *gradients))
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
+    leaves, options = case(on=1)
+    options["mask"] = torch.ones(1, 1, 37, 37, dtype=torch.bool, device=DEVICE)
+    options["mask"][:, :, 3] = False
+    y, gradients = assert_equal_to(reference.head_attention, leaves, options)
+    assert all((x[:, 3] == 0).all() for x in (y, gradients[0], gradients[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strided_operands_and_gates_of_any_dtype(dtype):
+    leaves, options = case(T=23, S=29, causal=True)
+    gate = leaves["gate"].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    heads_first = [leaves[n].detach().transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"]
+    channels_strided = leaves["v"].detach().transpose(2, 3).contiguous().transpose(2, 3)
+    leaves = dict(zip(("q", "k", "v"), (*heads_first[:2], channels_strided), strict=True))
+    leaves = {name: x.requires_grad_() for name, x in (leaves | {"gate": gate}).items()}
+    _, gradients = assert_equal_to(dense.head_attention, leaves, options)
+    assert gradients[3].dtype == dtype
+
+
+@pytest.mark.parametrize("how", ["odd stride", "odd start", "one batch entry for two"])
+def test_keys_that_the_copy_engine_cannot_read_in_place(how):
+    leaves, options = case(B=2, T=23, S=29, causal=True)
+    k = {
+        "odd stride": torch.randn(2, 29, 2, 33, device=DEVICE)[..., :32],
+        "odd start": torch.randn(2, 29, 2, 36, device=DEVICE)[..., 1:33],
+        "one batch entry for two": torch.randn(1, 29, 2, 32, device=DEVICE).expand(2, -1, -1, -1),
+    }[how]
+    leaves = {**leaves, "k": k.requires_grad_()}
+    assert_equal_to(dense.head_attention, leaves, options)
+
+
+def test_an_off_token_gives_zero_whatever_the_values_of_others_are():
+    leaves, options = case(T=19, S=19, causal=True, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, 1::2] = 0
+        leaves["v"][:, 18] = torch.nan  # the last token sees it, and it shares a tile with others
+        y = kernels.head_attention(Operands(**leaves, **options))
+    assert (y[:, 1::2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_error_is_at_most_twice_that_of_plain_attention(dtype, causal):
+    leaves, options = case(T=61, S=61, on=0.7, causal=causal)
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+    q, k, v, gate = leaves.values()
+    ours = value_and_gradients(leaves, options, kernels.head_attention)
+    heads = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
+    ).transpose(1, 2)
+    y = heads * gate.unsqueeze(-1)
+    upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(dtype)
+    plain = y, torch.autograd.grad(y, (q, k, v, gate), upstream)
+    true = exact(leaves, options, dense.head_attention)
+    on = gate != 0
+    triples = zip((ours[0], *ours[1]), (plain[0], *plain[1]), (true[0], *true[1]), strict=True)
+    for got, torch_s, want in triples:
+        # The plain gradient of a gate that is off is not 0; ours is, by definition.
+        if got.shape == gate.shape:
+            got, torch_s, want = got[on], torch_s[on], want[on]
+        assert (got.double() - want).norm() <= 2 * (torch_s.double() - want).norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_custom_op_contract(masked):
+    leaves, options = case(T=17, S=19, mask=(1, 1, 1, 19) if masked else None)
+    arguments = (*leaves.values(), True, options["mask"], options["scale"])
+    torch.library.opcheck(kernels.triton_attention, arguments)
+    detached = (*(x.detach()[:, :2] for x in leaves.values()), False, None, options["scale"])
+    torch.library.opcheck(triton_decode.triton_decode, detached)
+
+
+def test_compiles_without_a_break():
+    leaves, options = case(T=17, S=17)
+
+    def call(x):
+        return kernels.triton_attention(x.q, x.k, x.v, x.gate, True, x.mask, x.scale)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_close(
+        value_and_gradients(leaves, options, compiled), value_and_gradients(leaves, options, call)
+    )
+
+
+def test_flops_count_the_rows_that_are_on():
+    leaves, options = case(T=5, S=5, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, :3] = 0  # the last two tokens stay: they see 4 and 5 keys
+    with FlopCounterMode(display=False) as counter:
+        kernels.head_attention(Operands(**leaves, **options | {"causal": True})).sum().backward()
+    # Two products forward; backward seven, as both kernels compute the scores again.
+    assert counter.get_total_flops() == 2 * 32 * 2 * (4 + 5) * (2 + 7)
+    leaves, options = case(T=1, S=11, on=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        leaves["gate"][:, :, 0] = 0
+        kernels.decode_attention(Operands(**leaves, **options))
+    assert counter.get_total_flops() == 4 * 32 * 11
+
+
+DECODE = {
+    "one query": {"causal": True, "S": 67},
+    "grouped": {"causal": True, "S": 67, "H": 6, "kv_heads": 2},
+    "three queries": {"T": 3, "causal": True, "S": 53, "H": 4, "kv_heads": 2},
+    "more rows than a tile": {"T": 5, "causal": True, "S": 37, "H": 4, "kv_heads": 1},
+    "fewer keys than queries": {"T": 5, "causal": True, "S": 3},
+    "not causal": {"T": 2, "S": 16},
+    "48 channels": {"C": 48, "S": 29},
+    "mask of keys": {"B": 2, "S": 37, "mask": (2, 1, 1, 37)},
+    "mask": {"T": 3, "S": 37, "mask": (1, 4, 3, 37), "H": 4, "kv_heads": 2, "causal": True},
+}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_equals_the_reference(name, splits, monkeypatch):
+    monkeypatch.setattr(triton_decode, "MAX_SPLITS", splits)
+    leaves, options = case(**{"T": 1, "H": 5, "kv_heads": 5} | DECODE[name])
+    with torch.no_grad():
+        y = kernels.decode_attention(Operands(**leaves, **options))
+        wide = {name: x.double() for name, x in leaves.items()}
+        assert_close(y.double(), reference.head_attention(Operands(**wide, **options)), **CLOSE)
+
+
+def test_decode_does_not_read_keys_of_a_group_that_is_off():
+    leaves, options = case(T=2, H=6, kv_heads=3, on=1)
+    with torch.no_grad():
+        leaves["gate"][:, :, 2:4] = 0
+        leaves["gate"][:, 1, 0] = 0
+        leaves["k"][:, :, 1] = torch.nan
+        leaves["v"][:, :, 1] = torch.nan
+        y = kernels.decode_attention(Operands(**leaves, **options))
+    assert y.isfinite().all()
+    assert (y[leaves["gate"] == 0] == 0).all()
+    assert (y[leaves["gate"] != 0] != 0).all()
+
+
+def test_decode_of_a_query_that_sees_nothing_gives_zero():
+    leaves, options = case(T=1, on=1)
+    options["mask"] = torch.zeros(1, 1, 1, 37, dtype=torch.bool, device=DEVICE)
+    assert (kernels.decode_attention(Operands(**leaves, **options)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": torch.zeros(1, 1, 5, 7)}, r"bias has shape \[1, 1, 5, 7\].*impl='gathered' does"),
+        ({"q": torch.zeros(1, 5, 2, 40)}, "40 channels.*multiples of 16 from 32 to 256"),
+        ({"q": torch.zeros(1, 5, 2, 16)}, "16 channels"),
+        ({"q": torch.zeros(1, 5, 2, 272)}, "272 channels"),
+        ({"q": torch.zeros(1, 5, 2, 32).double()}, "dtype torch.float64.*float32, float16"),
+    ],
+)
+def test_errors_name_the_argument(changes, message):
+    leaves, options = case(T=5, S=7)
+    with pytest.raises(ValueError, match=message):
+        choose(Operands(**leaves | options | changes), impl="triton")
+
+
+def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"q is on cpu.*needs a CUDA device"):
+        triton_tiles.check_queries(torch.zeros(1, 5, 2, 32))
