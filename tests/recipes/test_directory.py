@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from headwise.files import write_manifest
 from headwise.recipes import LanguageModelRun, directory
 from headwise.recipes.train import train
+from headwise.results.files import write_manifest
 
 LINES = "".join(f"line {i}\n" for i in range(2000))
 TINY = {

@@ -11,12 +11,12 @@ from headwise.data.text import load_text
 from headwise.parity import count_flops, count_parameters
 from headwise.recipes.dit_task import DiffusionTask
 from headwise.recipes.experiment import SCALES, StudyRun, TextStudyRun, tiny
-from headwise.recipes.published import PUBLISHED
 from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import domain_names
 from headwise.recipes.train import train
 from headwise.recipes.variants import build_model
 from headwise.recipes.vit_task import VisionTask
+from headwise.results.published import PUBLISHED
 
 V = 211
 TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]

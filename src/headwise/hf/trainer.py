@@ -23,8 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from headwise.errors import DivergedError
-from headwise.files import check_manifest, put_in_place, write_manifest
 from headwise.progress import plain_console, text_column
+from headwise.results.files import check_manifest, put_in_place, write_manifest
 
 _PARTIAL = ".partial"
 

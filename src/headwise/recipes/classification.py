@@ -21,9 +21,8 @@ from headwise.hf.reading import load_strictly, reading_model
 from headwise.progress import followed
 from headwise.recipes.evaluation import RoutingStatistics
 from headwise.recipes.loading import load_config
-from headwise.recipes.results import environment
 from headwise.recipes.scoring import EvalRun
-from headwise.recipes.table import Row
+from headwise.results.rows import Row, environment
 
 _DIGITS, _HELD_OUT, _TEST = "digits", "held-out", "test"
 

@@ -9,12 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.data.text import read
-from headwise.files import write_whole
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.loading import load_original
@@ -25,6 +23,8 @@ from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.evaluation import FileLoss, Tokens
 from headwise.recipes.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
+from headwise.results.files import write_whole
+from headwise.results.table import Cell, Number, Table
 
 _PIECE = 256  # tokens
 _MOST_PIECES = 64
@@ -98,7 +98,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
             f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
             f"compared on the next {kept}"
         )
-        console.print(_table(perplexities))
+        console.print(_table(perplexities).for_terminal())
     try:
         convert(model, attention=attention)
     except ValueError as error:
@@ -182,10 +182,8 @@ def _comparison(
 
 
 def _table(perplexities: dict[str, float]) -> Table:
-    table = Table("heads", "perplexity")
-    for name, perplexity in perplexities.items():
-        table.add_row(name, f"{perplexity:.4g}")
-    return table
+    rows: list[list[Cell]] = [[name, Number(x, "{:.4g}")] for name, x in perplexities.items()]
+    return Table(["heads", "perplexity"], rows)
 
 
 def _perplexity(model: Any, batches: Batches) -> float:

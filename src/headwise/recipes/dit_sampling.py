@@ -12,7 +12,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
-from headwise.files import write_whole
 from headwise.memory import check_memory
 from headwise.models import DiT
 from headwise.ops.choice import check_choice, look_up
@@ -21,6 +20,7 @@ from headwise.recipes.arguments import check_at_least, check_guidance, check_see
 from headwise.recipes.directory import check_parents
 from headwise.recipes.loading import load_config
 from headwise.recipes.vae import load_vae
+from headwise.results.files import write_whole
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
 _AT_A_TIME = 100  # images

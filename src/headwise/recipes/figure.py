@@ -8,13 +8,13 @@ from typing import Any
 from headwise.analysis import plots
 from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.summary import representatives
-from headwise.files import write_whole
-from headwise.recipes import table
 from headwise.recipes.measures import measures
 from headwise.recipes.studies import STUDIES
+from headwise.results.files import write_whole
+from headwise.results.rows import Row
 
 
-def draw_comparison(rows: Sequence[table.Row], path: Path) -> None:
+def draw_comparison(rows: Sequence[Row], path: Path) -> None:
     """What every model and seed came to, a panel a main measure; written beside, then renamed."""
     study = STUDIES.get(rows[0]["recipe"])
     panels = [
@@ -71,5 +71,5 @@ def _save(figure: Any, path: Path) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=160))
 
 
-def _position(row: table.Row) -> float | None:
+def _position(row: Row) -> float | None:
     return None if row["position"] in (None, "") else float(row["position"])

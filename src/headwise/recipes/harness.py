@@ -9,9 +9,8 @@ from transformers import set_seed
 
 from headwise.recipes.harness_tasks import load_tasks, wanted_tasks
 from headwise.recipes.loading import load_causal_lm, load_config, load_tokenizer
-from headwise.recipes.results import environment
 from headwise.recipes.scoring import EvalRun
-from headwise.recipes.table import Row
+from headwise.results.rows import Row, environment
 
 _BOOTSTRAPS = 1000
 

@@ -9,12 +9,12 @@ import torch
 import tyro
 from transformers import set_seed
 
-from headwise.files import write_whole
 from headwise.memory import check_memory
 from headwise.progress import followed
 from headwise.recipes.arguments import check_seed
 from headwise.recipes.loading import check_length, load_causal_lm
 from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
+from headwise.results.files import write_whole
 
 
 @dataclass(frozen=True)

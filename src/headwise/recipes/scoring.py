@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from headwise.files import write_json
 from headwise.ops.choice import check_choice
 from headwise.progress import plain_console
 from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved
-from headwise.recipes.table import Row, write_csv
+from headwise.results.files import write_json
+from headwise.results.rows import Row, write_csv
 
 _OF_TASKS, _OF_IMAGES = ("data", "num_fewshot"), ("split", "image_size")
 
@@ -118,7 +118,7 @@ def score_models(run: EvalRun) -> list[Row]:
         from headwise.recipes.classification import score_on_images as score
     console = plain_console()
     rows = score(run, console)
-    console.print(harness_table.for_terminal(rows))
+    console.print(harness_table.comparison(rows).for_terminal())
     if run.output is not None:
         write_json(run.output / "eval.json", {"run": resolved(run), "rows": rows})
         write_csv(run.output / "eval.csv", rows)

@@ -6,7 +6,6 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import default_data_collator, set_seed
 
-from headwise.files import write_whole
 from headwise.hf.trainer import SafeTrainer
 from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.comparison import ComparisonRun, Variant
@@ -14,6 +13,7 @@ from headwise.recipes.directory import RunDirectory
 from headwise.recipes.results import Trained, measure, read_result, report, write_result
 from headwise.recipes.task import Task
 from headwise.recipes.workers import side_by_side
+from headwise.results.files import write_whole
 
 
 def train(run: ComparisonRun) -> None:

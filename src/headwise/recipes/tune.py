@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from headwise.errors import reading
-from headwise.files import write_manifest, write_whole
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
 from headwise.hf.original import original_of
@@ -23,6 +22,7 @@ from headwise.recipes.loading import check_length, load_causal_lm, load_tokenize
 from headwise.recipes.recovery import Point
 from headwise.recipes.tuning import TuningRun
 from headwise.recipes.tuning_text import held_out_blocks, load_tokens, training_blocks
+from headwise.results.files import write_manifest, write_whole
 
 _POINTS_FILE = "recovery.json"
 
