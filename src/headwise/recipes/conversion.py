@@ -23,7 +23,7 @@ from headwise.recipes.card import budget_lines, calibration_figures, model_card
 from headwise.recipes.evaluation import FileLoss, Tokens
 from headwise.recipes.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.recipes.tuning_text import TOKEN_FILE, check_tokens, token_rows
-from headwise.results.files import write_whole
+from headwise.results.files import check_new, write_whole
 from headwise.results.table import Cell, Number, Table
 
 _PIECE = 256  # tokens
@@ -60,8 +60,7 @@ class ConversionRun:
     by: Measure = "gradient"
 
     def __post_init__(self) -> None:
-        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output, or_empty=True)
         if self.calibrate is not None and not self.calibrate.is_file():
             raise ValueError(
                 f"calibrate is {self.calibrate}, where there is no file; it must be a text file or "

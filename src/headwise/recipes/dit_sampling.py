@@ -20,7 +20,7 @@ from headwise.recipes.arguments import check_at_least, check_guidance, check_see
 from headwise.recipes.directory import check_parents
 from headwise.recipes.loading import load_config
 from headwise.recipes.vae import load_vae
-from headwise.results.files import write_whole
+from headwise.results.files import check_new, write_whole
 
 SchedulerName = Literal["ddim", "ddpm", "dpm"]
 _AT_A_TIME = 100  # images
@@ -65,8 +65,7 @@ class SampleRun:
         check_memory(grid, "the grid", per_class=self.per_class, scale=self.scale)
         if self.output.suffix != ".png":
             raise ValueError(f"output is {self.output}; it must be the name of a .png file")
-        if self.output.exists():
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output)
         check_parents(self.output)
 
 

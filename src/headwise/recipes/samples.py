@@ -14,7 +14,7 @@ from headwise.progress import followed
 from headwise.recipes.arguments import check_seed
 from headwise.recipes.loading import check_length, load_causal_lm
 from headwise.recipes.tuning_text import TOKEN_COLUMN, TOKEN_FILE
-from headwise.results.files import write_whole
+from headwise.results.files import check_new, write_whole
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class SamplesRun:
     def __post_init__(self) -> None:
         if self.output.suffix != TOKEN_FILE:
             raise ValueError(f"output is {self.output}; its name must end in {TOKEN_FILE}")
-        if self.output.exists():
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output)
         for name, least in (("count", 1), ("length", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -10,7 +10,7 @@ from headwise.ops.choice import check_choice
 from headwise.progress import plain_console
 from headwise.recipes import harness_table
 from headwise.recipes.directory import resolved
-from headwise.results.files import write_json
+from headwise.results.files import check_new, write_json
 from headwise.results.rows import Row, write_csv
 
 _OF_TASKS, _OF_IMAGES = ("data", "num_fewshot"), ("split", "image_size")
@@ -76,8 +76,8 @@ class EvalRun:
             if not directory.is_dir():
                 raise ValueError(f"data is {directory}, where there is no directory")
         check_choice("precision", self.precision, Literal["fp32", "bf16"])
-        if self.output is not None and self.output.exists() and not _is_empty(self.output):
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        if self.output is not None:
+            check_new("output", self.output, or_empty=True)
 
     @property
     def dtype(self) -> str:
@@ -124,7 +124,3 @@ def score_models(run: EvalRun) -> list[Row]:
         write_csv(run.output / "eval.csv", rows)
         console.print(f"saved in {run.output}")
     return rows
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

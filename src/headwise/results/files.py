@@ -31,6 +31,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def check_new(field: str, path: Path, *, or_empty: bool = False) -> None:
+    """Refuse to write where there is something already, but for an empty directory if `or_empty`.
+
+    Raises:
+        ValueError: Naming the field and the path.
+    """
+    if path.exists() and not (or_empty and path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{field} is {path}, which exists; choose another")
+
+
 def partial_of(path: Path) -> Path:
     """Where `write_whole` fills what it then renames to `path`; a kill may leave it."""
     return path.with_name(f".{path.name}.partial")

@@ -10,7 +10,6 @@ import rich.table
 from rich.box import SIMPLE_HEAD
 
 # What may stand in a form. Files hold forms, too, and Python's format does more than print.
-_LONGEST_WORD = 12  # of a head on a terminal, which is folded beyond
 _FORM = re.compile(r"[^{}]*(\{(:,?(\.\d[fg%])?)?\}[^{}]*)?")
 
 
@@ -135,17 +134,16 @@ class Table:
             padding=(0, padding, 0, 0),
         )  # fmt: skip
         rows = [
-            [re.sub(r" (?=[±(])", "\n", str(x)) if isinstance(x, Number) else x for x in row]
+            [re.sub(r" (?=± |\()", "\n", str(x)) if isinstance(x, Number) else x for x in row]
             for row in self.rows
         ]
         for index, column in enumerate(self.columns):
             parts = [part for row in rows for part in row[index].split("\n")]
-            longest = max(map(len, column.split()), default=0)
-            width = max(*map(len, parts), min(longest, _LONGEST_WORD))
+            width = max(map(len, parts + column.split()))
             if index < self.left:
                 shown.add_column(column)
             else:
-                shown.add_column(column, justify="right", width=width, overflow="fold")
+                shown.add_column(column, justify="right", max_width=width, overflow="fold")
         for row in rows:
             shown.add_row(*row)
         return shown
