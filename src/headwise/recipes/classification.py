@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.data.images import ImageSet, load_all_images, load_images
+from headwise.data.sampling import spread
 from headwise.errors import reason
 from headwise.hf import record_routing
 from headwise.hf.reading import load_strictly, reading_model
@@ -74,8 +75,7 @@ def _images(run: EvalRun) -> tuple[ImageSet, str]:
     if images.labels is None or not len(images):
         lacking = "images" if images.labels is not None else "classes (a column 'label')"
         raise ValueError(f"images names {run.images}, which has no {lacking}")
-    picks = np.linspace(0, len(images) - 1, min(run.limit or len(images), len(images)))
-    return images.take(picks.round().astype(int).tolist()), part
+    return images.take(spread(len(images), run.limit or len(images)).tolist()), part
 
 
 def _chosen(name: str, split: str | None, size: int | None) -> tuple[ImageSet, str]:

@@ -10,6 +10,7 @@ from pyarrow import compute, parquet
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
+from headwise.data.sampling import spread
 from headwise.data.text import MixedBlocks, load_text, tokenize
 from headwise.errors import UnreadableError, reading
 from headwise.recipes.evaluation import Tokens
@@ -119,7 +120,7 @@ def held_out_blocks(run: TuningRun, text: TuningText) -> list[dict[str, torch.Te
         raise ValueError(
             f"sequence_length is {length}, longer than all that is held out of data = {run.data}"
         )
-    picks = np.linspace(0, len(blocks) - 1, min(run.eval_blocks, len(blocks))).round().astype(int)
+    picks = spread(len(blocks), run.eval_blocks)
     ids = [torch.from_numpy(blocks[i].astype(np.int64)) for i in picks]
     return [{"input_ids": block, "labels": block} for block in ids]
 
