@@ -14,9 +14,9 @@ from headwise.analysis import from_json
 from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
 from headwise.recipes import vit
-from headwise.recipes.table import read_csv
 from headwise.recipes.train import train
 from headwise.recipes.vit_task import read_images
+from headwise.results.rows import read_csv
 
 pytest.importorskip("kornia", reason="kornia is not installed")
 
