@@ -83,7 +83,8 @@ def test_the_viewer_gets_the_passages(text):
     )
     code, prose = model["texts"]
     assert code["tokens"] == ["\t", "<script>alert('&')</script>", "x", "\n\n  "]
-    assert code["on"][0] == [[0, 1], [0, 2], [0, 3], [0, 2]]
+    assert [model["sets"][place] for place in code["on"][0]] == [[0, 1], [0, 2], [0, 3], [0, 2]]
+    assert len(model["sets"]) == 3
     # Control characters are shown as pictures.
     assert prose["tokens"] == ["␀", " naïve 蛇"]
 

@@ -195,24 +195,34 @@ def _facts(record: RunRecord) -> str:
 
 
 def _passages(record: RunRecord) -> str:
-    """What the viewer shows, as JSON that cannot end its script element."""
+    """What the viewer shows, as JSON that cannot end its script element.
+
+    Tokens share few combinations of heads. Each stands once, in `sets`, and a token names its place
+    there: [[0, 1], [0, 2], [0, 1]] is the sets [[0, 1], [0, 2]] and the places [0, 1, 0].
+    """
     models: list[dict[str, Any]] = []
     for model in record.models:
         if model.texts and model.heads:
             loads = next(iter(model.heads.by_domain.values()))
+            places: dict[tuple[int, ...], int] = {}
+            texts = [
+                {
+                    "domain": text.domain,
+                    "tokens": [printable(token) for token in text.tokens],
+                    "on": [
+                        [places.setdefault(tuple(heads), len(places)) for heads in layer]
+                        for layer in text.heads_on
+                    ],
+                }
+                for text in model.texts
+            ]
             models.append(
                 {
                     "label": f"{model.label}, seed {model.seed}",
                     "shared": model.heads.shared_heads,
                     "heads": [len(layer) for layer in loads],
-                    "texts": [
-                        {
-                            "domain": text.domain,
-                            "tokens": [printable(token) for token in text.tokens],
-                            "on": text.heads_on,
-                        }
-                        for text in model.texts
-                    ],
+                    "sets": list(places),
+                    "texts": texts,
                 }
             )
     return json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")

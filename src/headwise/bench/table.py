@@ -108,7 +108,7 @@ def page(rows: Sequence[Row], chart: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem }}
-svg {{ max-width: 100%; height: auto }}
+svg {{ max-width: 100%; height: auto; font-family: Verdana, sans-serif }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }}
 th, td {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #dde1e6 }}

@@ -53,7 +53,7 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
         min(margin + 0.38 * columns, 9 if layer is not None else 12),
         min(1.5 + 0.24 * len(rows), 9.5),
     )
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    image = axes.imshow(rows, aspect="auto", interpolation="none", vmin=0, vmax=1)
     if columns * len(rows) <= _MOST_NUMBERS:
         _write_shares(axes, rows)
     drawn = range(0, len(names), math.ceil(len(names) / _MOST_NAMES))
@@ -170,14 +170,14 @@ def patch_map(
 
 def _show(axes: Axes, image: NDArray, where: tuple[float, float, float, float]) -> None:
     most = 255 if image.dtype == np.uint8 else 1
-    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="nearest")
+    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="none")
 
 
 def _veil(axes: Axes, on: NDArray, where: tuple[float, float, float, float]) -> None:
     """Blue over the patches that are not on, through which they shine."""
     veil = np.full((*on.shape, 4), (*_BLUE, 0.85))
     veil[on, 3] = 0
-    axes.imshow(veil, extent=where, interpolation="nearest")
+    axes.imshow(veil, extent=where, interpolation="none")
 
 
 def _short(name: str, most: int) -> str:
