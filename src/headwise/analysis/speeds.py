@@ -16,7 +16,7 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
 
 
 def verdict(speeds: Sequence[Speed]) -> str:
-    """Where routed heads take less time than the dense model, and where they do not."""
+    """In which cases routed heads take less time than the dense model, and in which they do not."""
     faster = [speed for speed in speeds if round(speed.ratio, 2) < 1]
     others = [speed for speed in speeds if speed not in faster]
     parts = {"MoH is faster": faster, "MoH is slower or equal": others}

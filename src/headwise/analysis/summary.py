@@ -1,4 +1,4 @@
-"""A record in a few numbers and sentences, none of which says more than the runs support."""
+"""A record in a few numbers and sentences; none says more than the runs support."""
 
 import math
 from typing import NamedTuple

@@ -124,7 +124,7 @@ def _memory_row(effort: Effort) -> Row:
 
 
 def _keep(directory: Path, rows: list[Row]) -> None:
-    """What is measured so far, should the rest never come."""
+    """Write what is measured so far: the rest may fail."""
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "performance.csv", rows)
 

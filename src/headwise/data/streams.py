@@ -1,7 +1,7 @@
 """Mixtures of Hugging Face datasets as an endless stream of blocks to train on.
 
-A source is read in buffers. Say that a block has T = 5 tokens, a buffer 2 blocks, that each document
-is three tokens and the end token ".", and that documents are read one at a time (really 64):
+A source is read in buffers. Say that a block has T = 5 tokens, a buffer 2 blocks, and a document
+three tokens and the end token "."; documents are read one at a time here, really 64:
 
     documents             aaa.  bbb.  ccc.  ddd.  eee.  …
     first buffer          aaa.bbb.ccc.      12 tokens, which are at least 2 · T
