@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from headwise.analysis.plots import recovery_curves, time_against_share
-from headwise.bench import table as performance
-from headwise.commands.eval import table as harness_table
+from headwise.bench import table as bench
+from headwise.commands.eval import table as evaluation
 from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
-from headwise.training import table as comparison
+from headwise.results.rows import Row, read_csv
+from headwise.training import table as training
 from headwise.training.figure import draw_comparison
 
 ROOT = Path(__file__).parents[1]
@@ -15,26 +16,25 @@ PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md",
 # Tables whose rows are in a file of another name.
 SOURCES = {"speed": "performance"}
 TABLES = {
-    "lm": comparison.markdown,
-    "performance": performance.markdown,
-    "speed": performance.summary,
-    "gpu": performance.on_a_gpu,
-    "stories260k": recovery.markdown,
-    "smollm2": harness_table.markdown,
-} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), comparison.markdown)
+    "performance": bench.performance,
+    "speed": bench.summary,
+    "gpu": bench.on_a_gpu,
+    "stories260k": recovery.comparison,
+    "smollm2": evaluation.comparison,
+} | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
 
 
 def main() -> None:
     """Replace what stands between the marks of each table."""
     for page in PAGES:
         text = (ROOT / page).read_text()
-        for name, markdown in TABLES.items():
+        for name, table_of in TABLES.items():
             start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
             before, found, rest = text.partition(start)
             if found and (ROOT / "results" / f"{SOURCES.get(name, name)}.csv").exists():
                 _, _, after = rest.partition(end)
                 rows = rows_of(SOURCES.get(name, name))
-                text = f"{before}{start}{markdown(rows)}{end}{after}"
+                text = f"{before}{start}{table_of(rows).markdown()}{end}{after}"
         (ROOT / page).write_text(text)
     figure = recovery_curves(rows_of("stories260k"))
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
@@ -46,9 +46,9 @@ def main() -> None:
             draw_comparison(rows_of(name), path, axis=study.axis)
 
 
-def rows_of(name: str) -> list[comparison.Row]:
+def rows_of(name: str) -> list[Row]:
     """The rows of results/NAME.csv."""
-    return comparison.read_csv(ROOT / "results" / f"{name}.csv")
+    return read_csv(ROOT / "results" / f"{name}.csv")
 
 
 if __name__ == "__main__":

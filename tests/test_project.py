@@ -14,28 +14,25 @@ from transformers.utils import logging
 
 import headwise
 import headwise.parity
-from headwise.bench.table import markdown as performance_markdown
-from headwise.bench.table import on_a_gpu as gpu_markdown
-from headwise.bench.table import summary as speed_summary
+from headwise.bench import table as bench
 from headwise.cli import main
-from headwise.commands.eval.table import markdown as harness_markdown
-from headwise.recipes.recovery import markdown as recovery_markdown
+from headwise.commands.eval import table as evaluation
+from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
-from headwise.training.table import markdown as lm_markdown
-from headwise.training.table import read_csv
+from headwise.results.rows import read_csv
+from headwise.training import table as training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 TABLES = dict(re.findall(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", PAGES, re.DOTALL))
-MARKDOWN = {
-    "lm": lm_markdown,
-    "performance": performance_markdown,
-    "speed": speed_summary,
-    "gpu": gpu_markdown,
-    "smollm2": harness_markdown,
-    "stories260k": recovery_markdown,
-} | dict.fromkeys(("vit", "vit-cifar10", "dit", *STUDIES), lm_markdown)
+MAKERS = {
+    "performance": bench.performance,
+    "speed": bench.summary,
+    "gpu": bench.on_a_gpu,
+    "smollm2": evaluation.comparison,
+    "stories260k": recovery.comparison,
+} | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = (
     "matplotlib", "headwise.ops.attention.triton", "diffusers", "kornia", "sklearn", "timm",
@@ -159,7 +156,7 @@ def test_tables_equal_results(name):
     results = ROOT / "results" / f"{'performance' if name == 'speed' else name}.csv"
     if not results.exists():
         pytest.skip(f"results/{name}.csv is not there yet")
-    assert TABLES[name].strip() == MARKDOWN[name](read_csv(results)).strip()
+    assert TABLES[name].strip() == MAKERS[name](read_csv(results)).markdown().strip()
 
 
 def test_readmes_links_lead_to_files():

@@ -11,13 +11,13 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
 from headwise.ops import native
 from headwise.ops.native.build import missing_tools
+from headwise.results.rows import device_name
 
 # What torch.cpu.get_capabilities calls them, and everybody else.
 _INSTRUCTIONS = {
@@ -152,15 +152,6 @@ def in_words(here: Environment) -> str:
         "faster with": faster(here),
     }
     return "\n".join(_wrapped(name, text) for name, text in lines.items() if text)
-
-
-def device_name(*, cuda: bool) -> str:
-    """The GPU's name, or the processor's."""
-    if cuda:
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:

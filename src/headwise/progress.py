@@ -2,10 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 
@@ -23,6 +30,12 @@ def plain_console() -> Console:
 def text_column(text: str) -> TextColumn:
     """A column of a bar, its text as it is; "{task.description}" stands for a task's."""
     return TextColumn(text, markup=False)
+
+
+def bar(console: Console, *more: ProgressColumn, **options: Any) -> Progress:
+    """A bar with what is done, the bar itself, how many of how many, and more columns."""
+    first = text_column("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*first, *more, console=console, **options)
 
 
 def followed(
@@ -48,29 +61,15 @@ def followed(
     if not shown:
         yield from items
     elif console.is_terminal:
-        yield from _with_bar(items, title, total, describe, alike, console)
+        left = [TimeRemainingColumn()] if alike else []
+        with bar(console, *left, transient=True) as drawn:
+            task = drawn.add_task(title, total=total)
+            for item in items:
+                drawn.update(task, description=_joined(title, describe(item)))
+                yield item
+                drawn.advance(task)
     else:
         yield from _with_lines(items, title, total, describe, alike)
-
-
-def _with_bar(
-    items: Iterable[T],
-    title: str,
-    total: int,
-    describe: Callable[[T], str],
-    alike: bool,
-    console: Console,
-) -> Iterator[T]:
-    columns = (
-        text_column("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        *([TimeRemainingColumn()] if alike else []),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        for item in items:
-            bar.update(task, description=_joined(title, describe(item)))
-            yield item
-            bar.advance(task)
 
 
 def _with_lines(

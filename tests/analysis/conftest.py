@@ -13,6 +13,7 @@ from headwise.analysis import (
     RunRecord,
 )
 from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
+from headwise.results.table import Number, mean
 
 HOSTILE = "<script>alert('&')</script>"
 
@@ -47,9 +48,9 @@ def record():
         facts={"device": "CPU", "seeds": "0, 1 <both>"},
         table_columns=["Model", "loss (nats) ↓", "speed (tokens/s) ↑"],
         table_rows=[
-            ["dense", "1.50 ± 0.02", "1,200 ± 30"],
-            ["moh", "1.49", "900"],
-            ["moe", "1.9", "–"],
+            ["dense", mean([1.48, 1.52], "{:.2f}"), mean([1170, 1230], "{:,.0f}")],
+            ["moh", Number(1.494, "{:.2f}"), Number(900)],
+            ["moe", Number(1.9), "–"],
         ],
         notes=["Bold & brave."],
         models=[

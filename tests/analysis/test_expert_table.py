@@ -8,8 +8,9 @@ def test_table_is_a_mean_over_layers_and_domains_and_the_spread_over_seeds(recor
     moe = record.models[3]
     alike = {"code": [[0.0, 0, 0, 1, 0]], "prose": [[0.0, 0, 0, 1, 0]]}
     other = replace(moe, seed=1, experts=replace(moe.experts, by_domain=alike))
-    columns, (row,) = expert_table(replace(record, models=[record.models[0], moe, other]))
-    cells = dict(zip(columns[:5], row[:5], strict=True))
+    table = expert_table(replace(record, models=[record.models[0], moe, other]))
+    (row,) = table.printed()
+    cells = dict(zip(table.columns[:5], row[:5], strict=True))
     # 40 % of the experts and 20 %, whichever they are; 1/4 and 3/4 in common in both runs.
     assert cells == {
         "model": "MoE",
@@ -24,5 +25,5 @@ def test_what_is_undefined_has_no_number(record):
     moe = record.models[3]
     (load, *_) = moe.experts.by_domain.values()
     whole = ExpertLoads([1], {"code": load}, 1, {"code": [24]}, {"code": [None]})
-    _, (row,) = expert_table(replace(record, models=[replace(moe, experts=whole)]))
+    (row,) = expert_table(replace(record, models=[replace(moe, experts=whole)])).printed()
     assert row[4:] == ["–"] * 4

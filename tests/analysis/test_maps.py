@@ -119,19 +119,6 @@ def test_maps_of_several_images_have_a_row_a_head():
     assert drawn[7][0] == drawn[6][0] == pytest.approx((1.04, 1.96, 1.96, 1.04))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_patches_that_leave_a_head_off_are_veiled(channels):
-    weights = torch.tensor([[1, 0.5, 0], [1, 0, 0], [1, 0.2, 0], [1, 0, 0.3], [1, 0, 0], [1, 1, 0]])
-    image = np.full((7, 11, channels), 200, dtype=np.uint8)
-    first, second = plots.patch_map(image, weights, (2, 3), shared_heads=1).axes
-    assert first.get_title("left") == "Head 1: 50%"
-    assert second.get_title("left") == "Head 2: 17%"
-    picture, veil = first.images
-    # Both cover the same pixels, whatever the patch's size.
-    assert tuple(picture.get_extent()) == tuple(veil.get_extent())
-    assert (veil.get_array()[..., 3] == 0).tolist() == [[True, False, True], [False, False, True]]
-
-
 # Heads 1 and 3 are always on; head 0 is, too, for one of the classes.
 NAMED = HeadLoads([[1, 3]], {"cat": [[0.5, 1.0, 0.25, 1.0]], "dog": [[1.0, 1.0, 0.0, 1.0]]})
 
@@ -147,31 +134,3 @@ def test_named_shared_heads_are_left_out_of_the_charts():
         text.get_text() for text in plots.patch_maps([image], 0, NAMED).axes[0].get_yticklabels()
     ]
     assert names == ["image", "0", "2"]
-    weights = torch.ones(4, 4)
-    drawn = plots.patch_map(np.zeros((4, 4, 3)), weights, (2, 2), shared_heads=[1, 3]).axes
-    assert [axes.get_title("left") for axes in drawn] == ["Head 0: 100%", "Head 2: 100%"]
-
-
-def test_many_heads_take_several_lines():
-    figure = plots.patch_map(np.zeros((4, 4, 3)), torch.ones(4, 13), (2, 2))
-    assert len(figure.axes) == 13
-    figure.draw_without_rendering()
-    boxes = [axes.get_tightbbox() for axes in figure.axes]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-IMAGE, WEIGHTS = np.zeros((4, 6, 3)), torch.ones(6, 5)
-
-
-@pytest.mark.parametrize(
-    ("image", "weights", "shared", "message"),
-    [
-        (IMAGE[..., :2], WEIGHTS, 0, r"image is \[4, 6, 2\]"),
-        (IMAGE + 2, WEIGHTS, 0, r"image is float64 in 2.0..2.0"),
-        (IMAGE, torch.ones(7, 5), 0, r"weights are \[7, 5\]; .* T = 2·3 patches"),
-        (IMAGE, WEIGHTS, 5, "shared_heads is 5; it must leave some of the 5 heads"),
-    ],
-)
-def test_bad_patch_maps(image, weights, shared, message):
-    with pytest.raises(ValueError, match=message):
-        plots.patch_map(image, weights, (2, 3), shared_heads=shared)

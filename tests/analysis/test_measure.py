@@ -7,8 +7,6 @@ from headwise.analysis import (
     LoadMeter,
     count_experts,
     count_heads,
-    expert_load,
-    head_load,
     heads_on,
     load_distance,
     load_entropy,
@@ -33,11 +31,13 @@ def experts_routing(indices, num_experts):
 def test_head_load_by_hand():
     gates = [[[1.0, 0.7, 0.0], [1.0, 0.4, 0.0], [1.0, 0.0, 0.9], [1.0, 0.2, 0.0]]]
     routing = heads_routing(gates)
-    assert head_load(routing).tolist() == [1, 3 / 4, 1 / 4]
+    assert count_heads(routing).load().tolist() == [1, 3 / 4, 1 / 4]
     masked = routing.with_mask(torch.tensor([[True, True, True, False]]))
-    assert head_load(masked).tolist() == pytest.approx([1, 2 / 3, 1 / 3])
+    assert count_heads(masked).load().tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     # A mask that was set without switching the padding off counts just as well.
-    assert torch.equal(head_load(routing._replace(mask=masked.mask)), head_load(masked))
+    assert torch.equal(
+        count_heads(routing._replace(mask=masked.mask)).load(), count_heads(masked).load()
+    )
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -48,32 +48,32 @@ def test_head_loads_sum_to_the_heads_on(learned):
         )
     else:
         routing = route_heads_by_query_norm(torch.randn(2, 7, 8, 5), shared_heads=3, top_k=3)
-    load = head_load(routing)
+    load = count_heads(routing).load()
     assert load[:3].tolist() == [1, 1, 1]
     assert float(load.sum()) == pytest.approx(6)
 
 
 def test_expert_load_by_hand():
     routing = experts_routing([[[0, 1], [2, 1], [0, 1]]], 5)
-    assert expert_load(routing).tolist() == pytest.approx([2 / 6, 3 / 6, 1 / 6, 0, 0])
+    assert count_experts(routing).load().tolist() == pytest.approx([2 / 6, 3 / 6, 1 / 6, 0, 0])
     masked = routing.with_mask(torch.tensor([[True, False, True]]))
-    assert expert_load(masked).tolist() == [1 / 2, 1 / 2, 0, 0, 0]
+    assert count_experts(masked).load().tolist() == [1 / 2, 1 / 2, 0, 0, 0]
 
 
 def test_sub_tokens_count_like_tokens():
     routing = experts_routing([[[[0], [0]], [[0], [2]], [[3], [3]]]], 4)
     masked = routing.with_mask(torch.tensor([[[True], [True], [False]]]))
     assert masked.indices.shape == (1, 3, 2, 1)
-    assert expert_load(masked).tolist() == [3 / 4, 0, 1 / 4, 0]
+    assert count_experts(masked).load().tolist() == [3 / 4, 0, 1 / 4, 0]
     assert count_experts(masked).total == 4
 
 
 def test_only_padding_loads_nobody():
     nobody = torch.zeros(1, 3, dtype=torch.bool)
     routing = route_tokens(torch.randn(1, 3, 5), top_k=2).with_mask(nobody)
-    assert expert_load(routing).tolist() == [0] * 5
+    assert count_experts(routing).load().tolist() == [0] * 5
     heads = route_heads_by_query_norm(torch.randn(1, 3, 5, 2), shared_heads=1, top_k=2)
-    assert head_load(heads.with_mask(nobody)).tolist() == [0] * 5
+    assert count_heads(heads.with_mask(nobody)).load().tolist() == [0] * 5
 
 
 def test_heads_on():
@@ -128,7 +128,7 @@ def test_meter_equals_one_large_forward():
     meter = LoadMeter(count_experts)
     for part in parts:
         meter.add("all", [part])
-    assert meter.by_domain() == {"all": [expert_load(routing).tolist()]}
+    assert meter.by_domain() == {"all": [count_experts(routing).load().tolist()]}
 
 
 def test_meter_refuses_another_model():

@@ -17,6 +17,7 @@ from headwise.analysis import (
     to_json,
 )
 from headwise.analysis.image_records import PatchMap, from_png, to_png
+from headwise.results.table import Table
 
 
 def test_round_trip(record):
@@ -133,6 +134,19 @@ def test_records_of_earlier_versions_count_the_first_heads(record):
     assert raw["models"][2]["heads"]["shared_heads"] == [[0], [0]]
     raw["models"][2]["heads"]["shared_heads"] = [1, 1]
     assert from_json(json.dumps(raw)) == record
+
+
+def test_numbers_of_earlier_versions_are_text(record):
+    raw = json.loads(to_json(record))
+    cells = [["2 heads", "−0.5", "1,200 ± 30"], ["moh", "1.49 (1–{2)", "900 a day"]]
+    cells.append(["moe", "407.3 ± 26.9 (380–428)", "–"])
+    read = from_json(json.dumps(raw | {"table_rows": cells}))
+    table = Table(read.table_columns, read.table_rows)
+    assert table.printed() == cells
+    (_, _, speed), (_, _, slower), (name, loss, missing) = table.rows
+    assert (speed.value, speed.spread, slower.value, slower.spread) == (1200, 30, 900, 0)
+    assert (name, loss.value, loss.spread, missing) == ("moe", 407.3, 26.9, "–")
+    assert table.best() == {(0, 2)}
 
 
 def test_pictures_round_trip(pictures):

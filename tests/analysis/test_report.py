@@ -83,7 +83,8 @@ def test_the_viewer_gets_the_passages(text):
     )
     code, prose = model["texts"]
     assert code["tokens"] == ["\t", "<script>alert('&')</script>", "x", "\n\n  "]
-    assert code["on"][0] == [[0, 1], [0, 2], [0, 3], [0, 2]]
+    assert [model["sets"][place] for place in code["on"][0]] == [[0, 1], [0, 2], [0, 3], [0, 2]]
+    assert len(model["sets"]) == 3
     # Control characters are shown as pictures.
     assert prose["tokens"] == ["␀", " naïve 蛇"]
 
@@ -102,7 +103,7 @@ def test_the_page_has_its_sections(text):
     ):
         assert heading in texts
     assert "Once␛" in texts
-    assert "<td><strong>1.50 ± 0.02</strong></td><td><strong>1,200 ± 30</strong></td>" in text
+    assert "<td><strong>1.50 ± 0.03</strong></td><td><strong>1,200 ± 42</strong></td>" in text
     assert "<td><strong>1.49</strong></td><td>900</td>" in text
 
 
@@ -147,11 +148,12 @@ def test_a_failure_leaves_the_old_page(record, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
 
-    def full_disk(self, data, **_):
-        self.write_bytes(data[:9].encode())
+    def full_disk(self, data):
+        with self.open("wb") as file:
+            file.write(data[:9])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(record, path)
     assert path.read_bytes() == b"old"

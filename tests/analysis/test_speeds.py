@@ -13,9 +13,9 @@ def record(**fields) -> RunRecord:
 
 
 def test_table():
-    columns, rows = speed_table(SPEEDS)
-    assert columns == ["", "dense (ms)", "MoH (ms)", "MoH / dense"]
-    assert rows == [
+    table = speed_table(SPEEDS)
+    assert table.columns == ["", "dense (ms)", "MoH (ms)", "MoH / dense"]
+    assert table.printed() == [
         ["next token at 4,096 tokens", "2.00", "2.10", "1.05"],
         ["prompt at 16,384 tokens", "4,000", "3,000", "0.75"],
     ]

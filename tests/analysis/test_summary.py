@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from headwise.analysis import Curve, HeadLoads, ModelRecord, RunRecord
-from headwise.analysis.summary import best_cells, head_distance, headline, tiles
+from headwise.analysis.summary import head_distance, headline, tiles
 
 
 def run(name, seed, loss):
@@ -68,15 +68,6 @@ def test_heads_need_two_domains_to_differ():
     assert head_distance(HeadLoads([[]], {"code": [[0.5, 0.5]]})) is None
     assert head_distance(HeadLoads([[0]], {"code": [[1.0]], "prose": [[1.0]]})) is None
     assert head_distance(None) is None
-
-
-def test_best_cells(record):
-    columns, rows = record.table_columns, record.table_rows
-    assert best_cells(columns, rows) == {(0, 1), (1, 1), (0, 2)}
-    assert best_cells(["Model", "loss", "speed"], rows) == set()
-    assert best_cells(["a ↓"], [["−2 ± 0.5"], ["1e3"], ["n/a"]]) == {(0, 0)}
-    assert best_cells(["a ↓"], [["−2"], ["1e3"]]) == set()
-    assert best_cells(["a ↓"], [["1"], ["n/a"]]) == set()
 
 
 def test_facts_of_other_units(record):

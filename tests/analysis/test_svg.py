@@ -14,11 +14,27 @@ FILE = """<?xml version="1.0"?>
 
 
 def test_inline_svg():
-    assert inline_svg(FILE, "loss", 'A "<b>"', 300).split("\n") == [
+    assert inline_svg(FILE, "loss", 'A "<b>"', 300) == (
         '<svg role="img" aria-label="A &quot;&lt;b&gt;&quot;" style="max-width: 300px" '
-        'viewBox="0 0 10 5">',
-        " ",
-        ' <defs><clipPath id="loss-p"/></defs>',
-        ' <use xlink:href="#loss-m" clip-path="url(#loss-p)"/>',
-        "</svg>",
-    ]
+        'viewBox="0 0 10 5"><defs><clipPath id="loss-p"/></defs>'
+        '<use xlink:href="#loss-m" clip-path="url(#loss-p)"/></svg>'
+    )
+
+
+def test_what_shows_nothing_goes():
+    file = """<svg viewBox="0 0 10 5">
+ <g id="unused">
+  <path id="m" d="M 0 208.8
+L 43.088521 -2.5
+z
+" style="fill: none; stroke: #123"/>
+  <use href="#m" transform="matrix(0.012345678 0 0 1 0 0)"/>
+  <text style="font-size: 10px; font-family: 'A', 'B'; fill: red" x="1"
+   transform="rotate(-0 1 2)">0.123456  L 2</text>
+ </g>
+</svg>"""
+    assert inline_svg(file, "a", "", 7).partition(">")[2] == (
+        '<g><path id="a-m" d="M0 208.8L43.089 -2.5z" style="fill:none;stroke:#123"/>'
+        '<use href="#a-m" transform="matrix(0.012346 0 0 1 0 0)"/>'
+        '<text style="font-size:10px;fill:red" x="1">0.123456  L 2</text></g></svg>'
+    )

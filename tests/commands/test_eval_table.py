@@ -2,7 +2,7 @@
 
 import pytest
 
-from headwise.commands.eval.table import comparison, markdown
+from headwise.commands.eval.table import comparison
 
 
 def row(model: str, task: str, value: float, error: float | str, **changes: str) -> dict:
@@ -23,9 +23,9 @@ ROWS = [
 
 
 def test_a_line_a_task_and_their_mean():
-    columns, cells = comparison(ROWS)
-    assert columns == ["task", "metric", "n", "dense", "run/routed-seed0"]
-    assert cells == [
+    table = comparison(ROWS)
+    assert table.columns == ["task", "metric", "n", "dense", "run/routed-seed0"]
+    assert table.printed() == [
         ["one", "acc", "7", "0.500 ±0.030", "0.400 ±0.060"],
         ["two", "acc", "7", "0.700 ±0.040", "0.600 ±0.080"],
         ["mean", "acc", "", "0.600 ±0.025", "0.500 ±0.050"],
@@ -34,14 +34,14 @@ def test_a_line_a_task_and_their_mean():
 
 def test_parts_of_a_group_are_left_out_and_an_error_may_be_missing():
     rows = [row("a", "all", 0.5, ""), row("a", "part", 0.5, 0.1, group="all")]
-    assert comparison(rows)[1] == [["all", "acc", "7", "0.500"]]
+    assert comparison(rows).printed() == [["all", "acc", "7", "0.500"]]
 
 
 @pytest.mark.parametrize("second", ["b/dense", "dense"])
 def test_models_of_one_name_keep_their_paths(second):
-    columns, _ = comparison([row("a/dense", "one", 0.5, 0.1), row(second, "one", 0.5, 0.1)])
-    assert columns[-2:] == ["a/dense", second]
+    table = comparison([row("a/dense", "one", 0.5, 0.1), row(second, "one", 0.5, 0.1)])
+    assert table.columns[-2:] == ["a/dense", second]
 
 
 def test_the_text_says_what_it_was_measured_on():
-    assert "Measured on abacus, fp32; lm_eval 1, torch 2" in markdown(ROWS)
+    assert "Measured on abacus, fp32; lm_eval 1, torch 2" in comparison(ROWS).markdown()

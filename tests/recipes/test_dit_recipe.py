@@ -13,7 +13,7 @@ from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
 from headwise.models import DiT
 from headwise.recipes import train
-from headwise.training.table import read_csv
+from headwise.results.rows import read_csv
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("kornia", reason="kornia is not installed")

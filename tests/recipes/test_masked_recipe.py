@@ -73,7 +73,8 @@ def test_a_row_for_every_model_and_seed(finished):
         assert 1 < float(row["perplexity_patches"]) < 14
         assert 1 < float(row["perplexity_text"]) < 600
         assert row["seen"] == str(4 * 3 * (4 + 4))  # 4 patches, "this picture shows one"
-    columns, cells = comparison(table)
+    compared = comparison(table)
+    columns, cells = compared.columns, compared.printed()
     assert [line[0] for line in cells] == ["dense", "sparse MoE", "X-MoE", "MH-MoE"]
     text = columns.index("PPL text ↓")
     values = [float(row["perplexity_text"]) for row in table[:2]]

@@ -1,7 +1,7 @@
 """The recovery table, by hand."""
 
 from headwise.analysis.plots import recovery_curves
-from headwise.recipes.recovery import comparison, markdown
+from headwise.recipes.recovery import comparison
 
 COMMON = {
     "shared_heads": "0.5", "original_perplexity": "3.0", "device": "abacus", "threads": "1",
@@ -25,20 +25,21 @@ DENSE = [row("dense", "1.0", 0, 0, 3.0), row("dense", "1.0", 0, 10, 3.6)]
 
 
 def test_means_and_deviations_over_seeds():
-    columns, (line,) = comparison(ROWS)
-    assert columns[-1] == "recovered ↑"
-    assert line == ["75 %", "50 %", "640", "6.00", "4.500 ± 0.71", "67.5 % ± 11"]
+    table = comparison(ROWS)
+    assert table.columns[-1] == "recovered ↑"
+    assert table.printed() == [["75 %", "50 %", "640", "6.00", "4.500 ± 0.71", "67.5 % ± 11"]]
 
 
 def test_compared_with_the_dense_model_tuned_alike():
-    columns, (dense, routed) = comparison(ROWS + DENSE)
-    assert columns[-1] == "to dense ↓"
+    table = comparison(ROWS + DENSE)
+    dense, routed = table.printed()
+    assert table.columns[-1] == "to dense ↓"
     assert dense[:5] == ["100 %, tuned dense", "50 %", "640", "3.00", "3.600"]
     assert (dense[-1], routed[-1]) == ("1.000", "1.250")
 
 
 def test_the_text_says_what_it_was_measured_on():
-    text = markdown(ROWS + DENSE)
+    text = comparison(ROWS + DENSE).markdown()
     assert text.splitlines()[0].startswith("| heads on | shared |")
     assert "original's perplexity is 3.0" in text
     assert "abacus, 1 thread(s), fp32; seeds 0, 1; torch 2" in text

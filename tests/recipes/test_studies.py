@@ -16,7 +16,7 @@ from headwise.recipes.scales import SCALES, StudyRun, TextStudyRun, tiny
 from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import build_model, domain_names
 from headwise.recipes.vit import VisionTask
-from headwise.training.published import PUBLISHED
+from headwise.results.published import PUBLISHED
 
 V = 211
 TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]

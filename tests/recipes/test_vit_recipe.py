@@ -15,7 +15,7 @@ from headwise.analysis.image_records import from_png
 from headwise.data.images import load_images
 from headwise.recipes import train
 from headwise.recipes.vit import VisionRun, read
-from headwise.training.table import read_csv
+from headwise.results.rows import read_csv
 
 pytest.importorskip("kornia", reason="kornia is not installed")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from headwise.files import write_manifest
 from headwise.recipes import train
 from headwise.recipes.lm import LanguageModelRun
+from headwise.results.files import write_manifest
 from headwise.training import directory
 
 LINES = "".join(f"line {i}\n" for i in range(2000))

@@ -1,7 +1,13 @@
 """The comparison table, by hand: means and deviations over seeds, quartiles, Markdown."""
 
+from headwise.results.rows import Row, read_csv, write_csv
 from headwise.training.measures import demerit, measures
-from headwise.training.table import comparison, markdown, read_csv, write_csv
+from headwise.training.table import comparison
+
+
+def markdown(rows: list[Row]) -> str:
+    return comparison(rows).markdown()
+
 
 LABELS = {"moh": "MoH", "dense": "dense"}
 
@@ -31,8 +37,9 @@ ROWS = [row("moh", 0, 30.0), row("moh", 1, 34.0), row("dense", 0, 11.0, speed=99
 
 
 def test_one_line_a_model_with_deviation_over_seeds():
-    columns, (moh, dense) = comparison(ROWS)
-    assert columns[5:] == ["heads on", "PPL code ↓", "tokens/s ↑"]
+    table = comparison(ROWS)
+    moh, dense = table.printed()
+    assert table.columns[5:] == ["heads on", "PPL code ↓", "tokens/s ↑"]
     # mean 32, deviation sqrt(((30 - 32)² + (34 - 32)²) / 1) = 2.8
     assert moh == ["MoH", "1.50", "1.25", "3.00", "3.10", "75 %", "32.0 ± 2.8 (8–30)", "1,234"]
     assert dense[-2:] == ["11.00 (8–30)", "999"]
@@ -58,23 +65,23 @@ def test_table_is_the_same_after_a_file(tmp_path):
 
 def test_published_figures_stand_in_columns_of_their_own():
     rows = [row("dense", 0, 11.0, recipe="moh-budget"), row("moh", 0, 10.0, recipe="moh-budget")]
-    columns, cells = comparison(rows)
-    assert columns[-1] == "LLM-S ↑ (published)"
-    assert [line[-1] for line in cells] == ["43.9", "–"]
+    table = comparison(rows)
+    assert table.columns[-1] == "LLM-S ↑ (published)"
+    assert [line[-1] for line in table.rows] == ["43.9", "–"]
     assert "by arXiv 2410.11842; not measured here" in markdown(rows)
     assert "published" not in markdown(ROWS)
 
 
 def test_speed_of_models_trained_side_by_side_is_not_shown():
     rows = [row("moh", 0, 10.0), row("dense", 0, 11.0, workers=2)]
-    assert "tokens/s ↑" not in comparison(rows)[0]
+    assert "tokens/s ↑" not in comparison(rows).columns
     assert "tokens/s" not in markdown(rows)
     assert "tokens/s" in markdown(ROWS)
 
 
 def test_many_domains_leave_no_room_for_quartiles():
     many = row("dense", 0, 30.0) | {f"perplexity_{x}": 25.0 for x in ("de", "fr", "ja")}
-    assert comparison([many])[1][0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
+    assert comparison([many]).printed()[0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
     assert "quartiles" not in markdown([many])
     assert "quartiles" in markdown(ROWS)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from headwise.analysis.experts import ExpertUse, expert_use
 from headwise.analysis.records import RunRecord
-from headwise.analysis.spread import with_spread
+from headwise.results.table import Cell, Table, mean
 
 LEGEND = [
     "Used: experts of a layer that got any work at all.",
@@ -28,13 +28,13 @@ _COLUMNS: list[tuple[str, str, Callable[[ExpertUse], float | None]]] = [
 ]
 
 
-def expert_table(record: RunRecord) -> tuple[list[str], list[list[str]]]:
-    """Columns and a row of cells for each variant with experts, explained by `LEGEND`.
+def expert_table(record: RunRecord) -> Table:
+    """A row for each variant with experts, explained by `LEGEND`.
 
     A cell is the mean over layers and domains, ± its deviation over the runs of a variant: unlike
     the loads, these numbers do not depend on which expert is which.
     """
-    rows = []
+    rows: list[list[Cell]] = []
     for runs in record.variants().values():
         uses = [expert_use(run.experts) for run in runs if run.experts and run.experts.by_domain]
         if uses:
@@ -43,13 +43,13 @@ def expert_table(record: RunRecord) -> tuple[list[str], list[list[str]]]:
                 for _, form, value in _COLUMNS
             ]
             rows.append([runs[0].label, *cells])
-    return ["model", *(name for name, _, _ in _COLUMNS)], rows
+    return Table(["model", *(name for name, _, _ in _COLUMNS)], rows)
 
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _over_runs(runs: Sequence[Sequence[float | None]], form: str) -> str:
+def _over_runs(runs: Sequence[Sequence[float | None]], form: str) -> Cell:
     known = [[value for value in run if value is not None] for run in runs]
-    return with_spread([statistics.fmean(run) for run in known if run], form)
+    return mean([statistics.fmean(run) for run in known if run], form)

@@ -1,10 +1,11 @@
 """What the page shows of image models: what they drew, and the heads of classes and patches."""
 
 from headwise.analysis import plots
-from headwise.analysis.elements import charts, escaped, model_heading, section
+from headwise.analysis.elements import charts, model_heading, section
 from headwise.analysis.image_records import SampleGrid
 from headwise.analysis.records import HeadLoads, ModelRecord, RunRecord
 from headwise.analysis.summary import representatives
+from headwise.results.html import escaped
 
 
 def samples(record: RunRecord) -> str:

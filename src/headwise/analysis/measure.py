@@ -38,7 +38,17 @@ class LoadCount:
 
 
 def count_heads(routing: Routing) -> LoadCount:
-    """Tokens for which each of the H heads' gates is not 0, out of the real tokens."""
+    """Tokens for which each of the H heads is on (its gate is not 0), out of the real tokens.
+
+    Args:
+        routing: Of a MoH attention: weights [..., H].
+
+    Returns:
+        [H] counts. Shared heads have a load of 1; the loads sum to the number of heads on a token.
+
+    Example (worked by hand): one shared and two routed heads, gates [1, .7, 0], [1, .4, 0],
+    [1, 0, .9] and a padding token: counts [3, 2, 1] of 3, loads [1, 2/3, 1/3].
+    """
     on = routing.weights != 0
     if routing.mask is not None:
         on = on[routing.mask]
@@ -47,41 +57,21 @@ def count_heads(routing: Routing) -> LoadCount:
 
 
 def count_experts(routing: Routing) -> LoadCount:
-    """Assignments of each of the E experts, out of all; a sub-token counts like a token."""
-    num_experts = routing.probabilities.shape[-1]
-    chosen = routing.indices if routing.mask is None else routing.indices[routing.mask]
-    counts = torch.bincount(chosen[chosen >= 0].flatten().cpu(), minlength=num_experts)
-    return LoadCount(counts, int(counts.sum()))
-
-
-def head_load(routing: Routing) -> Float[Tensor, " H"]:
-    """Share of the real tokens for which each head is on (its gate is not 0).
-
-    Args:
-        routing: Of a MoH attention: weights [..., H].
-
-    Returns:
-        [H] in 0..1, float64. Shared heads have 1; the sum is the number of heads on per token.
-
-    Example (worked by hand): one shared and two routed heads, gates [1, .7, 0], [1, .4, 0],
-    [1, 0, .9] and a padding token: loads [1, 2/3, 1/3].
-    """
-    return count_heads(routing).load()
-
-
-def expert_load(routing: Routing) -> Float[Tensor, " E"]:
-    """Share of all assignments that went to each expert.
+    """Assignments of each of the E experts, out of all; a sub-token counts like a token.
 
     Args:
         routing: Of a MoE or MH-MoE layer: indices [..., K], with or without a sub-token dimension.
 
     Returns:
-        [E] in 0..1, float64, summing to 1 (to 0 where every token is padding).
+        [E] counts. The loads sum to 1, or to 0 where every token is padding.
 
     Example (worked by hand): two tokens of two sub-tokens with indices [0, 0], [0, 2], K = 1,
-    among 4 experts: loads [3/4, 0, 1/4, 0].
+    among 4 experts: counts [3, 0, 1, 0] of 4, loads [3/4, 0, 1/4, 0].
     """
-    return count_experts(routing).load()
+    num_experts = routing.probabilities.shape[-1]
+    chosen = routing.indices if routing.mask is None else routing.indices[routing.mask]
+    counts = torch.bincount(chosen[chosen >= 0].flatten().cpu(), minlength=num_experts)
+    return LoadCount(counts, int(counts.sum()))
 
 
 def heads_on(routing: Routing) -> list[list[int]]:

@@ -24,7 +24,8 @@ def _made(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in parts:
             return None
-        (kind,) = (part for part in parts if part is not NoneType)
+        kinds = [part for part in parts if part is not NoneType]
+        (kind, *_) = [x for x in kinds if is_dataclass(x) == isinstance(value, dict)] or kinds
         return _made(kind, value, where)
     if is_dataclass(kind):
         return _dataclass(kind, _checked(dict, value, where), where)

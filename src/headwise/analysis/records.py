@@ -1,11 +1,13 @@
 """What a comparison of models leaves behind: everything the report shows, as plain data."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headwise.analysis.image_records import RoutedImage, SampleGrid
 from headwise.analysis.plain_data import from_plain
+from headwise.results.table import Cell
 
 Layers = list[list[float]]
 _MOST_HEADS = 1024  # that a count in a record may mean
@@ -206,8 +208,9 @@ class RunRecord:
         facts: Device, versions, seeds, data, steps, …: what one needs to run it again.
         table_columns: Names with units. An arrow at the end says which way is better
             ("validation loss (nats) ↓") and lets the report mark the best; without, none is marked.
-            Give it to numbers that are exact or have a ±, so that no winner is named by chance.
-        table_rows: Formatted cells, one for each column ("1.47 ± 0.02").
+            Give it to numbers that are exact or have a spread, so that no winner is named by
+            chance.
+        table_rows: Cells, one for each column.
         notes: Sentences on what the numbers do and do not say.
         models: All runs; those of one variant share a name and differ in the seed.
         sample_model, sample_prompt, sample_text: A text that one of the models wrote.
@@ -219,7 +222,7 @@ class RunRecord:
     title: str
     facts: dict[str, str]
     table_columns: list[str]
-    table_rows: list[list[str]]
+    table_rows: list[list[Cell]]
     notes: list[str]
     models: list[ModelRecord]
     sample_model: str = ""
@@ -237,12 +240,38 @@ class RunRecord:
                     f"{len(self.table_columns)} columns"
                 )
 
+    @staticmethod
+    def of_earlier(fields: dict[str, Any]) -> dict[str, Any]:
+        """Numbers to compare, which were written as text once, such as "1.47 ± 0.02"."""
+        columns, rows = fields.get("table_columns"), fields.get("table_rows")
+        if not isinstance(columns, list) or not isinstance(rows, list):
+            return fields
+        marked = [isinstance(column, str) and column.endswith(("↓", "↑")) for column in columns]
+        read = [
+            [_number(cell) if m else cell for cell, m in zip(row, marked, strict=False)]
+            if isinstance(row, list) and len(row) == len(columns)
+            else row
+            for row in rows
+        ]
+        return fields | {"table_rows": read}
+
     def variants(self) -> dict[str, list[ModelRecord]]:
         """The runs of each variant, in the order in which they first appear."""
         groups: dict[str, list[ModelRecord]] = {}
         for model in self.models:
             groups.setdefault(model.name, []).append(model)
         return groups
+
+
+def _number(cell: Any) -> Any:
+    """A number out of text such as "1,200 ± 30", which prints as the text; else the cell."""
+    number = r"(-?\d[\d,]*\.?\d*)"
+    if not isinstance(cell, str) or "{" in cell or "}" in cell:
+        return cell
+    if (match := re.match(rf"{number}[^±]*(?:± {number})?", cell)) is None:
+        return cell
+    value, spread = (float((group or "0").replace(",", "")) for group in match.groups())
+    return {"value": value, "form": cell, "spread": spread}
 
 
 def to_json(record: RunRecord) -> str:

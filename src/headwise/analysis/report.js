@@ -4,6 +4,9 @@
   const models = JSON.parse(document.getElementById("passages").textContent);
   const root = document.getElementById("viewer");
   if (!root || !models.length) return;
+  // A token names the place of its heads among the model's sets; from here on it has them.
+  for (const { sets, texts } of models)
+    for (const text of texts) text.on = text.on.map((layer) => layer.map((place) => sets[place]));
 
   const ALL = -1;
   const state = { model: 0, layer: 0, head: ALL };

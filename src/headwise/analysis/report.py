@@ -8,19 +8,14 @@ from string import Template
 from typing import Any
 
 from headwise.analysis import image_sections, plots
-from headwise.analysis.elements import (
-    charts,
-    escaped,
-    model_heading,
-    printable,
-    section,
-    sentences,
-    table,
-)
+from headwise.analysis.elements import charts, model_heading, section, sentences
 from headwise.analysis.expert_table import LEGEND, expert_table
 from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.speeds import speed_table, verdict
-from headwise.analysis.summary import best_cells, headline, representatives, tiles
+from headwise.analysis.summary import headline, representatives, tiles
+from headwise.results.files import write_whole
+from headwise.results.html import escaped, printable, table
+from headwise.results.table import Table
 
 
 def write_report(record: RunRecord, path: str | os.PathLike[str]) -> Path:
@@ -39,13 +34,9 @@ def write_page(page: str, path: str | os.PathLike[str]) -> Path:
         OSError: If the directory is missing or the disk is full.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        # A lone surrogate, which a broken tokenizer can produce, becomes "?".
-        beside.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # A lone surrogate, which a broken tokenizer can produce, becomes "?".
+    content = page.encode("utf-8", errors="replace")
+    write_whole(path, lambda partial: partial.write_bytes(content))
     return path
 
 
@@ -81,14 +72,14 @@ def render_report(record: RunRecord) -> str:
 def _table(record: RunRecord) -> str:
     if not record.table_rows:
         return ""
-    best = best_cells(record.table_columns, record.table_rows)
+    shown = Table(record.table_columns, record.table_rows)
     legend = (
         "<p class='note'>Bold: the best of a column marked ↓ or ↑, and every value within the "
         "column's largest ± of it.</p>"
-        if best
+        if shown.best()
         else ""
     )
-    body = table("Comparison", record.table_columns, record.table_rows, best)
+    body = table("Comparison", shown)
     return section("Comparison", "", body + legend + sentences(record.notes))
 
 
@@ -97,7 +88,7 @@ def _speed(record: RunRecord) -> str:
         return ""
     body = ""
     if record.speeds:
-        body = table("Speed", *speed_table(record.speeds)) + sentences([verdict(record.speeds)])
+        body = table("Speed", speed_table(record.speeds)) + sentences([verdict(record.speeds)])
     return section("Speed at long contexts", escaped(record.speed_note), body)
 
 
@@ -152,10 +143,10 @@ def _head_loads(record: RunRecord) -> str:
 
 
 def _expert_use(record: RunRecord) -> str:
-    columns, rows = expert_table(record)
-    if not rows:
+    shown = expert_table(record)
+    if not shown.rows:
         return ""
-    body = table("Use of the experts", columns, rows)
+    body = table("Use of the experts", shown)
     chart = charts([("effective", plots.effective_chart(record))], "single")
     intro = (
         "Means over layers, domains and seeds, on the held-out texts. They do not say whether a "
@@ -204,24 +195,34 @@ def _facts(record: RunRecord) -> str:
 
 
 def _passages(record: RunRecord) -> str:
-    """What the viewer shows, as JSON that cannot end its script element."""
+    """What the viewer shows, as JSON that cannot end its script element.
+
+    Tokens share few combinations of heads. Each stands once, in `sets`, and a token names its place
+    there: [[0, 1], [0, 2], [0, 1]] is the sets [[0, 1], [0, 2]] and the places [0, 1, 0].
+    """
     models: list[dict[str, Any]] = []
     for model in record.models:
         if model.texts and model.heads:
             loads = next(iter(model.heads.by_domain.values()))
+            places: dict[tuple[int, ...], int] = {}
+            texts = [
+                {
+                    "domain": text.domain,
+                    "tokens": [printable(token) for token in text.tokens],
+                    "on": [
+                        [places.setdefault(tuple(heads), len(places)) for heads in layer]
+                        for layer in text.heads_on
+                    ],
+                }
+                for text in model.texts
+            ]
             models.append(
                 {
                     "label": f"{model.label}, seed {model.seed}",
                     "shared": model.heads.shared_heads,
                     "heads": [len(layer) for layer in loads],
-                    "texts": [
-                        {
-                            "domain": text.domain,
-                            "tokens": [printable(token) for token in text.tokens],
-                            "on": text.heads_on,
-                        }
-                        for text in model.texts
-                    ],
+                    "sets": list(places),
+                    "texts": texts,
                 }
             )
     return json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")

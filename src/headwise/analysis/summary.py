@@ -1,7 +1,6 @@
-"""A record in a few numbers and sentences, none of which says more than the runs support."""
+"""A record in a few numbers and sentences; none says more than the runs support."""
 
 import math
-import re
 from typing import NamedTuple
 
 from headwise.analysis.measure import load_distance, unused_share
@@ -119,40 +118,6 @@ def head_distance(heads: HeadLoads | None) -> tuple[str, str, float] | None:
         if sum(heads.routed(first, layer)) and sum(heads.routed(second, layer))
     ]
     return (first, second, sum(distances) / len(distances)) if distances else None
-
-
-def best_cells(columns: list[str], rows: list[list[str]]) -> set[tuple[int, int]]:
-    """Cells (row, column) to mark in columns that end in ↓ or ↑.
-
-    Marked are the best number and all within the column's largest "± x" of it, so that no winner
-    is named inside the spread. A column without any "±" has no known spread: nothing is marked.
-
-    Example: of "1.50 ± 0.02", "1.51 ± 0.01" and "1.60" under "loss ↓" the first two are marked.
-    """
-    marked = set()
-    for index, column in enumerate(columns):
-        sign = {"↓": 1, "↑": -1}.get(column.strip()[-1:])
-        values = {row: _number(cells[index]) for row, cells in enumerate(rows)}
-        known = {row: value for row, value in values.items() if value is not None}
-        spread = max((spread for _, spread in known.values()), default=0)
-        if sign is None or len(known) < 2 or not spread:
-            continue
-        best = min(sign * value for value, _ in known.values())
-        marked |= {
-            (row, index)
-            for row, (value, _) in known.items()
-            if sign * value <= best + spread + 1e-12
-        }
-    return marked
-
-
-def _number(cell: str) -> tuple[float, float] | None:
-    number = r"([-−+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?)"
-    match = re.match(rf"\s*{number}[^±]*(?:±\s*{number})?", cell)
-    if match is None:
-        return None
-    value, spread = (float((g or "0").replace(",", "").replace("−", "-")) for g in match.groups())
-    return value, spread
 
 
 def _heads_on(heads: HeadLoads | None) -> str:

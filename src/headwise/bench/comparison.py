@@ -1,17 +1,15 @@
 """What is compared with what, and the row that comes out."""
 
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from headwise.environment import device_name
+from headwise.results import rows
+from headwise.results.rows import Row
 from headwise.training.timing import LARGEST_ERROR_RATIO, error_ratio, interleaved
 
-Row = dict[str, Any]
 # Builds a comparison, tensors and all, when its turn comes.
 Builder = Callable[[], "Comparison"]
 
@@ -109,13 +107,10 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
 
 
 def environment(device: torch.device) -> Row:
-    """Device and versions, for beside the figures."""
-    return {
-        "device": device_name(cuda=device.type == "cuda"),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("torch", "transformers", "headwise")},
-        "python": platform.python_version(),
-    }
+    """Device and versions, which stand in each row beside the figures."""
+    here = rows.environment("", cuda=device.type == "cuda")
+    names = ("device", "threads", "torch", "transformers", "headwise", "python")
+    return {name: here[name] for name in names}
 
 
 def _rounded(value: float | None) -> float | None:

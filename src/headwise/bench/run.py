@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
-from headwise.bench.comparison import Builder, Effort, Row, environment, measure
-from headwise.files import write_whole
+from headwise.bench.comparison import Builder, Effort, environment, measure
 from headwise.memory import check_memory
 from headwise.progress import followed, plain_console
-from headwise.training.table import write_csv
+from headwise.results.files import write_whole
+from headwise.results.rows import Row, write_csv
 
 Benchmark = Literal[
     "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision"
@@ -124,7 +124,7 @@ def _memory_row(effort: Effort) -> Row:
 
 
 def _keep(directory: Path, rows: list[Row]) -> None:
-    """What is measured so far, should the rest never come."""
+    """Write what is measured so far: the rest may fail."""
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "performance.csv", rows)
 

@@ -9,13 +9,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.data.text import read
 from headwise.data.token_files import TOKEN_FILE, check_tokens, token_rows
-from headwise.files import write_whole
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.card import budget_lines, calibration_figures, model_card
@@ -25,6 +23,8 @@ from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
 from headwise.parsing import parsed
 from headwise.progress import followed, plain_console
+from headwise.results.files import check_new, write_whole
+from headwise.results.table import Cell, Number, Table
 from headwise.training.evaluation import FileLoss, Tokens
 
 _PIECE = 256  # tokens
@@ -66,8 +66,7 @@ class ConversionRun:
     by: Measure = "gradient"
 
     def __post_init__(self) -> None:
-        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output, or_empty=True)
         if self.calibrate is not None and not self.calibrate.is_file():
             raise ValueError(
                 f"calibrate is {self.calibrate}, where there is no file; it must be a text file or "
@@ -104,7 +103,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
             f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
             f"compared on the next {kept}"
         )
-        console.print(_table(perplexities))
+        console.print(_table(perplexities).for_terminal())
     try:
         convert(model, attention=attention)
     except ValueError as error:
@@ -188,10 +187,8 @@ def _comparison(
 
 
 def _table(perplexities: dict[str, float]) -> Table:
-    table = Table("heads", "perplexity")
-    for name, perplexity in perplexities.items():
-        table.add_row(name, f"{perplexity:.4g}")
-    return table
+    rows: list[list[Cell]] = [[name, Number(x, "{:.4g}")] for name, x in perplexities.items()]
+    return Table(["heads", "perplexity"], rows)
 
 
 def _perplexity(model: Any, batches: Batches) -> float:

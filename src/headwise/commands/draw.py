@@ -7,7 +7,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from headwise.files import write_whole
 from headwise.loading import load_config
 from headwise.memory import check_memory
 from headwise.models import DiT
@@ -15,6 +14,7 @@ from headwise.ops.choice import check_choice, look_up
 from headwise.parsing import parsed
 from headwise.recipes.drawing import SchedulerName, check_steps, draw_images, pipeline_of
 from headwise.recipes.vae import load_vae
+from headwise.results.files import check_new, write_whole
 from headwise.training.directory import check_parents
 from headwise.training.fields import check_at_least, check_guidance, check_seed
 from headwise.training.pictures import in_grid
@@ -63,8 +63,7 @@ class DrawingRun:
         check_memory(grid, "the grid", per_class=self.per_class, scale=self.scale)
         if self.output.suffix != ".png":
             raise ValueError(f"output is {self.output}; it must be the name of a .png file")
-        if self.output.exists():
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output)
         check_parents(self.output)
 
 

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from headwise.parity import Match, Mixture, match_sparse_moe
 from headwise.parsing import parsed
 from headwise.progress import plain_console
+from headwise.results.table import Cell, Number, Table
 
-COLUMNS = ("heads", "s", "k", "f", "E", "MFLOPs", "ratio", "params (M)", "ratio")
-LEGEND = (
+_COLUMNS = ("heads", "s", "k", "f", "E", "MFLOPs", "ratio", "params (M)", "ratio")
+_LEGEND = (
     "sparse: the sparse MoE; s: width of a sub-token; k: experts of each; f: hidden width of an "
     "expert; E: experts; exact → rounded. MFLOPs: per token. Ratios: to the sparse MoE. Without "
     "routers."
@@ -83,39 +81,33 @@ def print_parity(run: ParityRun) -> None:
     Raises:
         ValueError: If no number of heads is possible, with the reasons.
     """
-    cells, notes = comparison(run)
-    table = Table(COLUMNS[0], box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.caption = LEGEND
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right", overflow="fold")
-    for line in cells:
-        table.add_row(*line)
+    table, notes = comparison(run)
     console = plain_console()
-    console.print(table)
+    console.print(table.for_terminal())
     for note in notes:
         console.print(note)
 
 
-def comparison(run: ParityRun) -> tuple[list[list[str]], list[str]]:
-    """A row of cells each, see `COLUMNS`; and notes: what was rounded, why there is no such layer.
+def comparison(run: ParityRun) -> tuple[Table, list[str]]:
+    """The table; and notes: what was rounded, why there is no such layer.
 
     Raises:
         ValueError: If no number of heads is possible, with the reasons.
     """
     sparse = run.sparse
-    cells = [["sparse", *_sizes(sparse), *_cost(sparse, sparse)]]
+    rows: list[list[Cell]] = [["sparse", *_sizes(sparse), *_cost(sparse, sparse)]]
     notes, reasons = [], []
     for heads in run.heads:
         name = f"{heads} head{'' if heads == 1 else 's'}"
         try:
             match = run.match(heads)
         except ValueError as error:
-            cells.append([str(heads), "", "", "impossible", "", "", "", "", ""])
+            rows.append([str(heads), "", "", "impossible", "", "", "", "", ""])
             notes.append(f"{name}: {error}")
             reasons.append(str(error))
             continue
         sizes = _sizes(match.found, match.exact_expert_dim, match.exact_num_experts)
-        cells.append([str(heads), *sizes, *_cost(match.found, sparse)])
+        rows.append([str(heads), *sizes, *_cost(match.found, sparse)])
         notes += [f"{name}: {note}" for note in match.rounded]
         ratio = match.found.parameters / sparse.parameters
         if abs(ratio - 1) > _FAR:
@@ -124,26 +116,26 @@ def comparison(run: ParityRun) -> tuple[list[list[str]], list[str]]:
             )
     if len(reasons) == len(run.heads):
         raise ValueError("; ".join(dict.fromkeys(reasons)))
-    return cells, notes
+    return Table(_COLUMNS, rows, _LEGEND), notes
 
 
-def _sizes(found: Mixture, width: float | None = None, experts: float | None = None) -> list[str]:
+def _sizes(found: Mixture, width: float | None = None, experts: float | None = None) -> list[Cell]:
     return [
-        str(found.sub_dim),
-        str(found.top_k),
+        Number(found.sub_dim),
+        Number(found.top_k),
         _rounded(width, found.expert_dim),
         _rounded(experts, found.num_experts),
     ]
 
 
-def _rounded(exact: float | None, value: int) -> str:
-    return str(value) if exact in (None, value) else f"{exact:.2f} → {value}"
+def _rounded(exact: float | None, value: int) -> Number:
+    return Number(value, "{}" if exact in (None, value) else f"{exact:.2f} → {{}}")
 
 
-def _cost(found: Mixture, sparse: Mixture) -> list[str]:
+def _cost(found: Mixture, sparse: Mixture) -> list[Cell]:
     return [
-        f"{found.flops / 1e6:.3f}",
-        f"{found.flops / sparse.flops:.3f}",
-        f"{found.parameters / 1e6:.3f}",
-        f"{found.parameters / sparse.parameters:.3f}",
+        Number(found.flops / 1e6, "{:.3f}"),
+        Number(found.flops / sparse.flops, "{:.3f}"),
+        Number(found.parameters / 1e6, "{:.3f}"),
+        Number(found.parameters / sparse.parameters, "{:.3f}"),
     ]

@@ -10,11 +10,11 @@ import tyro
 from transformers import set_seed
 
 from headwise.data.token_files import TOKEN_COLUMN, TOKEN_FILE
-from headwise.files import write_whole
 from headwise.loading import check_length, load_causal_lm
 from headwise.memory import check_memory
 from headwise.parsing import parsed
 from headwise.progress import followed
+from headwise.results.files import check_new, write_whole
 from headwise.training.fields import check_at_least, check_seed
 
 
@@ -49,8 +49,7 @@ class WritingRun:
     def __post_init__(self) -> None:
         if self.output.suffix != TOKEN_FILE:
             raise ValueError(f"output is {self.output}; its name must end in {TOKEN_FILE}")
-        if self.output.exists():
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        check_new("output", self.output)
         for name, least in (("count", 1), ("length", 2), ("batch_size", 1)):
             check_at_least(least, name, getattr(self, name))
         tokens = 8 * self.count * self.length

@@ -1,4 +1,19 @@
-"""Mixtures of Hugging Face datasets as an endless stream of blocks to train on."""
+"""Mixtures of Hugging Face datasets as an endless stream of blocks to train on.
+
+A source is read in buffers. Say that a block has T = 5 tokens, a buffer 2 blocks, and a document
+three tokens and the end token "."; documents are read one at a time here, really 64:
+
+    documents             aaa.  bbb.  ccc.  ddd.  eee.  …
+    first buffer          aaa.bbb.ccc.      12 tokens, which are at least 2 · T
+    its blocks [N, T]     aaa.b  bb.cc      N = 2, shuffled; c. is the rest
+    second buffer         c.ddd.eee.        the rest first: no token is lost between buffers
+    its blocks [N, T]     c.ddd  .eee.      N = 2; nothing is the rest
+
+The mixture draws a source for each block, by the sources' shares. To go on after a stop, the stream
+need not keep blocks. It keeps, of each source, where the present buffer began (the place in the
+rows, the rest before it, its number, which is the seed of its shuffle) and how many of its blocks
+were taken. From there it reads that buffer again.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
@@ -58,17 +73,19 @@ def stream_blocks(
 
 
 class BlockStream(IterableDataset[dict[str, Tensor]]):
-    """Endless blocks of one source each, drawn so that sources have their shares of all tokens.
+    """Endless blocks of one source each; sources have their shares of all tokens.
 
-    The documents of a source are packed one after another without padding, and begin anew when
-    all were read. A share counts tokens: `datasets.interleave_datasets` would draw documents, of
-    which one of a book is worth hundreds of a forum.
+    The documents of a source are packed one after another without padding. They begin anew when all
+    were read. A share counts tokens. `datasets.interleave_datasets` would draw documents, and one
+    book is worth hundreds of posts in a forum.
 
-    Under transformers' Trainer, process 0 reads and deals each batch out (accelerate's
-    `dispatch_batches`, its default here): processes get different blocks, and a step the same
-    ones whatever their number. Trainer resumes by reading again all that was trained on.
-    `state_dict` and `load_state_dict`, which torchdata's StatefulDataLoader calls, make tokens of
-    at most one buffer of each source again. Both give the blocks that a run without a stop has.
+    Under transformers' Trainer, process 0 reads and hands out each batch (accelerate's
+    `dispatch_batches`, its default here). Processes get different blocks, and a step gets the same
+    blocks whatever the number of processes.
+
+    There are two ways to go on after a stop, and both give the blocks of a run without a stop.
+    Trainer reads again all that was trained on. torchdata's StatefulDataLoader calls `state_dict`
+    and `load_state_dict`, which read at most one buffer of each source again.
 
     Made by `stream_blocks`.
     """
@@ -99,7 +116,8 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
             yield {"input_ids": ids, "labels": ids.clone()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, after the last block that it gave; of plain types."""
+        """Where the stream stands after the last block that it gave; of plain types."""
+        # A state that was loaded and not used yet is where the stream stands.
         if self._loaded is not None:
             return self._loaded
         return {
@@ -120,7 +138,11 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
 
 
 class _Packed:
-    """Blocks of one source, by whole buffers: a buffer's beginning and a count say where it is."""
+    """Blocks [T] of one source, one after another; the module's docstring has an example.
+
+    `began` is the state before the present buffer was read: the place in the rows, the rest of the
+    buffer before, and how many buffers came before. `taken` of its blocks were given.
+    """
 
     def __init__(
         self,
@@ -140,32 +162,37 @@ class _Packed:
         if next(self._documents(rows), None) is None:
             raise ValueError(f"source {source.name!r} has no text but what is held out")
         self.rows = rows.repeat(None)
-        # This is how datasets shuffles files without a buffer of documents, which no state keeps.
+        # Another epoch has another order of the files. `shuffle` would give that too, but it holds
+        # documents in a buffer, which no state keeps.
         self.rows.set_epoch(seed + 1)
         self.start(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker, which starts anew: without the documents that are being read."""
+        """For a worker process, which starts anew: generators cannot be pickled."""
         return self.__dict__ | {"documents": None, "blocks": None}
 
     def start(self, state: dict[str, Any] | None) -> None:
-        """From a state, or the beginning; nothing is read before the first block is taken."""
+        """Go to a state, or to the beginning; nothing is read before the first block is taken."""
         state = state or {"rows": None, "rest": [], "buffers": 0, "taken": 0}
         self.rows.load_state_dict(state["rows"])
         self.rest = np.array(state["rest"], dtype=np.int32)
         self.buffers = state["buffers"]
         self.began = {name: state[name] for name in ("rows", "rest", "buffers")}
-        self.blocks: NDArray[np.int32] | None = None
+        self.blocks: NDArray[np.int32] | None = None  # [N, T], of the present buffer
         self.taken = state["taken"]
 
     def state(self) -> dict[str, Any]:
+        """Where `start` goes on: at the block after the last one taken."""
         return self.began | {"taken": self.taken}
 
     def take(self) -> NDArray[np.int32]:
+        """The next block [T]."""
         if self.blocks is None:
+            # The first block after a start: of the buffer that began there, `taken` were given.
             self.documents = self._documents(self.rows)
             self.blocks = self._read()
         elif self.taken == len(self.blocks):
+            # The buffer is used up: the next one begins here.
             self.began = {
                 "rows": self.rows.state_dict(),
                 "rest": self.rest.tolist(),
@@ -176,19 +203,22 @@ class _Packed:
         return self.blocks[self.taken - 1]
 
     def _read(self) -> NDArray[np.int32]:
-        """The next buffer, shuffled; the tokens that do not fill a block wait for the one after."""
+        """The next buffer as blocks [N, T], shuffled; tokens that fill no block are the rest."""
         pieces = [self.rest]
+        # Tokenizers are fast on many documents at a time; so a buffer may be longer than asked for.
         while sum(map(len, pieces)) < self.buffer * self.length:
             documents = islice(self.documents, _DOCUMENTS_AT_A_TIME)
             pieces.append(tokenize(self.tokenizer, documents, end=self.end))
         tokens = np.concatenate(pieces)
-        whole = len(tokens) // self.length * self.length
+        whole = len(tokens) // self.length * self.length  # N · T
         self.rest = tokens[whole:]
+        # A buffer's own seed: it comes out the same when it is read again.
         generator = np.random.default_rng((*self.seed, self.buffers))
         self.buffers += 1
         return generator.permutation(tokens[:whole].reshape(-1, self.length))
 
     def _documents(self, rows: datasets.IterableDataset) -> Iterator[str]:
+        """The source's texts, without what is held out."""
         texts = read_texts(rows, self.source)
         return (text for text in texts if _digest(text) not in self.left_out)
 

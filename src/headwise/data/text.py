@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from headwise.data.sampling import draw
 from headwise.errors import UnreadableError, in_a_line, reading
 
 END_OF_TEXT = "<|endoftext|>"
@@ -175,12 +176,6 @@ def check_exponent(field: str, value: float) -> None:
     """Raises ValueError unless `MixedBlocks` can take it as its exponent."""
     if not 0 <= value <= 1:
         raise ValueError(f"{field} is {value}; it must lie in 0..1")
-
-
-def draw(blocks: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """`count` indices of `blocks` things, none again before all were drawn."""
-    rounds = [generator.permutation(blocks) for _ in range(-(-count // blocks))]
-    return np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)
 
 
 def _split(name: str, documents: dict[str, str], source: str) -> Domain:

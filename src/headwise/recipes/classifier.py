@@ -7,7 +7,7 @@ import numpy as np
 from transformers import TrainingArguments, default_data_collator
 
 from headwise.data.images import ImageSet
-from headwise.data.text import draw
+from headwise.data.sampling import draw
 from headwise.hf.reading import load_strictly
 from headwise.loading import described, kind_of, load_config
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification

@@ -16,7 +16,7 @@ from headwise.analysis.generation import FEWEST, sample_quality
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
-from headwise.data.text import draw
+from headwise.data.sampling import draw, spread
 from headwise.hf import record_routing
 from headwise.memory import check_memory
 from headwise.models import DiT, DiTConfig
@@ -244,8 +244,7 @@ class DiffusionTask(Task):
         """Images to train on, each once before one comes again; some of the held-out ones."""
         run = self.run
         order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
-        count = min(_CURVE_IMAGES, len(self.validation))
-        curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
+        curve = spread(len(self.validation), _CURVE_IMAGES)
         return (
             LabelledImages(self.values[0], labels_of(self.training), order),
             LabelledImages(self.values[1], labels_of(self.validation), curve),

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from headwise.data.images import load_images
 from headwise.data.masked_pairs import IGNORED, CaptionedPatches, MaskedPairs
 from headwise.data.patches import fit_codebook, in_floats, patches_of, visual_tokens
-from headwise.data.text import END_OF_TEXT, Domain, draw, train_tokenizer
+from headwise.data.sampling import draw, spread
+from headwise.data.text import END_OF_TEXT, Domain, train_tokenizer
 from headwise.hf import record_routing
 from headwise.memory import check_memory
 from headwise.models import MaskedConfig, MaskedModel
@@ -135,8 +136,7 @@ def read(run: MaskedRun) -> "MaskedTask":
     """
     training, validation = load_images(run.data, image_size=run.image_size)
     # Spread over the held-out images, which may come class by class.
-    picks = np.linspace(0, len(validation) - 1, min(run.eval_pairs, len(validation)))
-    validation = validation.take(picks.round().astype(int).tolist())
+    validation = validation.take(spread(len(validation), run.eval_pairs).tolist())
     size = training.pixels.shape[-1]
     if size % run.patch_size:
         raise ValueError(f"patch_size is {run.patch_size}; it must divide the image size, {size}")

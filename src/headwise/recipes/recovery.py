@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from headwise.analysis.spread import with_spread
 from headwise.hf.auto import Routed
 from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
+from headwise.results.rows import Row, measured_on, write_csv
+from headwise.results.table import Cell, Number, Table, mean
 from headwise.training.distillation import RecoveringTrainer
-from headwise.training.table import Row, in_markdown, write_csv
 
-LEGEND = "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's."
-_OVER_RUNS = (
-    "To dense: the model's perplexity over that of the original tuned with every head on. ±: "
-    "deviation over seeds."
+_LEGEND = (
+    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. To "
+    "dense: the model's perplexity over that of the original tuned with every head on. ±: "
+    "deviation over seeds. The original's perplexity is {}."
 )
 
 
@@ -69,48 +66,31 @@ def report(rows: Sequence[Row], output: Path, models: Mapping[str, Path]) -> Non
 
     write_csv(output / "results.csv", rows)
     recovery_curves(rows).savefig(output / "recovery.png", dpi=150)
-    columns, cells = comparison(rows)
-    table = Table(*columns, box=SIMPLE_HEAD, caption=LEGEND)
-    for line in cells:
-        table.add_row(*line)
-    plain_console().print(table)
+    plain_console().print(comparison(rows).for_terminal())
     for stage, directory in models.items():
         print(f"{stage}: {directory}")
     print(f"curve: {output / 'recovery.png'}")
 
 
-def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line for each share of heads, most first; values over seeds: see `LEGEND`."""
+def comparison(rows: Sequence[Row]) -> Table:
+    """A line for each share of heads, most first; values over seeds."""
     columns = ["heads on", "shared", "tuned on", "PPL before", "PPL after ↓", "recovered ↑"]
     ends = {key: _ends(rows, key) for key in dict.fromkeys(map(_kind, rows))}
     dense = next((last for (stage, _), (_, last) in ends.items() if stage == "dense"), None)
-    cells = []
+    lines: list[list[Cell]] = []
     for (stage, active), (first, last) in sorted(ends.items(), key=lambda item: -item[0][1]):
-        cells.append([
+        lines.append([
             f"{100 * active:.4g} %" + (", tuned dense" if stage == "dense" else ""),
-            f"{100 * float(last[0]['shared_heads']):.3g} %",
-            f"{int(last[0]['tokens']):,}",
+            Number(100 * float(last[0]["shared_heads"]), "{:.3g} %"),
+            Number(int(last[0]["tokens"]), "{:,}"),
             _mean(first, "perplexity", "{:.2f}"),
             _mean(last, "perplexity", "{:.3f}"),
             _mean(last, "recovery", "{:.1f} %"),
-            *([] if dense is None else [f"{_mean_of(last) / _mean_of(dense):.3f}"]),
+            *([] if dense is None else [Number(_mean_of(last) / _mean_of(dense), "{:.3f}")]),
         ])  # fmt: skip
-    return columns + ([] if dense is None else ["to dense ↓"]), cells
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table, its legend, and what it was measured on."""
-    columns, cells = comparison(rows)
-    table = in_markdown(columns, cells)
-    row = rows[-1]
-    legend = f"{LEGEND} {_OVER_RUNS} The original's perplexity is {row['original_perplexity']}."
-    seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
-    versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
-    return (
-        f"{table}\n\n{legend}\n"
-        f"Measured on {row['device']}, {row['threads']} thread(s), {row['precision']}; seeds "
-        f"{seeds}; {versions}.\n"
-    )
+    legend = _LEGEND.format(rows[-1]["original_perplexity"])
+    where = measured_on(rows, "{device}, {threads} thread(s), {precision}; seeds {seeds}")
+    return Table(columns + ([] if dense is None else ["to dense ↓"]), lines, legend, where)
 
 
 def _kind(row: Row) -> tuple[str, float]:
@@ -131,5 +111,5 @@ def _mean_of(rows: Sequence[Row]) -> float:
     return statistics.fmean(float(row["perplexity"]) for row in rows)
 
 
-def _mean(rows: Sequence[Row], key: str, form: str) -> str:
-    return with_spread([float(row[key]) for row in rows], form, "{:.2g}")
+def _mean(rows: Sequence[Row], key: str, form: str) -> Cell:
+    return mean([float(row[key]) for row in rows], form, "{:.2g}")

@@ -13,10 +13,10 @@ from accelerate import PartialState
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
+from headwise.data.sampling import spread
 from headwise.data.text import MixedBlocks, check_exponent, load_text, tokenize
 from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
 from headwise.errors import reading
-from headwise.files import write_manifest, write_whole
 from headwise.hf.auto import Routed
 from headwise.hf.card import model_card
 from headwise.hf.original import original_of
@@ -24,12 +24,12 @@ from headwise.loading import check_length, load_causal_lm, load_tokenizer
 from headwise.ops.choice import check_choice
 from headwise.recipes import recovery
 from headwise.recipes.recovery import Point
+from headwise.results.files import write_manifest, write_whole
+from headwise.results.rows import Row, environment
 from headwise.training.arguments import prepare, training_arguments
 from headwise.training.directory import RunDirectory, fingerprint
 from headwise.training.distillation import RecoveringTrainer
 from headwise.training.fields import Stage, TrainingRun, check_at_least
-from headwise.training.record import environment
-from headwise.training.table import Row
 
 Schedule = Literal["small", "paper"]
 
@@ -360,7 +360,7 @@ def _held_out_blocks(run: TuningRun, text: _Text) -> list[dict[str, torch.Tensor
         raise ValueError(
             f"sequence_length is {length}, longer than all that is held out of data = {run.data}"
         )
-    picks = np.linspace(0, len(blocks) - 1, min(run.eval_blocks, len(blocks))).round().astype(int)
+    picks = spread(len(blocks), run.eval_blocks)
     ids = [torch.from_numpy(blocks[i].astype(np.int64)) for i in picks]
     return [{"input_ids": block, "labels": block} for block in ids]
 

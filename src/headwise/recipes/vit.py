@@ -13,7 +13,7 @@ from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPi
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.augmentation import Augmentation, check_augmentation
 from headwise.data.images import ImageSet, load_images
-from headwise.data.text import draw
+from headwise.data.sampling import draw, spread
 from headwise.hf import record_routing
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.nn import HeadBudget
@@ -111,8 +111,8 @@ def read(run: VisionRun) -> "VisionTask":
     training, validation = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
     check_batch_size(run.batch_size, len(training))
-    picks = np.linspace(0, len(validation) - 1, min(run.eval_images, len(validation)))
-    return VisionTask(run, training, validation.take(picks.round().astype(int).tolist()))
+    picks = spread(len(validation), run.eval_images)
+    return VisionTask(run, training, validation.take(picks.tolist()))
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ class VisionTask(Task):
         """Images to train on, each once before one comes again; some of the held-out ones."""
         run = self.run
         order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
-        count = min(_CURVE_IMAGES, len(self.validation))
-        curve = np.linspace(0, len(self.validation) - 1, count).round().astype(np.int64)
+        curve = spread(len(self.validation), _CURVE_IMAGES)
         training, validation = self.training, self.validation
         return (
             LabelledImages(training.pixels, labels_of(training), order),

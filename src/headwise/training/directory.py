@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from headwise.errors import reading
-from headwise.files import as_object, check_manifest, partial_of, remove, write_json
+from headwise.results.files import as_object, check_manifest, partial_of, remove, write_json
 from headwise.training.fields import TrainingRun
 
 RUN_FILE = "run.json"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headwise.analysis.experts import count_overlap
 from headwise.analysis.measure import LoadMeter, count_experts, count_heads, heads_on
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
+from headwise.data.sampling import spread
 from headwise.hf import record_routing
 from headwise.nn import HeadRouter
 from headwise.ops import Routing
@@ -165,8 +166,7 @@ def _token_losses(model: PreTrainedModel, blocks: list[Tokens]) -> Tensor:
 def _spread(tokens: Tokens, length: int, max_blocks: int) -> list[Tokens]:
     blocks = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     blocks = [block for block in blocks if len(block) > 1]
-    picks = np.linspace(0, len(blocks) - 1, min(max_blocks, len(blocks))).round().astype(int)
-    return [blocks[i] for i in picks]
+    return [blocks[i] for i in spread(len(blocks), max_blocks)]
 
 
 def _heads_and_experts(

@@ -8,12 +8,12 @@ from typing import Any
 from headwise.analysis import plots
 from headwise.analysis.records import ModelRecord, RunRecord
 from headwise.analysis.summary import representatives
-from headwise.files import write_whole
-from headwise.training import table
+from headwise.results.files import write_whole
+from headwise.results.rows import Row
 from headwise.training.measures import measures
 
 
-def draw_comparison(rows: Sequence[table.Row], path: Path, *, axis: str | None) -> None:
+def draw_comparison(rows: Sequence[Row], path: Path, *, axis: str | None) -> None:
     """What every model and seed came to, a panel a main measure; written beside, then renamed.
 
     `axis` is what the position of a row is; None where the models stand on no axis.
@@ -72,5 +72,5 @@ def _save(figure: Any, path: Path) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=160))
 
 
-def _position(row: table.Row) -> float | None:
+def _position(row: Row) -> float | None:
     return None if row["position"] in (None, "") else float(row["position"])

@@ -13,6 +13,7 @@ from PIL import Image
 from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
 from headwise.analysis.measure import heads_on
 from headwise.data.images import ImageSet
+from headwise.data.sampling import spread
 from headwise.hf import record_routing
 from headwise.nn import HeadRouter
 from headwise.ops import Routing
@@ -37,8 +38,8 @@ def routed_images(
         see: Lets the model see the images of these indices.
     """
     classes = np.unique(labels)
-    few = np.linspace(0, len(classes) - 1, min(_IMAGES, len(classes))).round().astype(int)
-    picks = [int((labels == label).argmax()) for label in classes[few]]
+    few = classes[spread(len(classes), _IMAGES)]
+    picks = [int((labels == label).argmax()) for label in few]
     with record_routing(model) as routings:
         see(picks)
     routers = [(model.get_submodule(name), routing) for name, routing in routings.items()]

@@ -2,24 +2,21 @@
 
 import dataclasses
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from headwise.analysis.experts import expert_use
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
 from headwise.analysis.speeds import speed_table, verdict
-from headwise.environment import device_name
 from headwise.errors import reading
-from headwise.files import as_object, write_manifest, write_whole
 from headwise.parity import count_parameters, measure_flops
 from headwise.progress import plain_console
+from headwise.results.files import as_object, write_manifest, write_whole
+from headwise.results.rows import Row, environment, write_csv
+from headwise.results.table import Table
 from headwise.training import table
 from headwise.training.comparison import ComparisonRun, Task, Variant
 from headwise.training.directory import RunDirectory
@@ -33,7 +30,7 @@ _RESULT_FILE = "result.json"
 class Trained(NamedTuple):
     """One model: its row of the table and what the report shows of it."""
 
-    row: table.Row
+    row: Row
     record: ModelRecord
 
 
@@ -89,17 +86,6 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
     }
 
 
-def environment(precision: str) -> dict[str, Any]:
-    """Device and versions, for beside the figures."""
-    return {
-        "device": device_name(cuda=torch.cuda.is_available()),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "headwise")},
-    }
-
-
 def _curve(history: list[dict[str, float]], key: str) -> Curve:
     points = [(int(x["step"]), x[key]) for x in history if key in x]
     return Curve([step for step, _ in points], [loss for _, loss in points])
@@ -130,11 +116,11 @@ def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: lis
     from headwise.training.figure import draw_comparison, draw_pictures
 
     rows = [result.row for result in trained]
-    table.write_csv(directory.root / "results.csv", rows)
+    write_csv(directory.root / "results.csv", rows)
     if of_experts := _expert_rows(trained):
-        table.write_csv(directory.root / "experts.csv", of_experts)
+        write_csv(directory.root / "experts.csv", of_experts)
     draw_comparison(rows, directory.root / "figure.png", axis=run.axis)
-    columns, cells = table.comparison(rows)
+    compared = table.comparison(rows)
     best = min(trained, key=lambda result: demerit(result.row)).record
     sample = task.sample(directory.model(best.name, best.seed))
     console = plain_console()
@@ -143,9 +129,9 @@ def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: lis
     record = RunRecord(
         title=f"headwise: {run.title}",
         facts={**task.facts(), **_facts(run, rows[0])},
-        table_columns=columns,
-        table_rows=cells,
-        notes=_notes(run, rows),
+        table_columns=[*compared.columns],
+        table_rows=[[*row] for row in compared.rows],
+        notes=_notes(run, compared),
         loss_unit=task.loss_unit,
         models=[result.record for result in trained],
         sample_model=f"{best.label}, seed {best.seed}" if sample else "",
@@ -172,18 +158,13 @@ def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: lis
 
 def _print_speed(timed: Timed, console: Console) -> None:
     if timed.speeds:
-        columns, cells = speed_table(timed.speeds)
-        shown = Table(title="Speed at long contexts", box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for index, column in enumerate(columns):
-            shown.add_column(column, justify="right" if index else "left")
-        for line in cells:
-            shown.add_row(*line)
-        console.print("", shown)
+        shown = speed_table(timed.speeds)
+        console.print("", shown.for_terminal("Speed at long contexts", padding=0))
         console.print(verdict(timed.speeds))
     console.print(timed.note)
 
 
-def _expert_rows(trained: list[Trained]) -> list[table.Row]:
+def _expert_rows(trained: list[Trained]) -> list[Row]:
     """For each model, layer with experts and domain what `ExpertUse` holds."""
     rows = []
     for _, record in trained:
@@ -205,12 +186,12 @@ _COUNTED = (
 _SMALL = "Models this small, trained this briefly, say little about large ones."
 
 
-def _notes(run: ComparisonRun, rows: list[table.Row]) -> list[str]:
+def _notes(run: ComparisonRun, compared: Table) -> list[str]:
     cost = _UNEQUAL if run.cost_of() is None else _EQUAL
-    return [table.legend(rows), cost, _COUNTED, _SMALL]
+    return [compared.legend, cost, _COUNTED, _SMALL]
 
 
-def _facts(run: ComparisonRun, row: table.Row) -> dict[str, str]:
+def _facts(run: ComparisonRun, row: Row) -> dict[str, str]:
     seen = f"{int(row['seen']):,} {row['unit']}s a model"
     return {
         "Training": f"{run.steps} steps of {run.batch_size} examples, {seen}",

@@ -1,22 +1,15 @@
-"""Results as data (one CSV row a model and seed) and as a table for people."""
+"""Rows of a comparison (one a model and seed) as a table for people."""
 
-import csv
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+import rich.table
 
-from headwise.analysis.spread import with_spread
-from headwise.errors import reading
-from headwise.files import write_whole
+from headwise.results.published import PUBLISHED
+from headwise.results.rows import Row, measured_on
+from headwise.results.table import Cell, Table, mean
 from headwise.training.measures import measures
-from headwise.training.published import PUBLISHED
-
-Row = dict[str, Any]
-
 
 _OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
 _OF_DRAWERS = (
@@ -42,30 +35,12 @@ _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write beside, then rename."""
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, write)
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows that `write_csv` wrote; every value is text."""
-    with reading(path, "a table"), path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column heads with units, and one row of cells a model: see `legend`.
+def comparison(rows: Sequence[Row]) -> Table:
+    """A line a model; numbers are means over seeds.
 
     Where a paper published the same comparison, its figures stand in the last columns.
     """
-    published = PUBLISHED.get(rows[0]["recipe"])
+    first, published = rows[0], PUBLISHED.get(rows[0]["recipe"])
     columns = [
         "model",
         "params (M)",
@@ -73,12 +48,12 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "MFLOPs",
         "counted",
         "heads on",
-        *(measure.column for measure in measures(rows[0])),
-        *([f"{rows[0]['unit']}s/s ↑"] if _alone(rows) else []),
+        *(measure.column for measure in measures(first)),
+        *([f"{first['unit']}s/s ↑"] if _alone(rows) else []),
         *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
     quartiles = _with_quartiles(rows)
-    cells = []
+    cells: list[list[Cell]] = []
     for name in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == name]
         cells.append([
@@ -88,11 +63,28 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             _mean(runs, "flops", "{:.2f}", 1e-6),
             _mean(runs, "flops_counted", "{:.2f}", 1e-6),
             _mean(runs, "active_heads", "{:.0f} %", 100),
-            *(_value(runs, measure.key, quartiles) for measure in measures(rows[0])),
+            *(_value(runs, measure.key, quartiles) for measure in measures(first)),
             *([_mean(runs, "per_second", "{:,.0f}")] if _alone(rows) else []),
             *(published.of(name) if published else ()),
         ])  # fmt: skip
-    return columns, cells
+    training = f"{{steps}} steps, {int(first['seen']):,} {{unit}}s a model, seeds {{seeds}}"
+    where = measured_on(rows, f"{{device}}, {{threads}} thread(s), {{precision}}; {training}")
+    return Table(columns, cells, _legend(rows), where)
+
+
+def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
+    """The comparison, narrow enough for 80 columns: published figures have a †."""
+    table = comparison(rows)
+    minor = [measure.column for measure in measures(rows[0]) if measure.minor]
+    crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
+    left_out = ["active (M)", "counted", *minor] if crowded else []
+    more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
+    narrow = replace(
+        table.without(left_out),
+        columns=[x.replace(_PUBLISHED, "†") for x in table.columns if x not in left_out],
+        legend=table.legend.replace(_PUBLISHED.strip(), "†") + more,
+    )
+    return narrow.for_terminal(title, padding=0)
 
 
 def _alone(rows: Sequence[Row]) -> bool:
@@ -100,14 +92,7 @@ def _alone(rows: Sequence[Row]) -> bool:
     return all(int(row["workers"]) == 1 for row in rows)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table, its legend, and what it was measured on."""
-    columns, cells = comparison(rows)
-    table = in_markdown(columns, cells)
-    return f"{table}\n\n{legend(rows)}\nMeasured on {measured_on(rows)}.\n"
-
-
-def legend(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
     sentences = [_measured(rows), _COST.format(rows[0]["unit"])]
@@ -130,54 +115,8 @@ def _measured(rows: Sequence[Row]) -> str:
     return f"PPL: perplexity of the held-out files, of up to {blocks} blocks of each{quartiles}."
 
 
-def in_markdown(columns: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Lines of a Markdown table; the first `left` columns are set left, the others right."""
-    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def measured_on(rows: Sequence[Row]) -> str:
-    """Training, seeds, device and versions of the rows."""
-    row = rows[0]
-    seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in rows))
-    versions = ", ".join(f"{k} {row[k]}" for k in ("torch", "transformers", "python"))
-    return (
-        f"{row['device']}, {row['threads']} thread(s), {row['precision']}; {row['steps']} steps, "
-        f"{int(row['seen']):,} {row['unit']}s a model, seeds {seeds}; {versions}"
-    )
-
-
-def for_terminal(rows: Sequence[Row], title: str) -> Table:
-    """The comparison as a rich table, narrow enough for 80 columns: published figures have a †."""
-    columns, cells = comparison(rows)
-    minor = [measure.column for measure in measures(rows[0]) if measure.minor]
-    crowded = bool(minor) or any(_PUBLISHED in column for column in columns)
-    left_out = ["active (M)", "counted", *minor] if crowded else []
-    shown = [i for i, column in enumerate(columns) if column not in left_out]
-    more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
-    table = Table(
-        title=title,
-        caption=legend(rows).replace(_PUBLISHED.strip(), "†") + more,
-        box=SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-    )
-    broken = [[cell.replace(" ±", "\n±").replace(" (", "\n(") for cell in line] for line in cells]
-    for index in shown:
-        column = columns[index].replace(_PUBLISHED, "†")
-        parts = [part for line in broken for part in line[index].split("\n")]
-        width = max(map(len, parts + column.split()))
-        if index:
-            table.add_column(column, justify="right", width=width)
-        else:
-            table.add_column(column, min_width=min(width, 16))
-    for line in broken:
-        table.add_row(*(line[index] for index in shown))
-    return table
-
-
-def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> str:
-    return with_spread([float(r[key]) * scale for r in runs if r[key] not in ("", None)], form)
+def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> Cell:
+    return mean([float(r[key]) * scale for r in runs if r[key] not in ("", None)], form)
 
 
 def _with_quartiles(rows: Sequence[Row]) -> bool:
@@ -185,10 +124,9 @@ def _with_quartiles(rows: Sequence[Row]) -> bool:
     return len(measures(rows[0])) <= _MOST_WITH_QUARTILES and any("_q1" in key for key in rows[0])
 
 
-def _value(runs: Sequence[Row], key: str, with_quartiles: bool) -> str:
-    least = min(float(row[key]) for row in runs)
-    value = _mean(runs, key, "{:.1f}" if least >= 20 else "{:.2f}")
-    if not with_quartiles:
-        return value
-    low, high = (statistics.fmean(float(row[f"{key}_{q}"]) for row in runs) for q in ("q1", "q3"))
-    return f"{value} ({low:.0f}–{high:.0f})"
+def _value(runs: Sequence[Row], key: str, with_quartiles: bool) -> Cell:
+    values, note = [float(row[key]) for row in runs], ""
+    if with_quartiles:
+        low, high = (fmean(float(row[f"{key}_{q}"]) for row in runs) for q in ("q1", "q3"))
+        note = f" ({low:.0f}–{high:.0f})"
+    return mean(values, "{:.1f}" if min(values) >= 20 else "{:.2f}", note=note)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from transformers import default_data_collator, set_seed
 
-from headwise.files import write_whole
+from headwise.results.files import write_whole
 from headwise.training.arguments import prepare, training_arguments
 from headwise.training.comparison import ComparisonRun, Task, Variant
 from headwise.training.directory import RunDirectory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress, TimeRemainingColumn
 from safetensors import SafetensorError
 from transformers import (
     PrinterCallback,
@@ -23,8 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from headwise.errors import DivergedError
-from headwise.files import check_manifest, put_in_place, write_manifest
-from headwise.progress import plain_console, text_column
+from headwise.progress import bar, plain_console, text_column
+from headwise.results.files import check_manifest, put_in_place, write_manifest
 
 _PARTIAL = ".partial"
 
@@ -214,11 +214,8 @@ class _Progress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        columns = (
-            text_column("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            text_column("{task.fields[status]}"), TimeRemainingColumn(), text_column("left"),
-        )  # fmt: skip
-        self.bar = Progress(*columns, console=self.console)
+        status = text_column("{task.fields[status]}")
+        self.bar = bar(self.console, status, TimeRemainingColumn(), text_column("left"))
         self.task = self.bar.add_task(
             self.title, total=state.max_steps, completed=state.global_step, status=""
         )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
-from headwise.progress import plain_console, text_column
+from headwise.progress import bar, plain_console, text_column
 from headwise.training.comparison import ComparisonRun, Task, Variant
 from headwise.training.directory import RunDirectory
 from headwise.training.measures import measures
@@ -58,20 +58,17 @@ def side_by_side(
 def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
     """A bar, and a line for each model that is finished, until all are."""
     began, total = time.perf_counter(), len(futures)
-    columns = (
-        text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        text_column("{task.fields[left]}"),
-    )  # fmt: skip
     console = plain_console()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("models", total=total, left="")
+    columns = TimeElapsedColumn(), text_column("{task.fields[left]}")
+    with bar(console, *columns, disable=not console.is_terminal) as shown:
+        task = shown.add_task("models", total=total, left="")
         for done, future in enumerate(as_completed(futures), start=1):
             name = names[futures.index(future)]
             row = _result(future, name).row
             minutes = (time.perf_counter() - began) / 60 / done * (total - done)
             left = f"{minutes:.0f} min left" if done < total else ""
             scores = "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
-            bar.update(task, advance=1, left=left)
+            shown.update(task, advance=1, left=left)
             line = f"{done}/{total}  {name}  {scores}  {left}"
             console.print(line, soft_wrap=True)
 

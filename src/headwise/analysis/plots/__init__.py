@@ -19,7 +19,6 @@ from headwise.analysis.plots.maps import (
     MANY_DOMAINS,
     head_load_map,
     last_routed_layer,
-    patch_map,
     patch_maps,
 )
 from headwise.analysis.plots.speed import time_against_share
@@ -38,7 +37,6 @@ __all__ = [
     "last_routed_layer",
     "loss_curves",
     "mean_curve",
-    "patch_map",
     "patch_maps",
     "recovery_curves",
     "thinned",

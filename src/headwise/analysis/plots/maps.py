@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from headwise.analysis.image_records import RoutedImage, from_png
 from headwise.analysis.plots.style import INK, new_figure, percent, styled
@@ -17,7 +16,6 @@ from headwise.analysis.records import HeadLoads
 MANY_DOMAINS = 8
 _MOST_NAMES = 50
 _MOST_NUMBERS = 300
-_COLUMNS = 6
 _LONGEST_NAME = 24  # letters
 # Rows of a patch map in inches, and up to how many heads they may be so high.
 _TALL, _LOW, _FEW_HEADS = 0.9, 0.6, 8
@@ -53,7 +51,7 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
         min(margin + 0.38 * columns, 9 if layer is not None else 12),
         min(1.5 + 0.24 * len(rows), 9.5),
     )
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    image = axes.imshow(rows, aspect="auto", interpolation="none", vmin=0, vmax=1)
     if columns * len(rows) <= _MOST_NUMBERS:
         _write_shares(axes, rows)
     drawn = range(0, len(names), math.ceil(len(names) / _MOST_NAMES))
@@ -116,68 +114,16 @@ def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -
     return figure
 
 
-@styled
-def patch_map(
-    image: NDArray, weights: Tensor, grid: tuple[int, int], *, shared_heads: int | Sequence[int] = 0
-) -> Figure:
-    """The image once for each routed head, blue where the head is off.
-
-    Args:
-        image: [H, W, 3] or [H, W, 1], uint8, or floating point in 0..1.
-        weights: [T, H], the gates of one layer for the image's tokens: of a `Routing`,
-            `weights[i]`. Tokens that are no patches (a class token) are left out.
-        grid: Patches from top to bottom and from left to right; T is their product.
-        shared_heads: Heads that are always on, which are not drawn: how many of the first ones, or
-            which.
-
-    Raises:
-        ValueError: If the image or the weights have not that shape, the image is out of range, or
-            shared_heads leaves no head.
-    """
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise ValueError(f"image is {list(image.shape)}; it must be [H, W, 3] or [H, W, 1]")
-    if image.dtype != np.uint8 and not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
-            f"image is {image.dtype} in {image.min()}..{image.max()}; give uint8, or values in 0..1"
-        )
-    if weights.ndim != 2 or len(weights) != math.prod(grid):
-        raise ValueError(
-            f"weights are {list(weights.shape)}; they must be [T, H] with T = {grid[0]}·{grid[1]} "
-            "patches, without other tokens"
-        )
-    heads = range(weights.shape[1])
-    shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
-    routed = [head for head in heads if head not in shared]
-    if not routed:
-        raise ValueError(
-            f"shared_heads is {shared_heads}; it must leave some of the {len(heads)} heads"
-        )
-    height, width = image.shape[:2]
-    on = (weights.detach().cpu() != 0).numpy().reshape(*grid, -1)
-    lines, columns = math.ceil(len(routed) / _COLUMNS), min(len(routed), _COLUMNS)
-    figure = Figure(figsize=(1.5 * columns, (1.5 * height / width + 0.25) * lines + 0.1))
-    figure.set_layout_engine("constrained")
-    where = (-0.5, width - 0.5, height - 0.5, -0.5)
-    for position, head in enumerate(routed):
-        axes = figure.add_subplot(lines, columns, position + 1)
-        _show(axes, image, where)
-        _veil(axes, on[..., head], where)
-        axes.set_title(f"Head {head}: {on[..., head].mean():.0%}", fontsize=9)
-        axes.set_axis_off()
-    return figure
-
-
 def _show(axes: Axes, image: NDArray, where: tuple[float, float, float, float]) -> None:
     most = 255 if image.dtype == np.uint8 else 1
-    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="nearest")
+    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="none")
 
 
 def _veil(axes: Axes, on: NDArray, where: tuple[float, float, float, float]) -> None:
     """Blue over the patches that are not on, through which they shine."""
     veil = np.full((*on.shape, 4), (*_BLUE, 0.85))
     veil[on, 3] = 0
-    axes.imshow(veil, extent=where, interpolation="nearest")
+    axes.imshow(veil, extent=where, interpolation="none")
 
 
 def _short(name: str, most: int) -> str:

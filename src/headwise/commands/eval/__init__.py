@@ -3,12 +3,12 @@
 import logging
 
 from headwise.commands.eval.run import EvalRun
-from headwise.commands.eval.table import for_terminal
-from headwise.files import write_json
+from headwise.commands.eval.table import comparison
 from headwise.parsing import parsed
 from headwise.progress import plain_console
+from headwise.results.files import write_json
+from headwise.results.rows import Row, write_csv
 from headwise.training.directory import resolved
-from headwise.training.table import Row, write_csv
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,7 @@ def score_models(run: EvalRun) -> list[Row]:
         from headwise.commands.eval.images import score_on_images as score
     console = plain_console()
     rows = score(run, console)
-    console.print(for_terminal(rows))
+    console.print(comparison(rows).for_terminal())
     if run.output is not None:
         write_json(run.output / "eval.json", {"run": resolved(run), "rows": rows})
         write_csv(run.output / "eval.csv", rows)

@@ -16,14 +16,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.commands.eval.run import EvalRun
 from headwise.data.images import ImageSet, load_all_images, load_images
+from headwise.data.sampling import spread
 from headwise.errors import reason
 from headwise.hf import record_routing
 from headwise.hf.reading import load_strictly, reading_model
 from headwise.loading import load_config
 from headwise.progress import followed
+from headwise.results.rows import Row, environment
 from headwise.training.evaluation import RoutingStatistics, count_hits
-from headwise.training.record import environment
-from headwise.training.table import Row
 
 _DIGITS, _HELD_OUT, _TEST = "digits", "held-out", "test"
 
@@ -69,8 +69,7 @@ def _images(run: EvalRun) -> tuple[ImageSet, str]:
     if images.labels is None or not len(images):
         lacking = "images" if images.labels is not None else "classes (a column 'label')"
         raise ValueError(f"images names {run.images}, which has no {lacking}")
-    picks = np.linspace(0, len(images) - 1, min(run.limit or len(images), len(images)))
-    return images.take(picks.round().astype(int).tolist()), part
+    return images.take(spread(len(images), run.limit or len(images)).tolist()), part
 
 
 def _chosen(name: str, split: str | None, size: int | None) -> tuple[ImageSet, str]:

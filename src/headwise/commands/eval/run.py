@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from headwise.ops.choice import check_choice
+from headwise.results.files import check_new
 
 _OF_TASKS, _OF_IMAGES = ("data", "num_fewshot"), ("split", "image_size")
 
@@ -71,8 +72,8 @@ class EvalRun:
             if not directory.is_dir():
                 raise ValueError(f"data is {directory}, where there is no directory")
         check_choice("precision", self.precision, Literal["fp32", "bf16"])
-        if self.output is not None and self.output.exists() and not _is_empty(self.output):
-            raise ValueError(f"output is {self.output}, which exists; choose another")
+        if self.output is not None:
+            check_new("output", self.output, or_empty=True)
 
     @property
     def dtype(self) -> str:
@@ -93,7 +94,3 @@ class EvalRun:
         for field in wrong:
             if (value := getattr(self, field)) not in (None, ()):
                 raise ValueError(f"{field} is {value}; it goes with {other}, not with {given}")
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

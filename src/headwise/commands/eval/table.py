@@ -1,23 +1,21 @@
-"""Scores of models side by side, for the terminal and for Markdown."""
+"""Scores of models side by side."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from headwise.results.rows import Row, measured_on
+from headwise.results.table import Cell, Number, Table
 from headwise.training.directory import MODELS
-from headwise.training.table import Row, in_markdown
 
-LEGEND = (
+_LEGEND = (
     "± is the standard error of a score over the task's documents (n), of which the models see the "
     "same. The mean is that of all acc, its error as if the tasks were independent."
 )
 
 
-def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def comparison(rows: Sequence[Row]) -> Table:
     """A line a task and metric, a column a model; what a group sums up is left out."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
@@ -31,27 +29,10 @@ def comparison(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         cells.append(
             ["mean", "acc", "", *(_cell([x[model] for x in accuracies]) for model in models)]
         )
-    return ["task", "metric", "n", *_headings(models)], cells
-
-
-def for_terminal(rows: Sequence[Row]) -> Table:
-    """The comparison as a rich table."""
-    columns, cells = comparison(rows)
-    table = Table(*columns[:2], box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in columns[2:]:
-        table.add_column(heading, justify="right", overflow="fold")
-    for line in cells:
-        table.add_row(*line)
-    return table
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table, its legend, and what it was measured on."""
-    columns, cells = comparison(rows)
-    table = in_markdown(columns, cells, left=2)
-    row = rows[0]
-    versions = ", ".join(f"{k} {row[k]}" for k in ("lm_eval", "torch", "transformers", "python"))
-    return f"{table}\n\n{LEGEND}\nMeasured on {row['device']}, {row['precision']}; {versions}.\n"
+    where = measured_on(
+        rows, "{device}, {precision}", ("lm_eval", "torch", "transformers", "python")
+    )
+    return Table(["task", "metric", "n", *_headings(models)], cells, _LEGEND, where, left=2)
 
 
 def _headings(models: Sequence[str]) -> Sequence[str]:
@@ -63,11 +44,11 @@ def _headings(models: Sequence[str]) -> Sequence[str]:
     return names if len(set(names)) == len(names) else models
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def _cell(rows: Sequence[Row]) -> Cell:
     """The score of a row, or the mean of several."""
-    value = statistics.fmean(float(row["value"]) for row in rows)
+    value = fmean(float(row["value"]) for row in rows)
     errors = [row["standard_error"] for row in rows]
     if any(error in (None, "") for error in errors):
-        return f"{value:.3f}"
+        return Number(value, "{:.3f}")
     error = math.sqrt(sum(float(error) ** 2 for error in errors)) / len(errors)
-    return f"{value:.3f} ±{error:.3f}"
+    return Number(value, "{:.3f}", error, " ±{:.3f}")

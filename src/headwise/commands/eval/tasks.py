@@ -15,8 +15,7 @@ from headwise.commands.eval.documents import read_documents, source_of
 from headwise.commands.eval.run import EvalRun
 from headwise.errors import reading
 from headwise.loading import load_causal_lm, load_config, load_tokenizer
-from headwise.training.record import environment
-from headwise.training.table import Row
+from headwise.results.rows import Row, environment
 
 _BOOTSTRAPS = 1000
 # Source: arXiv 2410.11842, Tables 3 and 4; the shots are those in Table 4's heads, 0 without one.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from headwise.files import check_manifest, put_in_place, write_manifest, write_whole
+from headwise.results.files import check_manifest, put_in_place, write_manifest, write_whole
 
 
 def tree(directory: Path) -> dict[Path, bytes | None]:

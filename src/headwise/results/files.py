@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever ends the process or the machine; known by sums."""
+"""Files that are whole or not there, even if the process or the machine stops; and their sums."""
 
 import hashlib
 import json
@@ -31,15 +31,26 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def check_new(field: str, path: Path, *, or_empty: bool = False) -> None:
+    """Refuse to write where there is something already, but for an empty directory if `or_empty`.
+
+    Raises:
+        ValueError: Naming the field and the path.
+    """
+    if path.exists() and not (or_empty and path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{field} is {path}, which exists; choose another")
+
+
 def partial_of(path: Path) -> Path:
-    """Where `write_whole` fills what it then renames to `path`; a kill may leave it."""
+    """Where `write_whole` writes before it renames to `path`; a kill may leave it behind."""
     return path.with_name(f".{path.name}.partial")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a file or directory, once the disk has all of it; what `path` was before is gone.
+    """Rename a file or directory once the disk has all of it; what was at `path` before is gone.
 
-    Without that, a machine that loses its power may keep the new name and not what it names.
+    The disk must have it first: else a machine that loses its power may keep the new name and lose
+    the content.
     """
     _sync(partial)
     if path.is_dir():
@@ -49,7 +60,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a directory with all that is in it, if it is there."""
+    """Delete a file, or a directory with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -57,7 +68,7 @@ def remove(path: Path) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Into a directory that is not in place yet: the sha256 of each file that it holds by now."""
+    """Write the sha256 of each file in a directory; do so before the directory is put in place."""
     manifest = directory / MANIFEST
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != manifest]
     sums = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
@@ -65,7 +76,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def check_manifest(directory: Path, hint: str) -> None:
-    """Whether all that `write_manifest` found in a directory is there, bit for bit.
+    """Check that all files that `write_manifest` found in a directory are there, bit for bit.
 
     Raises:
         UnreadableError: Naming the file that is missing or is not what was written; `hint` ends it.
@@ -86,7 +97,7 @@ def check_manifest(directory: Path, hint: str) -> None:
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """What JSON calls an object, with something in it.
+    """The value, which must be a JSON object with entries.
 
     Raises:
         ValueError: If the value is anything else.

@@ -1,0 +1,1 @@
+"""Rows of numbers: kept in whole files, with what they were measured on, and printed as tables."""
