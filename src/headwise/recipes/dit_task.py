@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from headwise.analysis.features import ClassifierFeatures, collect_features
-from headwise.analysis.generation import FEWEST, sample_quality
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
@@ -20,6 +18,8 @@ from headwise.hf import record_routing
 from headwise.hf.trainer import SafeTrainer
 from headwise.models import DiT, DiTConfig
 from headwise.parity import count_flops
+from headwise.quality.features import ClassifierFeatures, collect_features
+from headwise.quality.metrics import FEWEST, sample_quality
 from headwise.recipes.arguments import check_batch_size
 from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.comparison import Variant

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from headwise.hf.recorder import collect_routings
 from headwise.hf.trainer import SafeTrainer
-from headwise.models.diffusion_loss import diffusion_loss
+from headwise.models.dit.loss import diffusion_loss
 from headwise.ops import Routing
 
 _AVERAGE = "average.safetensors"

@@ -23,8 +23,8 @@ from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2DropPath
 from transformers.utils.generic import can_return_tuple
 
 from headwise.hf.training_loss import watch_training, with_routing_loss
-from headwise.models.transnext_config import TransNeXtConfig
-from headwise.models.transnext_layers import (
+from headwise.models.transnext.config import TransNeXtConfig
+from headwise.models.transnext.layers import (
     AggregatedAttention,
     ConvolutionalGLU,
     Geometry,

@@ -70,7 +70,7 @@ def convert(
     model: Any = model_or_path
     if _is_of_diffusers(model):
         # Not above: diffusers takes seconds to import, and is an extra.
-        from headwise.hf.diffusers import convert_model
+        from headwise.hf.of_diffusers import convert_model
 
         return convert_model(model, conversion)
     if not isinstance(model, PreTrainedModel | str | os.PathLike):

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from headwise.data.patches import patches_of
 from headwise.hf.reading import load_strictly
-from headwise.models.dit_config import DiTConfig
+from headwise.models.dit.config import DiTConfig
 from headwise.nn import MoHAttention
 from headwise.nn.routers import ScoreMap
 from headwise.ops import Routing
@@ -134,6 +134,8 @@ class DiT(PreTrainedModel):
     output at 0. Sine and cosine positions are a parameter that is never trained.
     """
 
+    # diffusers writes the module into saved pipelines, and takes "….dit.model" for its own "dit".
+    __module__ = "headwise.models.dit"
     config_class = DiTConfig
     main_input_name = "x"
     supports_gradient_checkpointing = True
