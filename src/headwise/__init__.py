@@ -6,12 +6,14 @@ Layers return (y, routing); losses, statistics and plots are functions of the ro
 from headwise import bitnet, models, ops, parity
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, calibrate, convert, record_routing
 from headwise.nn import MHMoE, MoE, MoHAttention, update_biases
-from headwise.ops import Routing, balance_loss, router_z_loss
+from headwise.ops import ExpertRouting, HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.released import load_released
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpertRouting",
+    "HeadRouting",
     "MHMoE",
     "MHMoEConfig",
     "MoE",

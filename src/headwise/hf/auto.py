@@ -22,8 +22,7 @@ from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
-from headwise.nn import HeadRouter
-from headwise.ops import Routing, balance_loss, router_z_loss
+from headwise.ops import HeadRouting, Routing, balance_loss, router_z_loss
 
 MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
@@ -72,9 +71,8 @@ class Routed(PreTrainedModel):
         conversion: Any = self.conversion
         mlp = conversion.mlp
         heads, experts = [], []
-        for name, routing in routings.items():
-            router = self.get_submodule(name)
-            if isinstance(router, HeadRouter):
+        for routing in routings.values():
+            if isinstance(routing, HeadRouting):
                 heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
             else:
                 z_loss = mlp.z_loss_coefficient * router_z_loss(routing)

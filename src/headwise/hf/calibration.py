@@ -15,7 +15,7 @@ from headwise.hf.head_configs import MoHConfig
 from headwise.hf.recorder import record_routing
 from headwise.hf.surgery import attention_modules, build_routers
 from headwise.nn import HeadBudget, QueryNormRouter
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 from headwise.ops.choice import check_choice
 from headwise.progress import followed
 
@@ -142,9 +142,10 @@ class _Gated(QueryNormRouter):
         super().__init__(HeadBudget.resolve(num_heads, shared=0, active=max(1, num_heads - 1)))
         self.gates = torch.ones(num_heads)
 
-    def forward(self, q: Tensor, mask: Tensor | None = None) -> Routing:
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> HeadRouting:
         gates = self.gates.to(q.device).expand(q.shape[:-1])
-        return Routing(gates, gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long), gates, gates)
+        none = gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long)
+        return HeadRouting(gates, none, gates, gates)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from headwise.nn.expert_routers import CosineRouter, LinearRouter
 from headwise.nn.tokens import check_tokens
-from headwise.ops import Routing, expert_mlp
+from headwise.ops import ExpertRouting, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.expert_mlp import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
@@ -126,7 +126,7 @@ class MHMoE(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+    ) -> tuple[Float[Tensor, "B T D"], ExpertRouting]:
         """Route, compute, merge.
 
         Args:

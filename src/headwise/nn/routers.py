@@ -1,4 +1,4 @@
-"""Routers of heads: modules that turn activations into a Routing, in float32 or wider."""
+"""Routers of heads: modules that turn activations into a routing, in float32 or wider."""
 
 import torch
 from einops import rearrange
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.nn.tokens import check_rows
-from headwise.ops import Routing, route_heads, route_heads_by_query_norm
+from headwise.ops import HeadRouting, route_heads, route_heads_by_query_norm
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.fields import Count, Weight, checked
 from headwise.ops.logits import router_logits
@@ -20,7 +20,7 @@ _FAST_MULTIPLE = 16
 
 
 class Router(nn.Module):
-    """Base of all routers: forward returns a Routing, and a recorder finds them by this type."""
+    """Base of all routers: forward returns a routing, and a recorder finds them by this type."""
 
 
 class HeadRouter(Router):
@@ -88,7 +88,7 @@ class TwoStageRouter(HeadRouter):
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
+    ) -> HeadRouting:
         """Route every token of x; padding (mask False) has all heads off."""
         check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
         shared, routed, stage = self._scores(x)
@@ -152,7 +152,7 @@ class OneStageRouter(HeadRouter):
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
+    ) -> HeadRouting:
         """Route every token of x; padding (mask False) has all heads off."""
         check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
         none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
@@ -184,7 +184,7 @@ class QueryNormRouter(HeadRouter):
 
     def forward(
         self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
+    ) -> HeadRouting:
         """Route every token by its queries; padding (mask False) has all heads off."""
         check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
@@ -200,7 +200,7 @@ class QueryNormRouter(HeadRouter):
         return f"{self.budget}, scale_by_std={self.scale_by_std}"
 
 
-def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
+def _gates_of_heads(routing: HeadRouting, budget: HeadBudget) -> HeadRouting:
     """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
     if budget.heads_per_group == 1:
         return routing

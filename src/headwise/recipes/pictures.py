@@ -14,8 +14,7 @@ from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, t
 from headwise.analysis.measure import heads_on
 from headwise.data.images import ImageSet
 from headwise.hf import record_routing
-from headwise.nn import HeadRouter
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 from headwise.recipes.dit_sampling import in_grid
 
 # So many images and no larger ones, in pixels, so that a page stays small.
@@ -41,11 +40,10 @@ def routed_images(
     picks = [int((labels == label).argmax()) for label in classes[few]]
     with record_routing(model) as routings:
         see(picks)
-    routers = [(model.get_submodule(name), routing) for name, routing in routings.items()]
-    of_heads = [(router, x) for router, x in routers if isinstance(router, HeadRouter)]
+    of_heads = [routing for routing in routings.values() if isinstance(routing, HeadRouting)]
     last = {}
-    for layer, (router, routing) in enumerate(of_heads):
-        if router.budget.routed_heads:
+    for layer, routing in enumerate(of_heads):
+        if routing.probabilities.shape[-1]:
             last[routing.weights.shape[1]] = (layer, routing)
     if not last:
         return []
@@ -70,7 +68,7 @@ def sample_grid(images: NDArray[np.uint8], rows: Sequence[str]) -> SampleGrid:
     return SampleGrid(list(rows), to_png(grid))
 
 
-def _patch_map(layer: int, routing: Routing, image: int) -> PatchMap:
+def _patch_map(layer: int, routing: HeadRouting, image: int) -> PatchMap:
     on = heads_on(routing.with_weights(routing.weights[image]))
     side = math.isqrt(len(on))
     return PatchMap(layer, [side, side], on)
