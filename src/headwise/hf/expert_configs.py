@@ -97,7 +97,7 @@ class MoEConfig:
             expert_dim=self.expert_dim // parts,
         )
 
-    def build(self, dim: int) -> MHMoE:
+    def build(self, dim: int) -> MoE:
         """The layer for tokens of that width."""
         return MoE(dim, **self._layer_fields())
 
@@ -161,6 +161,6 @@ class MHMoEConfig(MoEConfig):
                 f"of num_heads = {self.num_heads}"
             )
 
-    def build(self, dim: int) -> MHMoE:
+    def build(self, dim: int) -> MoE:
         """The layer for tokens of that width."""
         return MHMoE(dim, **self._layer_fields())

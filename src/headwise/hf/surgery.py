@@ -12,7 +12,7 @@ from headwise.hf.conversion import Conversion
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.training_loss import watch_training
 from headwise.hf.upcycling import start_as_slices
-from headwise.nn import HeadRouter, MHMoE
+from headwise.nn import HeadRouter, MoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
 
 
@@ -192,7 +192,7 @@ def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
 class RoutedMLP(nn.Module):
     """A layer of ours where a transformers MLP stood: same call, the routing is for a recorder."""
 
-    def __init__(self, experts: MHMoE):
+    def __init__(self, experts: MoE):
         super().__init__()
         self.layer = experts
 
