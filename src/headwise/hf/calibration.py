@@ -65,8 +65,10 @@ def calibrate(
                 f"batches holds {found}; each must be a dict of what the model's forward takes, "
                 'such as {"input_ids": ids, "labels": ids}'
             )
-    config = config.resolve(len(attention_modules(model)))
-    budgets = [router.budget for router in build_routers(model, config).values()]
+    num_layers = len(attention_modules(model))
+    config = config.resolve(num_layers)
+    routers = build_routers(model, config, range(num_layers))
+    budgets = [router.budget for router in routers.values()]
     training = model.training
     model.eval()
     try:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
 from headwise.hf.head_configs import MoHConfig
-from headwise.ops.fields import Count, check_fields
+from headwise.ops.fields import Count, Index, check_fields
 
 Ternary = Literal["no", "trained", "packed"]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,17 @@ class Conversion:
 
     Attributes:
         attention: Replaces the attention of every layer; None leaves it.
-        mlp: Replaces the MLP of every `every`-th layer; None leaves it.
-        every: 1 for each layer; 2 for layers 1, 3, 5, … counted from 0, and so on.
+        mlp: Replaces the MLP of every `every`-th of these layers; None leaves it.
+        layers: Which layers, counted from 0, ascending; None for all.
+        every: 1 for each of them; 2 for the second, fourth, … of them, and so on. Of all layers
+            these are 1, 3, 5, …
         ternary: Whether the linear maps and experts of every layer are ternary: "no"; "trained",
             with weights that every forward makes ternary; "packed", in 2 bits for inference.
     """
 
     attention: MoHConfig | None = None
     mlp: MoEConfig | None = None
+    layers: tuple[Index, ...] | list[Index] | None = None
     every: Count = 1
     ternary: Ternary = "no"
 
@@ -35,6 +38,36 @@ class Conversion:
             raise ValueError(
                 "attention and mlp are both None; give at least one to convert, or ternary=True"
             )
+        if self.layers is not None:
+            if not self.layers or len(set(self.layers)) < len(self.layers):
+                raise ValueError(
+                    f"layers is {list(self.layers)}; it must name at least one layer, each once"
+                )
+            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    def layers_of(self, num_layers: int) -> tuple[list[int], list[int]]:
+        """The layers whose attention is converted, and those whose MLP is, in a model of so many.
+
+        Raises:
+            ValueError: If the model lacks a layer that `layers` names, or `every` exceeds them.
+
+        Example (worked by hand): in a model of 6 layers, layers (1, 2, 4, 5) and every 2 convert
+        the attention of layers 1, 2, 4 and 5, and the MLPs of layers 2 and 5.
+        """
+        chosen = list(range(num_layers) if self.layers is None else self.layers)
+        if chosen and chosen[-1] >= num_layers:
+            raise ValueError(
+                f"layers has {chosen[-1]}; the model has {num_layers} layers, so each must lie in "
+                f"0..{num_layers - 1}"
+            )
+        of_mlp = chosen[self.every - 1 :: self.every]
+        if self.mlp is not None and not of_mlp:
+            which = "the model has" if self.layers is None else "layers names"
+            raise ValueError(
+                f"every is {self.every}, but {which} {len(chosen)} layers; it must be at most "
+                f"{len(chosen)}"
+            )
+        return chosen if self.attention else [], of_mlp if self.mlp else []
 
     @property
     def balances_load(self) -> bool:
@@ -47,13 +80,16 @@ class Conversion:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; the mlp's type is kept under "kind"."""
+        # A reader of an older format would not see that a model is ternary, or converted in part.
+        number = 1 if self.ternary == "no" else 2
+        chosen = {} if self.layers is None else {"format": 3, "layers": list(self.layers)}
         return {
-            # A reader of format 1 would not see that a model is ternary, and load it as it is not.
-            "format": 1 if self.ternary == "no" else 2,
+            "format": number,
             "attention": self.attention and dataclasses.asdict(self.attention),
             "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
             "every": self.every,
             "ternary": self.ternary,
+            **chosen,
         }
 
     @classmethod
@@ -74,6 +110,7 @@ class Conversion:
             return cls(
                 attention=attention and MoHConfig(**_FIRST_DEFAULTS | attention),
                 mlp=mlp and _mlp_from_dict(**mlp),
+                layers=fields.get("layers"),
                 every=fields["every"],
                 ternary=fields.get("ternary", "no"),
             )

@@ -1,15 +1,33 @@
-"""What our own models share: sizes by a preset's name, configs that read no other model's."""
+"""What our own models share: the loss of their routers, sizes by a preset's name."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
+from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
 from headwise.ops.choice import look_up
 
 _CLASSES = 1000
 _OF_CLASSES = ("num_labels", "id2label", "label2id")
+
+
+class BalancesHeads:
+    """Mixed into a model that routes its attention heads."""
+
+    config: Any
+
+    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
+        """The mean balance loss of the layers that route, times balance_coefficient.
+
+        Args:
+            routings: What `headwise.record_routing` saw in a forward. Where none of them routes,
+                the loss is 0.
+        """
+        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
 
 class OwnConfig(PreTrainedConfig):

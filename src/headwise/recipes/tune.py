@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase, default_data_collator, set_see
 
 from headwise.errors import reading
 from headwise.files import write_manifest, write_whole
+from headwise.hf import restore
 from headwise.hf.auto import Routed
 from headwise.hf.distillation import RecoveringTrainer
-from headwise.hf.original import original_of
 from headwise.recipes import recovery
 from headwise.recipes.arguments import Stage, begin, training_arguments
 from headwise.recipes.card import model_card
@@ -71,7 +71,7 @@ def _train_stages(
 ) -> list[Point]:
     run, points = setting.run, []
     if run.dense.steps:
-        dense = original_of(model) if isinstance(model, Routed) else model
+        dense = restore(model) if isinstance(model, Routed) else model
         points += _train(setting, "dense", run.dense, dense, dense_blocks)
     if isinstance(model, Routed) and run.routed.steps:
         if run.dense.steps:
@@ -89,7 +89,7 @@ def _load(path: str | Path) -> Any:
 def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if run.original is None:
         # Not the model itself, which learns.
-        return original_of(model) if isinstance(model, Routed) else _load(run.path)
+        return restore(model) if isinstance(model, Routed) else _load(run.path)
     original, other = _load(run.original), load_tokenizer(run.original)
     if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
         raise ValueError(
