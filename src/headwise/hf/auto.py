@@ -16,8 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from headwise.hf.attention import check_implementation
-from headwise.hf.conversion import Conversion
-from headwise.hf.converted import Converted
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss

@@ -1,11 +1,17 @@
-"""All that `convert` does to a model, and how config.json keeps it."""
+"""All that `convert` does to a model, how config.json keeps it, and what such a model can do."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
 from headwise.hf.head_configs import MoHConfig
+from headwise.hf.reading import StrictlyLoaded
+from headwise.ops import HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.ops.fields import Count, Index, check_fields
 
 Ternary = Literal["no", "trained", "packed"]
@@ -116,6 +122,45 @@ class Conversion:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json's 'headwise' is not understood: {error!r}") from error
+
+
+class Converted(StrictlyLoaded):
+    """Mixed into the class of a converted model: what was converted, its loss, strict loading."""
+
+    config: Any
+
+    @property
+    def conversion(self) -> Conversion:
+        """What `headwise.convert` made of this model."""
+        return Conversion.from_dict(self.config.headwise)
+
+    @property
+    def original_class(self) -> Any:
+        """The class that the model had before."""
+        # Sharding puts a class of its own before the model's.
+        kinds = type(self).__mro__
+        return next(k.__bases__[1] for k in kinds if issubclass(k.__bases__[0], Converted))
+
+    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
+        """The balance losses (and z-losses) of a forward, weighted as configured.
+
+        Averaged over the layers of a kind: over attentions, and over mixtures of experts.
+
+        Args:
+            routings: What `headwise.record_routing` saw in a forward.
+        """
+        conversion: Any = self.conversion
+        mlp = conversion.mlp
+        heads, experts = [], []
+        for routing in routings.values():
+            if isinstance(routing, HeadRouting):
+                heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
+            else:
+                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
+                balance = balance_loss(routing, form=mlp.balance_form, scope=mlp.balance_scope)
+                experts.append(mlp.balance_coefficient * balance + z_loss)
+        kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
+        return torch.stack(kinds).sum()
 
 
 # Of fields that the first saved models may lack.

@@ -10,8 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
-from headwise.hf.conversion import Conversion
-from headwise.hf.converted import Converted
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.expert_configs import MoEConfig
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.loading import load_original

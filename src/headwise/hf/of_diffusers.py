@@ -11,8 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from headwise.hf.attention import attend
-from headwise.hf.conversion import Conversion
-from headwise.hf.converted import Converted
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.surgery import placed
 from headwise.nn import QueryNormRouter

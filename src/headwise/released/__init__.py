@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
 from headwise.hf.reading import load_strictly
+from headwise.models import DiT, TransNeXtForImageClassification
 from headwise.nn import MHMoE, MoHAttention
 from headwise.ops.fields import check
 from headwise.released import dit, transnext
@@ -98,7 +99,8 @@ def _built(kind: str, preset: str | None, config: Mapping[str, Any] | None) -> n
         if kind not in _PRESETS:
             raise ValueError(f"preset is {preset!r}; {kind!r} has no presets, so give config")
         check("preset", preset, str)
-        return _PRESETS[kind](preset)
+        model_class = _PRESETS[kind]
+        return model_class(model_class.config_class.preset(preset))
     if not isinstance(config, Mapping):
         or_preset = " or preset, a name" if kind in _PRESETS else ""
         raise ValueError(
@@ -215,7 +217,4 @@ _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Ten
     "moh_transnext": (transnext.build, transnext.rename),
     "moh_dit": (dit.build, dit.rename),
 }
-_PRESETS: dict[str, Callable[[str], nn.Module]] = {
-    "moh_transnext": transnext.build_preset,
-    "moh_dit": dit.build_preset,
-}
+_PRESETS: dict[str, Any] = {"moh_transnext": TransNeXtForImageClassification, "moh_dit": DiT}
