@@ -60,20 +60,20 @@ class Conversion:
         Example (worked by hand): in a model of 6 layers, layers (1, 2, 4, 5) and every 2 convert
         the attention of layers 1, 2, 4 and 5, and the MLPs of layers 2 and 5.
         """
-        chosen = list(range(num_layers) if self.layers is None else self.layers)
-        if chosen and chosen[-1] >= num_layers:
+        layers = list(range(num_layers) if self.layers is None else self.layers)
+        if layers and layers[-1] >= num_layers:
             raise ValueError(
-                f"layers has {chosen[-1]}; the model has {num_layers} layers, so each must lie in "
+                f"layers has {layers[-1]}; the model has {num_layers} layers, so each must lie in "
                 f"0..{num_layers - 1}"
             )
-        of_mlp = chosen[self.every - 1 :: self.every]
+        of_mlp = layers[self.every - 1 :: self.every]
         if self.mlp is not None and not of_mlp:
             which = "the model has" if self.layers is None else "layers names"
             raise ValueError(
-                f"every is {self.every}, but {which} {len(chosen)} layers; it must be at most "
-                f"{len(chosen)}"
+                f"every is {self.every}, but {which} {len(layers)} layers; it must be at most "
+                f"{len(layers)}"
             )
-        return chosen if self.attention else [], of_mlp if self.mlp else []
+        return layers if self.attention else [], of_mlp if self.mlp else []
 
     @property
     def balances_load(self) -> bool:
@@ -85,17 +85,16 @@ class Conversion:
         return any(factors)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it; the mlp's type is kept under "kind"."""
+        """Values that JSON can keep; the mlp's type stands under "kind"."""
         # A reader of an older format would not see that a model is ternary, or converted in part.
-        number = 1 if self.ternary == "no" else 2
-        chosen = {} if self.layers is None else {"format": 3, "layers": list(self.layers)}
+        in_part = {} if self.layers is None else {"format": 3, "layers": list(self.layers)}
         return {
-            "format": number,
+            "format": 1 if self.ternary == "no" else 2,
             "attention": self.attention and dataclasses.asdict(self.attention),
             "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
             "every": self.every,
             "ternary": self.ternary,
-            **chosen,
+            **in_part,
         }
 
     @classmethod

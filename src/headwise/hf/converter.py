@@ -75,17 +75,18 @@ def convert(
         raise ValueError(f"ternary is {ternary!r}; it must be True or False")
     if ternary and layers is not None:
         raise ValueError(f"layers is {layers!r}; with ternary=True it must be None, for all layers")
-    chosen: Any = list(layers) if isinstance(layers, range) else layers
+    if isinstance(layers, range):
+        layers = list(layers)
     conversion = Conversion(
         attention=attention,
         mlp=mlp,
-        layers=chosen,
+        layers=layers,  # type: ignore[arg-type]
         every=every,
         ternary="trained" if ternary else "no",
     )
     model: Any = model_or_path
     if _is_of_diffusers(model):
-        # Not above: diffusers takes seconds to import, and is an extra.
+        # Imported here because diffusers needs seconds for it, and is an extra.
         from headwise.hf.of_diffusers import convert_model
 
         return convert_model(model, conversion)

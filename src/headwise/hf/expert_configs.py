@@ -1,4 +1,4 @@
-"""What `convert` takes for MLPs: frozen descriptions of mixtures of experts."""
+"""Frozen descriptions of mixtures of experts, for `convert(mlp=)`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        # The layer knows what it takes; on the meta device it costs nothing to ask.
+        # The layer checks its own arguments; on the meta device it costs no memory to build one.
         with torch.device("meta"):
             self.build(getattr(self, "num_heads", 1))
         if self.experts_from == "mlp":

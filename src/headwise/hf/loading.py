@@ -69,7 +69,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
 
     Raises:
         ValueError: If there is no model, its class is not known, or a weight is missing, misshapen
-            or not finite; of a class of ours also if one is left over.
+            or not finite; of a converted model and of a DiT also if one is left over.
     """
     with _opened(path, "holds no model that can be loaded") as name:
         if (kind := _diffusers_class(name)) is None:

@@ -131,11 +131,11 @@ def _install(model: Any, conversion: Conversion) -> None:
     The config then tells of them. All routers are built before one is placed.
     """
     attentions = self_attentions(model)
-    chosen, _ = conversion.layers_of(len(attentions))
+    layers, _ = conversion.layers_of(len(attentions))
     asked: Any = conversion.attention
     attention: MoHConfig = asked.resolve(len(attentions))
     routers = {}
-    for layer in chosen:
+    for layer in layers:
         attn = attentions[layer]
         router = attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads)
         routers[layer] = placed(router, attn)

@@ -25,7 +25,8 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     afterwards, there is nothing to keep.
 
     Raises:
-        ValueError: If the model's layers do not take them, or a budget does not fit its heads.
+        ValueError: If the model lacks a layer that is named, its layers have no place for them, or
+            a budget does not fit its heads.
     """
     attentions = attention_modules(model)
     of_attention, of_mlp = conversion.layers_of(len(attentions))
@@ -193,7 +194,7 @@ def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
 
 
 class RoutedMLP(nn.Module):
-    """A layer of ours where a transformers MLP stood: same call, the routing is for a recorder."""
+    """A mixture in the place of a transformers MLP: it returns y alone."""
 
     def __init__(self, experts: MoE):
         super().__init__()

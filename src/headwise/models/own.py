@@ -31,12 +31,12 @@ class BalancesHeads:
 
 
 class OwnConfig(PreTrainedConfig):
-    """transformers' own, which would take another model's fields for its own, and only warn.
+    """A config that refuses another model's fields, of which transformers would only warn.
 
     Attributes:
         presets: For each preset's name the fields that differ from the defaults. A preset has 1000
             classes unless it says otherwise.
-        aliases: What `preset` takes beside the class's fields.
+        aliases: Names that `preset` accepts beside the class's fields.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -1,8 +1,8 @@
 """BitNet's layers: ternary while they train, or packed in 2 bits for inference.
 
-A ternary layer has the parameters of the layer whose place it takes, and makes them ternary in
-every forward. A packed one holds nothing but the result, as uint8 under the same names, and the
-scales; both give the same outputs bit for bit.
+A ternary layer keeps the parameters of the layer that it replaces, and makes them ternary in every
+forward. A packed layer keeps the result alone: uint8 under the same names, and the scales. Both
+give the same outputs bit for bit.
 """
 
 from typing import Any
@@ -140,7 +140,7 @@ class _Mixes(nn.Module):
 
 
 class _Shares(nn.Module):
-    """What `SharedExpert` computes, likewise."""
+    """What `SharedExpert` computes, with the same matrices and activations."""
 
     matrices: Any
 

@@ -124,7 +124,7 @@ class TwoStageRouter(LearnedRouter):
         shared, routed, stage = self._scores(x)
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
-        if not self.budget.chosen:
+        if not self.budget.named_shared:
             return routing
         gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
         return routing.with_weights(arrange_gates(self.budget.shared_groups, *gates))
@@ -208,7 +208,7 @@ class QueryNormRouter(HeadRouter):
 
 
 def _gates_of_heads(routing: HeadRouting, budget: HeadBudget) -> HeadRouting:
-    """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
+    """Give each head its group's gate; indices, probabilities and logits stay those of groups."""
     if budget.heads_per_group == 1:
         return routing
     return routing.with_weights(routing.weights.repeat_interleave(budget.heads_per_group, -1))

@@ -132,7 +132,7 @@ class DiT(StrictlyLoaded, BalancesHeads, PreTrainedModel):
     output at 0. Sine and cosine positions are a parameter that is never trained.
     """
 
-    # diffusers writes the module into saved pipelines, and takes "….dit.model" for its own "dit".
+    # Saved pipelines name this module. "….dit.model" diffusers would mistake for its own "dit".
     __module__ = "headwise.models.dit"
     config_class = DiTConfig
     main_input_name = "x"
