@@ -99,13 +99,9 @@ class MoEConfig:
 
     def build(self, dim: int) -> MoE:
         """The layer for tokens of that width."""
-        return MoE(dim, **self._layer_fields())
-
-    def _layer_fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        for name in _NOT_OF_THE_LAYER:
-            del fields[name]
-        return fields
+        kind = MHMoE if isinstance(self, MHMoEConfig) else MoE
+        return kind(dim, **{k: v for k, v in fields.items() if k not in _NOT_OF_THE_LAYER})
 
 
 _NOT_OF_THE_LAYER = (
@@ -160,7 +156,3 @@ class MHMoEConfig(MoEConfig):
                 f"num_experts is {self.num_experts}; with experts_from 'mlp' it must be a multiple "
                 f"of num_heads = {self.num_heads}"
             )
-
-    def build(self, dim: int) -> MoE:
-        """The layer for tokens of that width."""
-        return MHMoE(dim, **self._layer_fields())

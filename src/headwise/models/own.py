@@ -42,6 +42,11 @@ class OwnConfig(PreTrainedConfig):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     aliases: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
         """The sizes that go by that name in `presets`, with changes.

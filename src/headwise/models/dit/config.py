@@ -103,8 +103,6 @@ class DiTConfig(OwnConfig):
                 setattr(self, name, list(value))
         self._check()
         super().__post_init__(**kwargs)
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     def _check(self) -> None:
         check_fields(self)

@@ -118,8 +118,6 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
             out_indices=kwargs.pop("out_indices", None),
         )
         super().__post_init__(**kwargs)
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     @property
     def num_stages(self) -> int:
