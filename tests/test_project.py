@@ -41,7 +41,7 @@ HEAVY = (
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
 PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",
-    "load_released", "balance_loss", "router_z_loss", "record_routing", "ops",
+    "load", "restore", "load_released", "balance_loss", "router_z_loss", "record_routing", "ops",
 }  # fmt: skip
 TINY = shlex.split(
     "--data text.txt --dim 32 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 "

@@ -68,7 +68,7 @@ def assert_near(got, want):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_equals_the_released_code(name, dtype):
     parameters, tensors, metadata = golden(f"moh_attention_{name}", dtype)
-    layer = load_released("moh_attention", parameters, attention_config(metadata))
+    layer = load_released("moh_attention", parameters, config=attention_config(metadata))
     assert isinstance(layer, MoHAttention)
     assert not layer.training
     x = tensors["x"].requires_grad_()
@@ -90,7 +90,7 @@ def test_attention_equals_the_released_code(name, dtype):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixture_equals_the_formulas(name, dtype):
     parameters, tensors, metadata = golden(f"mh_moe_{name}", dtype)
-    layer = load_released("mh_moe", parameters, json.loads(metadata["config"]))
+    layer = load_released("mh_moe", parameters, config=json.loads(metadata["config"]))
     assert isinstance(layer, MHMoE)
     assert not layer.training
     y, routing = layer(tensors["x"])
@@ -108,7 +108,7 @@ def test_mixture_equals_the_formulas(name, dtype):
 @pytest.mark.parametrize("cached", [False, True])
 def test_llama_equals_the_released_code(cached, dtype, tmp_path):
     parameters, tensors, metadata = golden("moh_llama_small", dtype)
-    model = load_released("moh_llama", parameters, json.loads(metadata["config"]))
+    model = load_released("moh_llama", parameters, config=json.loads(metadata["config"]))
     ids = tensors["input_ids"]
     with torch.no_grad(), record_routing(model) as routings:
         if cached:
@@ -142,12 +142,12 @@ def test_a_directory_as_transformers_saves_it(tmp_path):
     plain = LlamaForCausalLM(LlamaConfig(**LLAMA))
     plain.save_pretrained(tmp_path)
     model = load_released("moh_llama", tmp_path)
-    want = load_released("moh_llama", plain.state_dict(), LLAMA)
+    want = load_released("moh_llama", plain.state_dict(), config=LLAMA)
     ids = torch.randint(11, (2, 5))
     assert torch.equal(model(ids).logits, want(ids).logits)
     assert {layer.self_attn.router.budget.active_heads for layer in model.model.layers} == {3}
     with pytest.raises(ValueError, match=r"config is .* it must be None"):
-        load_released("moh_llama", tmp_path, LLAMA)
+        load_released("moh_llama", tmp_path, config=LLAMA)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ValueError, match=r"moh_llama: .*the weights in .*missing_keys"):
@@ -157,10 +157,10 @@ def test_a_directory_as_transformers_saves_it(tmp_path):
 def test_a_llama_that_does_not_fit_is_refused():
     tensors = LlamaForCausalLM(LlamaConfig(**LLAMA)).state_dict()
     with pytest.raises(ValueError, match=r"config does not fit moh_llama.*shared_head"):
-        load_released("moh_llama", tensors, LLAMA | {"shared_head": 3})
+        load_released("moh_llama", tensors, config=LLAMA | {"shared_head": 3})
     del tensors["model.norm.weight"]
     with pytest.raises(ValueError, match=r"(?s)moh_llama: .*model\.norm\.weight"):
-        load_released("moh_llama", tensors, LLAMA)
+        load_released("moh_llama", tensors, config=LLAMA)
 
 
 ATTENTION = {"dim": 12, "num_heads": 4, "shared_heads": 2, "active_heads": 3}
@@ -197,9 +197,9 @@ def test_a_path_gives_what_its_tensors_give(kind, dtype, tmp_path):
     tensors = make(dtype)
     save_file(tensors, tmp_path / "released.safetensors")
     x = torch.randn(2, 5, 12, dtype=dtype)
-    want = load_released(kind, tensors, config)(x)[0]
+    want = load_released(kind, tensors, config=config)(x)[0]
     for path in (tmp_path / "released.safetensors", str(tmp_path / "released.safetensors")):
-        layer = load_released(kind, path, config)
+        layer = load_released(kind, path, config=config)
         assert {p.dtype for p in layer.parameters()} == {dtype}
         assert torch.equal(layer(x)[0], want)
 
@@ -208,7 +208,7 @@ def test_the_source_is_not_changed():
     for kind, (make, config) in KINDS.items():
         tensors = make()
         names = set(tensors)
-        load_released(kind, tensors, config)
+        load_released(kind, tensors, config=config)
         assert set(tensors) == names
 
 
@@ -216,14 +216,18 @@ def test_attention_with_a_bias_on_one_side_only_is_refused():
     tensors = attention_tensors()
     del tensors["qkv.bias"]
     with pytest.raises(ValueError, match=r"q_proj\.bias"):
-        load_released("moh_attention", tensors, ATTENTION)
+        load_released("moh_attention", tensors, config=ATTENTION)
 
 
 def test_unknown_kind_and_missing_config():
     with pytest.raises(ValueError, match=r"kind is 'moh_bert'.*'moh_attention'"):
-        load_released("moh_bert", {}, {})
+        load_released("moh_bert", {}, config={})
     with pytest.raises(ValueError, match="config is None"):
         load_released("mh_moe", mixture_tensors())
+    with pytest.raises(
+        ValueError, match="preset is 'dit-s'; 'mh_moe' has no presets, so give conf"
+    ):
+        load_released("mh_moe", mixture_tensors(), preset="dit-s")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,26 +237,26 @@ def test_every_missing_tensor_is_an_error(kind):
         tensors = make()
         del tensors[name]
         with pytest.raises(ValueError, match=f"{kind}: "):
-            load_released(kind, tensors, config)
+            load_released(kind, tensors, config=config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_left_over_or_misshapen_are_errors(kind):
     make, config = KINDS[kind]
     with pytest.raises(ValueError, match=f"(?s){kind}.*surplus"):
-        load_released(kind, make() | {"surplus": torch.zeros(3)}, config)
+        load_released(kind, make() | {"surplus": torch.zeros(3)}, config=config)
     tensors = make()
     name = next(iter(tensors))
     with pytest.raises(ValueError, match=f"(?s){kind}.*size mismatch"):
-        load_released(kind, tensors | {name: tensors[name][:-3]}, config)
+        load_released(kind, tensors | {name: tensors[name][:-3]}, config=config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_configs_that_do_not_fit_are_errors(kind):
     make, config = KINDS[kind]
     with pytest.raises(ValueError, match=r"config does not fit.*num_layers"):
-        load_released(kind, make(), config | {"num_layers": 2})
+        load_released(kind, make(), config=config | {"num_layers": 2})
     with pytest.raises(ValueError, match=r"config does not fit.*num_heads"):
-        load_released(kind, make(), {k: v for k, v in config.items() if k != "num_heads"})
+        load_released(kind, make(), config={k: v for k, v in config.items() if k != "num_heads"})
     with pytest.raises(ValueError, match="size mismatch"):
-        load_released(kind, make(), config | {"dim": 24})
+        load_released(kind, make(), config=config | {"dim": 24})

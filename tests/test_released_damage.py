@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from headwise import load_released
 
 KINDS = {
-    "mh_moe": {"dim": 15, "num_heads": 3, "num_experts": 7, "top_k": 2, "expert_dim": 11},
-    "moh_dit": "moh-dit-test",
-    "moh_transnext": "moh-test",
+    "mh_moe": {
+        "config": {"dim": 15, "num_heads": 3, "num_experts": 7, "top_k": 2, "expert_dim": 11}
+    },
+    "moh_dit": {"preset": "moh-dit-test"},
+    "moh_transnext": {"preset": "moh-test"},
 }
 
 
@@ -44,7 +46,7 @@ def test_a_damaged_file_is_named(damage, suffix, kind, tmp_path):
     path = tmp_path / f"weights{suffix}"
     DAMAGES[damage](path)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_released(kind, path, KINDS[kind])
+        load_released(kind, path, **KINDS[kind])
 
 
 @pytest.mark.parametrize("content", OF_TORCH)
@@ -52,7 +54,7 @@ def test_a_checkpoint_of_something_else_is_named(content, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(OF_TORCH[content], path)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_released("mh_moe", path, KINDS["mh_moe"])
+        load_released("mh_moe", path, **KINDS["mh_moe"])
 
 
 @pytest.mark.parametrize("config", [None, "{}", "[1"])
@@ -67,4 +69,4 @@ def test_a_damaged_directory_is_named(config, tmp_path):
 @pytest.mark.parametrize("source", [None, 3, []])
 def test_what_is_no_source_is_named(source):
     with pytest.raises(ValueError, match=r"source is .*; it must be tensors by name, or a path"):
-        load_released("mh_moe", source, KINDS["mh_moe"])
+        load_released("mh_moe", source, **KINDS["mh_moe"])

@@ -50,7 +50,7 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_dit_equals_the_released_code(dtype):
     parameters, given, metadata = golden("moh_dit_small", dtype)
-    model = load_released("moh_dit", parameters, json.loads(metadata["config"]))
+    model = load_released("moh_dit", parameters, config=json.loads(metadata["config"]))
     assert isinstance(model, DiT)
     assert not model.training
     x, t, y = given["x"], given["t"], given["y"]
@@ -63,7 +63,7 @@ def test_dit_equals_the_released_code(dtype):
 
 def test_every_tensor_arrives_whole():
     given = tensors()
-    model = load_released("moh_dit", given, SIZES)
+    model = load_released("moh_dit", given, config=SIZES)
     want = Counter(round(v, 5) for tensor in given.values() for v in tensor.flatten().tolist())
     assert want == Counter(round(v, 5) for p in model.parameters() for v in p.flatten().tolist())
 
@@ -80,12 +80,12 @@ def test_files_give_what_their_tensors_give(name, tmp_path):
         trained = {key: tensor + 1 for key, tensor in given.items()}
         arguments = argparse.Namespace(model="MoH-DiT-S/2-90", epochs=1400)
         torch.save({"model": trained, "ema": given, "opt": {}, "args": arguments}, tmp_path / name)
-    want = load_released("moh_dit", given, SIZES).state_dict()
-    got = load_released("moh_dit", tmp_path / name, SIZES).state_dict()
+    want = load_released("moh_dit", given, config=SIZES).state_dict()
+    got = load_released("moh_dit", tmp_path / name, config=SIZES).state_dict()
     assert all(torch.equal(got[key], want[key]) for key in want)
     if name.startswith("checkpoint"):
         # Without averages, what was trained.
-        trained = load_released("moh_dit", {"model": given}, SIZES).state_dict()
+        trained = load_released("moh_dit", {"model": given}, config=SIZES).state_dict()
         assert all(torch.equal(trained[key], want[key]) for key in want)
 
 
@@ -94,7 +94,7 @@ def test_files_that_hold_more_than_tensors_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"odd\.pth is no checkpoint of PyTorch, is broken, or holds more"
     ):
-        load_released("moh_dit", tmp_path / "odd.pth", SIZES)
+        load_released("moh_dit", tmp_path / "odd.pth", config=SIZES)
 
 
 def test_every_missing_tensor_is_an_error():
@@ -102,30 +102,36 @@ def test_every_missing_tensor_is_an_error():
         given = tensors()
         del given[name]
         with pytest.raises(ValueError, match=r"moh_dit: .*missing: "):
-            load_released("moh_dit", given, SIZES)
+            load_released("moh_dit", given, config=SIZES)
 
 
 def test_weights_of_another_preset_say_what_differs():
     with pytest.raises(ValueError, match="moh_dit: the tensors do not fit the config") as error:
-        load_released("moh_dit", tensors(), "moh-dit-test")
+        load_released("moh_dit", tensors(), preset="moh-dit-test")
     message = str(error.value)
     assert "size mismatch: positions [1, 9, 12], not [1, 16, 96], patch_embedding.weight" in message
     assert re.search(r"missing: blocks\.0\.attention\.router\.routed\.weight \[4, 96\], ", message)
     assert re.search(r"and \d+ more", message)
     assert len(message) < 1000
     with pytest.raises(ValueError, match=r"left over: surplus \[3\]$"):
-        load_released("moh_dit", tensors() | {"surplus": torch.zeros(3)}, SIZES)
+        load_released("moh_dit", tensors() | {"surplus": torch.zeros(3)}, config=SIZES)
 
 
 def test_presets_by_name_dense_ones_too():
     model = DiT(DiTConfig.preset("dit-test", num_labels=1000))
     with pytest.raises(ValueError, match="unknown preset 'moh-dit-tset'; did you mean 'moh-dit-te"):
-        load_released("moh_dit", {}, "moh-dit-tset")
-    with pytest.raises(ValueError, match=r"config is None; .* or a preset's name"):
+        load_released("moh_dit", {}, preset="moh-dit-tset")
+    with pytest.raises(ValueError, match=r"config is None; .* or preset, a name"):
         load_released("moh_dit", {})
+    with pytest.raises(ValueError, match=r"preset is 'dit-s' and config is \{\}; one must be None"):
+        load_released("moh_dit", {}, preset="dit-s", config={})
+    with pytest.raises(ValueError, match="preset is 3; it must be a string"):
+        load_released("moh_dit", {}, preset=3)
+    with pytest.raises(ValueError, match=r"config is 'dit-s'; .* or preset, a name"):
+        load_released("moh_dit", {}, config="dit-s")
     assert model.config.budgets == (None,) * 4
     dense = {k: v for k, v in tensors().items() if ".wg" not in k}
-    assert isinstance(load_released("moh_dit", dense, SIZES | {"moh": False}), DiT)
+    assert isinstance(load_released("moh_dit", dense, config=SIZES | {"moh": False}), DiT)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_presets_by_name_dense_ones_too():
 )
 def test_configs_that_do_not_fit_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        load_released("moh_dit", tensors(), SIZES | changes)
+        load_released("moh_dit", tensors(), config=SIZES | changes)
 
 
 def written(content: object, path) -> str:
@@ -166,5 +172,5 @@ def written(content: object, path) -> str:
 def test_what_holds_no_weights_is_refused(name, content, message, tmp_path):
     path = str(tmp_path / name) if content is None else written(content, tmp_path / name)
     with pytest.raises(ValueError, match=message) as error:
-        load_released("moh_dit", path, SIZES)
+        load_released("moh_dit", path, config=SIZES)
     assert "\n" not in str(error.value)

@@ -76,7 +76,7 @@ def of_router(dim: int, heads: int, shared: int, kept: int) -> dict[str, tuple[i
 def test_transnext_equals_the_released_code(dtype):
     parameters, tensors, metadata = golden("moh_transnext_small", dtype)
     config = json.loads(metadata["config"])
-    model = load_released("moh_transnext", parameters, config)
+    model = load_released("moh_transnext", parameters, config=config)
     assert isinstance(model, TransNeXtForImageClassification)
     assert not model.training
     with torch.no_grad(), record_routing(model) as routings:
@@ -92,13 +92,13 @@ def test_transnext_equals_the_released_code(dtype):
 def test_files_give_what_their_tensors_give(file, tmp_path):
     tensors = released_tensors(SIZES, torch.float64)
     x = torch.randn(2, 3, 28, 28, dtype=torch.float64)
-    want = load_released("moh_transnext", tensors, SIZES)(x).logits
+    want = load_released("moh_transnext", tensors, config=SIZES)(x).logits
     save = {"released.safetensors": save_file, "released.pth": torch.save}.get(file)
     if save is None:
         torch.save({"model": tensors, "epoch": 3}, tmp_path / file)
     else:
         save(tensors, tmp_path / file)
-    got = load_released("moh_transnext", tmp_path / file, SIZES)(x).logits
+    got = load_released("moh_transnext", tmp_path / file, config=SIZES)(x).logits
     assert got.dtype == torch.float64
     assert torch.equal(got, want)
 
@@ -106,7 +106,7 @@ def test_files_give_what_their_tensors_give(file, tmp_path):
 def test_without_routed_heads_it_is_dense():
     routers = ("shared_head", "routed_head")
     config = {name: value for name, value in SIZES.items() if name not in routers}
-    model = load_released("moh_transnext", released_tensors(config), config)
+    model = load_released("moh_transnext", released_tensors(config), config=config)
     with record_routing(model) as routings:
         assert model(torch.randn(1, 3, 28, 28)).logits.isfinite().all()
     assert routings == {}
@@ -121,15 +121,15 @@ PRESET = {
 
 def test_weights_of_another_preset_are_told_apart():
     tensors = released_tensors(PRESET)
-    model = load_released("moh_transnext", tensors, "moh-vit-s-80")
+    model = load_released("moh_transnext", tensors, preset="moh-vit-s-80")
     assert model.config.drop_path_rate == 0.45
     # The last stage's five blocks have two routers' maps that differ.
     place = r"backbone\.stages\.3\.blocks\.0\.attention\.router\.shared\.weight"
     message = rf"moh_transnext: .*size mismatch: {place} \[8, 576\], not \[4, 576\].* 7 more"
     with pytest.raises(ValueError, match=message):
-        load_released("moh_transnext", tensors, "moh-vit-s-75")
+        load_released("moh_transnext", tensors, preset="moh-vit-s-75")
     with pytest.raises(ValueError, match=r"left over: .*router.* and 88 more"):
-        load_released("moh_transnext", tensors, "transnext-small")
+        load_released("moh_transnext", tensors, preset="transnext-small")
 
 
 def test_every_tensor_is_accounted_for():
@@ -137,17 +137,17 @@ def test_every_tensor_is_accounted_for():
     for name in tensors:
         less = {n: t for n, t in tensors.items() if n != name}
         with pytest.raises(ValueError, match=r"moh_transnext: .* missing: "):
-            load_released("moh_transnext", less, SIZES)
+            load_released("moh_transnext", less, config=SIZES)
     for name in ("relative_pos_index1", "block1.0.attn.surplus", "block9.0.attn.q.weight"):
         with pytest.raises(ValueError, match=r"moh_transnext: .*left over: "):
-            load_released("moh_transnext", tensors | {name: torch.zeros(3)}, SIZES)
+            load_released("moh_transnext", tensors | {name: torch.zeros(3)}, config=SIZES)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("moh-vit-s-57", "unknown preset 'moh-vit-s-57'; did you mean 'moh-vit-s-75'?"),
-        (None, "config is None; 'moh_transnext' needs a dict of its sizes (num_heads, …) or a"),
+        ({"preset": "moh-vit-s-57"}, "unknown preset 'moh-vit-s-57'; did you mean 'moh-vit-s-75'?"),
+        (None, "config is None; 'moh_transnext' needs a dict of its sizes (num_heads, …) or p"),
         (SIZES | {"layers": 3}, "config does not fit moh_transnext: "),
         ({"img_size": 28}, "missing 5 required keyword-only arguments: 'patch_size'"),
         (SIZES | {"routed_head": None}, "active_heads is None; give both"),
@@ -159,5 +159,6 @@ def test_every_tensor_is_accounted_for():
     ],
 )
 def test_configs_that_do_not_fit_are_errors(config, message):
+    given = config if config and "preset" in config else {"config": config}
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_released("moh_transnext", released_tensors(SIZES), config)
+        load_released("moh_transnext", released_tensors(SIZES), **given)

@@ -4,14 +4,25 @@ Layers return (y, routing); losses, statistics and plots are functions of the ro
 """
 
 from headwise import bitnet, models, ops, parity
-from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig, calibrate, convert, record_routing
+from headwise.hf import (
+    MHMoEConfig,
+    MoEConfig,
+    MoHConfig,
+    calibrate,
+    convert,
+    load,
+    record_routing,
+    restore,
+)
 from headwise.nn import MHMoE, MoE, MoHAttention, update_biases
-from headwise.ops import Routing, balance_loss, router_z_loss
+from headwise.ops import ExpertRouting, HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.released import load_released
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpertRouting",
+    "HeadRouting",
     "MHMoE",
     "MHMoEConfig",
     "MoE",
@@ -23,11 +34,13 @@ __all__ = [
     "bitnet",
     "calibrate",
     "convert",
+    "load",
     "load_released",
     "models",
     "ops",
     "parity",
     "record_routing",
+    "restore",
     "router_z_loss",
     "update_biases",
 ]

@@ -15,14 +15,14 @@ from headwise.analysis import (
     specialisation,
     specialisation_by_chance,
 )
-from headwise.ops import Routing, route_tokens
+from headwise.ops import ExpertRouting, route_tokens
 
 
 def chosen(indices, num_experts=7):
     """Tokens of one sequence: [T][h][K]."""
     indices = torch.tensor([indices])
     probabilities = torch.full((*indices.shape[:-1], num_experts), 1 / num_experts)
-    return Routing(indices.float(), indices, probabilities, probabilities.log())
+    return ExpertRouting(indices.float(), indices, probabilities, probabilities.log())
 
 
 TOKENS = [[[0, 1], [1, 2], [3, 0]], [[0, 1], [0, 1], [2, 3]], [[4, 5], [4, 5], [5, 4]]]

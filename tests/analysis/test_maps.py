@@ -10,7 +10,7 @@ from PIL import Image
 from headwise.analysis import HeadLoads, LoadMeter, count_heads, plots
 from headwise.analysis.image_records import PatchMap, RoutedImage, to_png
 from headwise.analysis.report import render_report
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 
 # Two layers of one shared and two routed heads.
 LOADS = HeadLoads(
@@ -82,7 +82,7 @@ def test_loads_by_class_of_batches_of_mixed_classes():
     # Three images of two patches each, of classes 0, 1, 0; one shared and one routed head.
     gates = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [1, 1]], [[1, 0], [1, 0]]]).float()
     none = torch.zeros(3, 2, 1)
-    routing, labels = Routing(gates, none.long(), none, none), torch.tensor([0, 1, 0])
+    routing, labels = HeadRouting(gates, none.long(), none, none), torch.tensor([0, 1, 0])
     meter = LoadMeter(count_heads)
     for i, name in enumerate(("cat", "dog")):
         meter.add(name, [routing.with_mask((labels == i)[:, None])])

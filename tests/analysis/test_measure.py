@@ -12,20 +12,26 @@ from headwise.analysis import (
     load_entropy,
     unused_share,
 )
-from headwise.ops import Routing, route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops import (
+    ExpertRouting,
+    HeadRouting,
+    route_heads,
+    route_heads_by_query_norm,
+    route_tokens,
+)
 
 
 def heads_routing(gates):
     """One shared head and two routed ones, of which each token keeps one."""
     weights = torch.tensor(gates)
     routed = weights[..., 1:]
-    return Routing(weights, routed.argmax(-1, keepdim=True), routed.softmax(-1), routed)
+    return HeadRouting(weights, routed.argmax(-1, keepdim=True), routed.softmax(-1), routed)
 
 
 def experts_routing(indices, num_experts):
     indices = torch.tensor(indices)
     probabilities = torch.full((*indices.shape[:-1], num_experts), 1 / num_experts)
-    return Routing(indices.float(), indices, probabilities, probabilities.log())
+    return ExpertRouting(indices.float(), indices, probabilities, probabilities.log())
 
 
 def test_head_load_by_hand():
@@ -124,7 +130,7 @@ def test_meter_counts_tokens_and_not_batches():
 
 def test_meter_equals_one_large_forward():
     routing = route_tokens(torch.randn(1, 11, 3, 7), top_k=2)
-    parts = [Routing(*[part[:, a:b] for part in routing[:4]]) for a, b in ((0, 2), (2, 11))]
+    parts = [ExpertRouting(*[part[:, a:b] for part in routing[:4]]) for a, b in ((0, 2), (2, 11))]
     meter = LoadMeter(count_experts)
     for part in parts:
         meter.add("all", [part])
@@ -138,3 +144,13 @@ def test_meter_refuses_another_model():
         meter.add("code", [experts_routing([[0, 1]], 3)] * 2)
     with pytest.raises(ValueError, match="3 and 5 candidates"):
         meter.add("code", [experts_routing([[0, 1]], 5)])
+
+
+def test_a_routing_of_the_other_kind_is_refused():
+    heads = route_heads(torch.randn(1, 3, 2), torch.randn(1, 3, 5), torch.randn(1, 3, 2), top_k=2)
+    experts = route_tokens(torch.randn(1, 3, 7), top_k=2)
+    for function in (head_load, heads_on):
+        with pytest.raises(ValueError, match=r"routing is ExpertRouting.* must be a HeadRouting"):
+            function(experts)
+    with pytest.raises(ValueError, match=r"routing is HeadRouting.* must be an ExpertRouting"):
+        expert_load(heads)

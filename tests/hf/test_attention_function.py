@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from headwise import MoEConfig, MoHConfig, calibrate, convert
 
@@ -86,3 +87,72 @@ def test_a_model_with_experts_alone_takes_any(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert again.config._attn_implementation == "eager"
+
+
+class Keeping(LlamaAttention):
+    """Adds to the forward above, and passes everything on."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+class Dropping(LlamaAttention):
+    """Takes **kwargs and does not pass them on."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        return super().forward(hidden_states, position_embeddings, attention_mask)
+
+
+class Without(LlamaAttention):
+    """Takes no **kwargs."""
+
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, past_key_values, position_ids
+    ):
+        return super().forward(hidden_states, position_embeddings, attention_mask)
+
+
+class Losing(LlamaAttention):
+    """Reads its **kwargs, but loses the routing."""
+
+    def forward(self, hidden_states, **kwargs):
+        kwargs.pop("routing", None)
+        return super().forward(hidden_states, **kwargs)
+
+
+def with_attention(model, kind):
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("kind", [Dropping, Without])
+def test_a_model_that_would_drop_the_routing_is_refused_when_converted(tiny, kind):
+    model = with_attention(tiny(), kind)
+    message = (
+        rf"LlamaForCausalLM cannot be converted: the forward of model\.layers\.0\.self_attn, a "
+        rf"{kind.__name__}, does not pass its \*\*kwargs.*or take router 'query_norm'"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert(model, attention=ROUTERS["two_stage"])
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("router" in name for name, _ in model.named_modules())
+
+
+def test_a_forward_that_only_adds_converts(tiny, ids):
+    plain = convert(tiny(), attention=ROUTERS["two_stage"])
+    adding = convert(with_attention(tiny(), Keeping), attention=ROUTERS["two_stage"])
+    adding.load_state_dict(plain.state_dict())
+    assert torch.equal(adding(ids).logits, plain(ids).logits)
+
+
+def test_a_router_by_queries_needs_nothing_passed_on(tiny, ids):
+    want = convert(tiny(), attention=ROUTERS["query_norm"])(ids, use_cache=False).logits
+    model = convert(with_attention(tiny(), Dropping), attention=ROUTERS["query_norm"])
+    assert torch.equal(model(ids, use_cache=False).logits, want)
+
+
+def test_a_routing_that_is_lost_on_the_way_is_an_error(tiny, ids):
+    model = convert(with_attention(tiny(), Losing), attention=ROUTERS["two_stage"])
+    with pytest.raises(ValueError, match="Losing was given a routing and did not pass it on"):
+        model(ids)

@@ -62,12 +62,15 @@ def test_a_conversion_from_before_fields_were_added_is_read():
     assert Conversion.from_dict(fields) == want
 
 
-def test_only_a_ternary_conversion_needs_format_2():
-    plain, ternary = (
+def test_only_what_an_older_version_would_misread_needs_a_newer_format():
+    plain, ternary, in_part = (
         Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)),
         Conversion(ternary="trained"),
+        Conversion(attention=MoHConfig(), layers=(0, 2)),
     )
-    assert (plain.to_dict()["format"], ternary.to_dict()["format"]) == (1, 2)
+    assert [x.to_dict()["format"] for x in (plain, ternary, in_part)] == [1, 2, 3]
+    assert Conversion.from_dict(in_part.to_dict()) == in_part
+    assert "layers" not in plain.to_dict()
     fields = plain.to_dict()
     del fields["ternary"]
     assert Conversion.from_dict(fields) == plain
@@ -75,9 +78,9 @@ def test_only_a_ternary_conversion_needs_format_2():
 
 def test_a_newer_format_is_refused():
     fields = Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)).to_dict() | {
-        "format": 3
+        "format": 4
     }
-    with pytest.raises(ValueError, match=r"format 3.*up to 2.*upgrade"):
+    with pytest.raises(ValueError, match=r"format 4.*up to 3.*upgrade"):
         Conversion.from_dict(fields)
 
 

@@ -125,7 +125,7 @@ def test_a_converted_directory(tiny, tmp_path):
     convert(tiny(), attention=QUERY_NORM).save_pretrained(directory)
     refuse(directory, "converted already; give the original")
     edit_config(directory, lambda config: config["headwise"].update(format=99))
-    refuse(directory, "headwise format 99, this version reads up to 2; upgrade with")
+    refuse(directory, "headwise format 99, this version reads up to 3; upgrade with")
     with pytest.raises(ValueError, match="headwise format 99"):
         AutoConfig.from_pretrained(directory)
     edit_config(directory, lambda config: config.pop("headwise"))

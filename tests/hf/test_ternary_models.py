@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, bitnet, convert, record_routing
+from headwise.hf import restore
 from headwise.hf.checkpointing import checkpoint_activations
-from headwise.hf.original import original_of
 from headwise.nn.bitlinear import BitLinear, PackedLinear
 from headwise.parity import count_flops, count_parameters
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_is_refused(tiny):
     with pytest.raises(ValueError, match="no experts that are not ternary already"):
         bitnet.ternarize(model)
     with pytest.raises(ValueError, match="the model is ternary; its original must be given"):
-        original_of(model)
+        restore(model)
     with pytest.raises(ValueError, match="ternary is 'packed'; it must be 'trained'"):
         bitnet.pack(bitnet.pack(model))
 

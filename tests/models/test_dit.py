@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel
 from headwise import balance_loss, record_routing
 from headwise.hf.checkpointing import checkpoint_activations
 from headwise.models import DiT, DiTConfig
-from headwise.models.dit import sin_cos_positions
-from headwise.models.dit_config import PRESETS
+from headwise.models.dit.config import PRESETS
+from headwise.models.dit.model import sin_cos_positions
 from headwise.parity import count_flops, count_parameters, measure_flops
 
 SIDE, CLASSES, LAYERS = 6, 5, 3

@@ -14,8 +14,8 @@ from headwise import record_routing
 from headwise.models import DiT, DiTConfig
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-from headwise.models import dit_pipeline  # noqa: E402
-from headwise.models.dit_pipeline import RoutedDiTPipeline  # noqa: E402
+from headwise.models.dit import pipeline as dit_pipeline  # noqa: E402
+from headwise.models.dit.pipeline import RoutedDiTPipeline  # noqa: E402
 
 # diffusers makes numpy arrays of torch's tensors in a way that numpy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -294,9 +294,9 @@ def test_models_and_schedulers_that_do_not_suit_are_refused():
 
 def test_without_diffusers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "headwise.models.dit_pipeline")
+    monkeypatch.delitem(sys.modules, "headwise.models.dit.pipeline")
     with pytest.raises(ValueError, match=r"needs diffusers.*pip install 'headwise\[diffusion\]'"):
-        importlib.import_module("headwise.models.dit_pipeline")
+        importlib.import_module("headwise.models.dit.pipeline")
 
 
 def test_what_ddim_clips_leaves_no_noise_behind():

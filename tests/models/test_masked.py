@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert, record_routing
+from headwise.hf import restore
 from headwise.hf.auto import Routed
 from headwise.hf.checkpointing import checkpoint_activations
-from headwise.hf.original import original_of
 from headwise.models import MaskedConfig, MaskedModel
 
 P, T, V, CODES = 9, 7, 31, 11
@@ -221,7 +221,7 @@ def test_convert_takes_a_saved_model_and_gives_it_back(tmp_path):
     converted = convert(tmp_path, attention=all_on)
     want = real_logits(model, given)
     assert_close(real_logits(converted, given), want, rtol=0, atol=0)
-    original = original_of(converted)
+    original = restore(converted)
     assert type(original) is MaskedModel
     assert_close(real_logits(original, given), want, rtol=0, atol=0)
 

@@ -19,8 +19,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from headwise import balance_loss, record_routing
 from headwise.hf.checkpointing import checkpoint_activations
 from headwise.models import TransNeXtBackbone, TransNeXtConfig, TransNeXtForImageClassification
-from headwise.models.transnext_config import PRESETS
-from headwise.models.transnext_layers import Geometry, PositionBias
+from headwise.models.transnext.config import PRESETS
+from headwise.models.transnext.layers import Geometry, PositionBias
 from headwise.parity import count_flops, count_parameters, measure_flops
 
 CLASSES = 7

@@ -63,7 +63,7 @@ def test_one_stage_leaves_shared_heads_at_one(mode):
     budget = HeadBudget.resolve(15, shared=(3, 4, 5, 9, 10, 11), active=12, num_groups=5)
     router, x = OneStageRouter(13, budget, mode=mode), torch.randn(2, 3, 13)
     routing = router(x)
-    assert (routing.weights[..., budget.chosen] == 1).all()
+    assert (routing.weights[..., budget.named_shared] == 1).all()
     of_others = [routing.weights[..., 3 * group] for group in (0, 2, 4)]
     none = x.new_zeros(2, 3, 0)
     want = route_heads(none, x @ router.routed().T, None, top_k=2, mode=mode)

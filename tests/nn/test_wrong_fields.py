@@ -58,7 +58,10 @@ def names_of(made):
         declared = {name for base in ours for name in inspect.get_annotations(base)}
         return [field.name for field in fields(made) if field.name in declared]
     parameters = inspect.signature(made).parameters.values()
-    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "names"]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "names"]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names += names_of(made.__base__)
+    return list(dict.fromkeys(names))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.ops import route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops import (
+    ExpertRouting,
+    HeadRouting,
+    Routing,
+    route_heads,
+    route_heads_by_query_norm,
+    route_tokens,
+)
 
 LN3 = math.log(3)
 SIZES = [(0, 5, 2), (1, 5, 3), (3, 5, 0), (3, 0, 0), (2, 1, 1), (2, 7, 7)]
@@ -264,3 +271,19 @@ def test_query_norm_errors():
     ):
         with pytest.raises(ValueError, match=message):
             route_heads_by_query_norm(q, shared_heads=shared_heads, top_k=top_k)
+
+
+def test_the_type_says_what_was_routed():
+    heads = route_heads(torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 2), top_k=2)
+    by_norm = route_heads_by_query_norm(torch.randn(2, 3, 5, 7), shared_heads=2, top_k=1)
+    experts = route_tokens(torch.randn(2, 7), top_k=3)
+    padding = torch.tensor([True, False])
+    for routing, kind in ((heads, HeadRouting), (by_norm, HeadRouting), (experts, ExpertRouting)):
+        assert type(routing) is kind
+        assert isinstance(routing, Routing)
+        masked = routing.with_mask(padding[:, None] if routing is by_norm else padding)
+        assert type(masked) is kind
+        assert (masked.indices[1] == -1).all()
+        assert not masked.weights[1].any()
+    assert heads.weights.shape[-1] == 8
+    assert experts.weights.shape[-1] == 3

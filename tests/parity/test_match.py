@@ -10,7 +10,7 @@ PAPER = (768, 8, 1, 2048)  # d, E0, k0, f0 of the paper's sparse MoE
 FLOPS = 9_437_184  # of a token, of every row of the paper's table
 
 
-def layer_of(mixture: Mixture) -> MHMoE:
+def layer_of(mixture: Mixture) -> MoE:
     """The layer of these sizes, without memory."""
     sizes = {
         "num_experts": mixture.num_experts, "top_k": mixture.top_k,
@@ -22,7 +22,7 @@ def layer_of(mixture: Mixture) -> MHMoE:
         return MHMoE(mixture.dim, num_heads=mixture.heads, **sizes)
 
 
-def cost(layer: MHMoE) -> tuple[float, int]:
+def cost(layer: MoE) -> tuple[float, int]:
     """FLOPs of a token, and parameters, without the router's."""
     flops = count_flops(layer, sequence_length=1)
     weights = [p.numel() for name, p in layer.named_parameters() if "router" not in name]

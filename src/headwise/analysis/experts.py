@@ -9,7 +9,8 @@ import torch
 
 from headwise.analysis.measure import Load, as_distribution, load_entropy
 from headwise.analysis.records import ExpertLoads
-from headwise.ops import Routing
+from headwise.ops import ExpertRouting
+from headwise.ops.fields import check
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class OverlapCount:
         return self.common / self.possible if self.possible else None
 
 
-def count_overlap(routing: Routing) -> OverlapCount:
+def count_overlap(routing: ExpertRouting) -> OverlapCount:
     """Overlap of the experts of a token's sub-tokens, padding left out.
 
         overlap = mean over tokens and pairs a < b of |A ∩ B| / K,   A, B: their K experts
@@ -45,12 +46,13 @@ def count_overlap(routing: Routing) -> OverlapCount:
         routing: Of a MoE or MH-MoE layer: indices [B, T, h, K] with h sub-tokens of a token.
 
     Raises:
-        ValueError: If the indices have no dimension of sub-tokens.
+        ValueError: If the routing is of heads, or its indices have no dimension of sub-tokens.
 
     Example (worked by hand): two tokens, h = 3, K = 2. Sub-tokens that go to {0, 1}, {1, 2}, {3, 0}
     have 1 + 1 + 0 experts in common, those that go to {0, 1}, {0, 1}, {2, 3} have 2 + 0 + 0. Of
     2 · 3 · 2 = 12 that makes 4: 1/3.
     """
+    check("routing", routing, ExpertRouting)
     indices = routing.indices
     if indices.ndim != 4:
         raise ValueError(f"indices are {list(indices.shape)}; they must be [B, T, h, K]")

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headwise.ops import Routing
+from headwise.ops import ExpertRouting, HeadRouting, Routing
+from headwise.ops.fields import check
 
 Load = Tensor | Sequence[float]
 
@@ -37,7 +38,7 @@ class LoadCount:
         return self.counts.double() / max(self.total, 1)
 
 
-def count_heads(routing: Routing) -> LoadCount:
+def count_heads(routing: HeadRouting) -> LoadCount:
     """Tokens for which each of the H heads is on (its gate is not 0), out of the real tokens.
 
     Args:
@@ -46,9 +47,13 @@ def count_heads(routing: Routing) -> LoadCount:
     Returns:
         [H] counts. Shared heads have a load of 1; the loads sum to the number of heads on a token.
 
+    Raises:
+        ValueError: If the routing is of experts.
+
     Example (worked by hand): one shared and two routed heads, gates [1, .7, 0], [1, .4, 0],
     [1, 0, .9] and a padding token: counts [3, 2, 1] of 3, loads [1, 2/3, 1/3].
     """
+    check("routing", routing, HeadRouting)
     on = routing.weights != 0
     if routing.mask is not None:
         on = on[routing.mask]
@@ -56,7 +61,7 @@ def count_heads(routing: Routing) -> LoadCount:
     return LoadCount(on.sum(0).cpu(), on.shape[0])
 
 
-def count_experts(routing: Routing) -> LoadCount:
+def count_experts(routing: ExpertRouting) -> LoadCount:
     """Assignments of each of the E experts, out of all; a sub-token counts like a token.
 
     Args:
@@ -65,16 +70,20 @@ def count_experts(routing: Routing) -> LoadCount:
     Returns:
         [E] counts. The loads sum to 1, or to 0 where every token is padding.
 
+    Raises:
+        ValueError: If the routing is of heads.
+
     Example (worked by hand): two tokens of two sub-tokens with indices [0, 0], [0, 2], K = 1,
     among 4 experts: counts [3, 0, 1, 0] of 4, loads [3/4, 0, 1/4, 0].
     """
+    check("routing", routing, ExpertRouting)
     num_experts = routing.probabilities.shape[-1]
     chosen = routing.indices if routing.mask is None else routing.indices[routing.mask]
     counts = torch.bincount(chosen[chosen >= 0].flatten().cpu(), minlength=num_experts)
     return LoadCount(counts, int(counts.sum()))
 
 
-def heads_on(routing: Routing) -> list[list[int]]:
+def heads_on(routing: HeadRouting) -> list[list[int]]:
     """For each token of one sequence the heads that are on, ascending; none for padding.
 
     Args:
@@ -84,8 +93,9 @@ def heads_on(routing: Routing) -> list[list[int]]:
         T lists of indices in 0..H-1, shared heads included: one layer of `RoutedText.heads_on`.
 
     Raises:
-        ValueError: If the routing holds more than one sequence.
+        ValueError: If the routing holds more than one sequence, or is of experts.
     """
+    check("routing", routing, HeadRouting)
     weights = routing.weights
     if weights.ndim == 3 and weights.shape[0] == 1:
         weights = weights[0]
@@ -163,7 +173,7 @@ class LoadMeter(Generic[C]):
         >>> HeadLoads(shared_heads=[[0, 1, 2]] * num_layers, by_domain=meter.by_domain())
     """
 
-    def __init__(self, count: Callable[[Routing], C]):
+    def __init__(self, count: Callable[[Any], C]):
         self._count = count
         self._sums: dict[str, list[C]] = {}
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from headwise.bench.comparison import Builder, Comparison, Effort
 from headwise.nn import MoHAttention
 from headwise.nn.routers import Router
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 from headwise.parity import count_flops
 
 DIM, HEADS = 768, 12
@@ -157,7 +157,7 @@ def compared(
     All with one routing: the module has one router.
     """
     (router,) = (part for part in module.modules() if isinstance(part, Router))
-    routings: list[Routing] = []
+    routings: list[HeadRouting] = []
     hook = router.register_forward_hook(lambda _module, _inputs, output: routings.append(output))
     run(module, dtype)
     hook.remove()

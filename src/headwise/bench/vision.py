@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from headwise.bench.comparison import Builder, Comparison, Effort
 from headwise.bench.layer import compared
 from headwise.models import DiTConfig, TransNeXtConfig
-from headwise.models.dit import DiTBlock
-from headwise.models.transnext import Block
-from headwise.models.transnext_layers import Geometry
+from headwise.models.dit.model import DiTBlock
+from headwise.models.transnext.layers import Geometry
+from headwise.models.transnext.model import Block
 from headwise.parity import measure_flops
 
 DTYPES = (torch.float32, torch.bfloat16)

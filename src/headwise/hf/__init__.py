@@ -4,9 +4,10 @@ from typing import Any
 
 from headwise.hf.calibration import calibrate
 from headwise.hf.conversion import Conversion
-from headwise.hf.convert import convert
+from headwise.hf.converter import convert, restore
 from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
 from headwise.hf.head_configs import MoHConfig
+from headwise.hf.loading import load
 from headwise.hf.recorder import record_routing
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "MoHConfig",
     "calibrate",
     "convert",
+    "load",
     "record_routing",
+    "restore",
 ]
 
 
@@ -28,7 +31,7 @@ def __getattr__(name: str) -> Any:
     """
     found = None
     if name == "ModelMixin" or name.startswith("Routed"):
-        from headwise.hf.diffusers import class_of
+        from headwise.hf.of_diffusers import class_of
 
         found = class_of(name)
     if found is None:

@@ -1,5 +1,7 @@
 """MoH as a transformers attention function, registered under the name "headwise"."""
 
+import dis
+import inspect
 from typing import Any
 
 import torch
@@ -19,9 +21,7 @@ NAME = "headwise"
 def install_router(attention: nn.Module, router: HeadRouter) -> None:
     """Give a transformers attention module a router; its class and parameter names stay."""
     attention.router = router
-    attention.register_forward_pre_hook(_check_function)
-    if not isinstance(router, QueryNormRouter):
-        attention.register_forward_pre_hook(_route_by_input, with_kwargs=True)
+    attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
 
 
 def check_implementation(name: Any) -> None:
@@ -32,17 +32,19 @@ def check_implementation(name: Any) -> None:
         )
 
 
-def _check_function(attention: nn.Module, _: tuple[Any, ...]) -> None:
-    """Before the attention's forward: a part of a model sets its function without the whole."""
-    config: Any = attention.config
-    check_implementation(config._attn_implementation)
-
-
-def _route_by_input(
+def _before_attention(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the attention's forward: route by its input, and hand the routing down to `attend`."""
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Route by the attention's input; its forward hands the routing down to `attend`.
+
+    A router by queries waits for `attend`, which has them. The function is checked here because
+    somebody may set that of a part of the model without the whole.
+    """
+    config: Any = attention.config
     router: Any = attention.router
+    check_implementation(config._attn_implementation)
+    if isinstance(router, QueryNormRouter):
+        return None
     x = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, "routing": router(x)}
 
@@ -68,15 +70,21 @@ def attend(
     multiplied by its gate.
 
     Raises:
-        ValueError: For what SDPA does not compute: soft caps and sinks.
+        ValueError: For what SDPA does not compute (soft caps and sinks), for a module with some of
+            the heads only, or whose forward lost the routing on the way.
     """
     router: Any = getattr(module, "router", None)
     if router is not None:
-        _check(kwargs)
+        for name in ("softcap", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"the model's attention has {name}; routed heads support none")
         check_num_heads(query.shape[1], router.budget.num_heads)
-    if router is not None and routing is None:
-        routing = router(rearrange(query, "b h t c -> b t h c"))
-    all_on = router is None or _always_all_on(router)
+        if routing is None and not isinstance(router, QueryNormRouter):
+            raise ValueError(f"{type(module).__name__} was given a routing and did not pass it on")
+        if routing is None:
+            routing = router(rearrange(query, "b h t c -> b t h c"))
+    by_norm = isinstance(router, QueryNormRouter)
+    all_on = router is None or (by_norm and router.budget.active_share == 1)
     if all_on or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
@@ -85,10 +93,22 @@ def attend(
         return heads if all_on else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
     q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = is_causal and q.shape[1] > 1 and attention_mask is None
-    if causal:
-        # The first fill of a static cache: keys past the queries are empty slots.
-        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    tokens = q.shape[1]
+    if tokens == 1:
+        # Decode. With 11 tokens in the cache, token 11 comes: q is [B, 1, H, C], k and v are
+        # [B, 12, G, C] with its own. It may see every key. A static cache has 64 slots instead, and
+        # the mask [B, 1, 1, 64] hides those from 12 on.
+        causal = False
+    elif is_causal and attention_mask is None:
+        # Prompt. 7 tokens at once see themselves and those before: q, k and v are [B, 7, …], and
+        # transformers leaves out the mask. A static cache gives all of its 64 slots as keys, of
+        # which those from 7 on are empty.
+        causal, k, v = True, k[:, :tokens], v[:, :tokens]
+    else:
+        # Chunk. 3 tokens after 7 in the cache: q is [B, 3, …], k and v are [B, 10, …], and by the
+        # mask [B, 1, 3, 10] chunk token t sees keys 0 to 7 + t. A prompt with padding has a mask
+        # [B, 1, 7, 7] likewise. Where there is none, as in encoders, every token sees all.
+        causal = False
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
     heads = head_attention(
         q.to(v.dtype),
@@ -104,6 +124,51 @@ def attend(
     return heads, None
 
 
+def forwards_to_interface(module: nn.Module) -> list[Any]:
+    """The forwards of a module's classes, down to the one that calls transformers' interface.
+
+    A forward that only adds to that of the class above calls it by `super`. Empty where none of
+    them calls the interface.
+    """
+    found = []
+    for kind in type(module).__mro__:
+        forward: Any = inspect.unwrap(vars(kind).get("forward"))  # type: ignore[arg-type]
+        if forward is None or not hasattr(forward, "__code__"):
+            continue
+        found.append(forward)
+        if "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names:
+            return found
+        if "super" not in forward.__code__.co_names:
+            break
+    return []
+
+
+def check_passes_routing(model: nn.Module, name: str) -> None:
+    """Refuse an attention module that does not hand its **kwargs to the attention function.
+
+    The routing of a learned router goes with them, from `_before_attention` to `attend`. A forward
+    that takes none, or never reads them, loses it.
+
+    Raises:
+        ValueError: Naming the model's class, the module and its class.
+    """
+    attention = model.get_submodule(name)
+    if not all(map(_reads_its_kwargs, forwards_to_interface(attention))):
+        raise ValueError(
+            f"{type(model).__name__} cannot be converted: the forward of {name}, a "
+            f"{type(attention).__name__}, does not pass its **kwargs to the attention function, so "
+            "the routing would not arrive; let it pass them, or take router 'query_norm'"
+        )
+
+
+def _reads_its_kwargs(forward: Any) -> bool:
+    kinds = inspect.signature(forward).parameters.items()
+    names = [name for name, parameter in kinds if parameter.kind is parameter.VAR_KEYWORD]
+    # Newer Pythons load two names by one instruction, of which argval is then a tuple.
+    loads = (step.argval for step in dis.get_instructions(forward) if "LOAD" in step.opname)
+    return any(name == x or (type(x) is tuple and name in x) for x in loads for name in names)
+
+
 def refuse_attentions(model: nn.Module) -> None:
     """Let the model, and each model in it, refuse to give attention weights."""
     for part in model.modules():
@@ -114,16 +179,6 @@ def refuse_attentions(model: nn.Module) -> None:
 def _check_outputs(model: Any, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions", model.config.output_attentions):
         raise ValueError("output_attentions is True; routed heads do not keep attention weights")
-
-
-def _check(kwargs: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"the model's attention has {name}; routed heads support none")
-
-
-def _always_all_on(router: nn.Module) -> bool:
-    return isinstance(router, QueryNormRouter) and router.budget.active_share == 1
 
 
 AttentionInterface.register(NAME, attend)

@@ -4,11 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    AutoBackbone,
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,13 +16,10 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from headwise.hf.attention import check_implementation
-from headwise.hf.conversion import Conversion
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
-from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
-from headwise.nn import HeadRouter
-from headwise.ops import Routing, balance_loss, router_z_loss
 
 MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
@@ -31,8 +27,8 @@ _PREFIX = "Routed"
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
 
 
-class Routed(PreTrainedModel):
-    """Mixed into the class of a converted model: balance in the training loss, strict loading."""
+class Routed(Converted, PreTrainedModel):
+    """Mixed into the class of a converted model of transformers."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         conversion = Conversion.from_dict(config.headwise)
@@ -43,45 +39,20 @@ class Routed(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, but a missing, unexpected or misshapen weight is an error.
+        """transformers' own, but strict, and not tensor-parallel.
 
         Raises:
-            ValueError: For such a weight, a model that cannot be read, or tensor parallelism.
+            ValueError: For a missing, unexpected or misshapen weight, a model that cannot be read,
+                or tensor parallelism.
         """
         refuse_tensor_parallel_loading(kwargs)
-        want_info = kwargs.pop("output_loading_info", False)
-        model, info = load_strictly(super().from_pretrained, path, *args, **kwargs)
-        return (model, info) if want_info else model
+        return super().from_pretrained(path, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own, but not away from routed heads: another function would ignore them."""
         if self.conversion.attention is not None:
             check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @property
-    def conversion(self) -> Conversion:
-        """What `headwise.convert` made of this model."""
-        return Conversion.from_dict(self.config.headwise)
-
-    def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
-        """The balance losses (and z-losses) of a forward, weighted as configured.
-
-        Averaged over the layers of a kind: over attentions, and over mixtures of experts.
-        """
-        conversion: Any = self.conversion
-        mlp = conversion.mlp
-        heads, experts = [], []
-        for name, routing in routings.items():
-            router = self.get_submodule(name)
-            if isinstance(router, HeadRouter):
-                heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
-            else:
-                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
-                balance = balance_loss(routing, form=mlp.balance_form, scope=mlp.balance_scope)
-                experts.append(mlp.balance_coefficient * balance + z_loss)
-        kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
-        return torch.stack(kinds).sum()
 
 
 def _check_attention_asked_for(config: PreTrainedConfig) -> None:
@@ -158,17 +129,15 @@ def auto_class_of(model: PreTrainedModel) -> Any:
     return [auto for auto in _auto_classes() if own & {*_classes_of(auto, config_class)}][-1]
 
 
-def class_named(name: str, model_type: str) -> Any:
-    """The model class of that name: transformers', or one registered for that type of model.
+def class_named(name: str, config_class: Any) -> Any:
+    """The model class of that name: transformers', or one registered for that class of configs.
 
     None where there is none.
     """
     if own := getattr(transformers, name, None):
         return own
-    if model_type not in CONFIG_MAPPING:
-        return None
-    config_class = CONFIG_MAPPING[model_type]
-    registered = (x for auto in _auto_classes() for x in _classes_of(auto, config_class))
+    autos = [*_auto_classes(), AutoBackbone]
+    registered = (x for auto in autos for x in _classes_of(auto, config_class))
     return next((x for x in registered if x.__name__ == name), None)
 
 
@@ -200,7 +169,9 @@ class RoutedConfig(PreTrainedConfig):
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
         base = architecture.removeprefix(_PREFIX)
-        original = class_named(base, config_dict.get("base_model_type", ""))
+        base_type = config_dict.get("base_model_type", "")
+        known = base_type in CONFIG_MAPPING
+        original = class_named(base, CONFIG_MAPPING[base_type] if known else None)
         if original is None:
             raise ValueError(f"{base} is not known: neither transformers nor an import has it")
         _, config_class = routed_classes(original)

@@ -15,7 +15,7 @@ from headwise.hf.head_configs import MoHConfig
 from headwise.hf.recorder import record_routing
 from headwise.hf.surgery import attention_modules, build_routers
 from headwise.nn import HeadBudget, QueryNormRouter
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 from headwise.ops.choice import check_choice
 from headwise.progress import followed
 
@@ -26,20 +26,25 @@ Batches = Sequence[Mapping[str, Tensor]]
 def calibrate(
     model: PreTrainedModel, batches: Batches, config: MoHConfig, *, by: Measure = "gradient"
 ) -> MoHConfig:
-    """The same configuration with the shared heads of every layer named: those of most weight.
+    """The same configuration, which names the shared heads of every layer: the heaviest ones.
 
-    Weight is, "gradient": how steeply the loss changes with the gate g of the head, |∂L/∂g| at
-    g = 1, mean over batches; "loss": how much the loss rises when the head alone is cut, which the
-    gradient estimates, and which takes a forward for every head; "query_norm": the mean norm of the
-    head's queries, which is what the router without parameters goes by. With `route_groups` whole
-    groups are chosen, by the sum over heads.
+    What a head weighs depends on `by`:
 
-    **Source**: "gradient" is the head importance of arXiv 1905.10650, Eq. 2, without its
-    normalisation by layer, which the choice within a layer does not need.
+        "gradient"    |∂L/∂g|, mean over batches: how steeply the loss L changes with the head's
+                      gate g, at g = 1
+        "loss"        how much the loss rises when this head alone is cut. It costs a forward for
+                      every head; the gradient is its estimate
+        "query_norm"  the mean norm of the head's queries, by which the router without parameters
+                      chooses
+
+    With `route_groups` a group weighs as much as its heads together, and whole groups are shared.
+
+    **Source**: "gradient" is the head importance of arXiv 1905.10650, Eq. 2.
+    **Deviates**: it is not normalised by layer, because heads compete within a layer only.
 
     Args:
-        model: Not yet converted; it is left as it was.
-        batches: What its forward takes, with `labels` but for "query_norm"; padding has
+        model: A model that is not converted yet; it stays as it was.
+        batches: Arguments of its forward. All but "query_norm" need `labels`; padding has
             attention_mask 0.
         config: Says how many heads each layer shares.
         by: "gradient", "loss" or "query_norm".
@@ -65,8 +70,10 @@ def calibrate(
                 f"batches holds {found}; each must be a dict of what the model's forward takes, "
                 'such as {"input_ids": ids, "labels": ids}'
             )
-    config = config.resolve(len(attention_modules(model)))
-    budgets = [router.budget for router in build_routers(model, config).values()]
+    num_layers = len(attention_modules(model))
+    config = config.resolve(num_layers)
+    routers = build_routers(model, config, range(num_layers))
+    budgets = [router.budget for router in routers.values()]
     training = model.training
     model.eval()
     try:
@@ -142,9 +149,10 @@ class _Gated(QueryNormRouter):
         super().__init__(HeadBudget.resolve(num_heads, shared=0, active=max(1, num_heads - 1)))
         self.gates = torch.ones(num_heads)
 
-    def forward(self, q: Tensor, mask: Tensor | None = None) -> Routing:
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> HeadRouting:
         gates = self.gates.to(q.device).expand(q.shape[:-1])
-        return Routing(gates, gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long), gates, gates)
+        none = gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long)
+        return HeadRouting(gates, none, gates, gates)
 
 
 @contextmanager

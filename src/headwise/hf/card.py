@@ -66,10 +66,10 @@ model = {auto}.from_pretrained("{name}")  # the directory of this card
 def budget_lines(model: Any) -> list[str]:
     """The budget of each layer; one line where all are the same."""
     modules: list[Any] = list(attention_modules(model).values())
-    lines = [str(module.router.budget) for module in modules]
-    if len(set(lines)) == 1:
+    lines = {i: str(m.router.budget) for i, m in enumerate(modules) if hasattr(m, "router")}
+    if len(set(lines.values())) == 1 and len(lines) == len(modules):
         return [f"all {len(lines)} layers: {lines[0]}"]
-    return [f"layer {layer}: {line}" for layer, line in enumerate(lines)]
+    return [f"layer {layer}: {line}" for layer, line in lines.items()]
 
 
 def _original(path: str) -> tuple[str, str | None]:

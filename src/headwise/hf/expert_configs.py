@@ -1,4 +1,4 @@
-"""What `convert` takes for MLPs: frozen descriptions of mixtures of experts."""
+"""Frozen descriptions of mixtures of experts, for `convert(mlp=)`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        # The layer knows what it takes; on the meta device it costs nothing to ask.
+        # The layer checks its own arguments; on the meta device it costs no memory to build one.
         with torch.device("meta"):
             self.build(getattr(self, "num_heads", 1))
         if self.experts_from == "mlp":
@@ -97,15 +97,11 @@ class MoEConfig:
             expert_dim=self.expert_dim // parts,
         )
 
-    def build(self, dim: int) -> MHMoE:
+    def build(self, dim: int) -> MoE:
         """The layer for tokens of that width."""
-        return MoE(dim, **self._layer_fields())
-
-    def _layer_fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        for name in _NOT_OF_THE_LAYER:
-            del fields[name]
-        return fields
+        kind = MHMoE if isinstance(self, MHMoEConfig) else MoE
+        return kind(dim, **{k: v for k, v in fields.items() if k not in _NOT_OF_THE_LAYER})
 
 
 _NOT_OF_THE_LAYER = (
@@ -160,7 +156,3 @@ class MHMoEConfig(MoEConfig):
                 f"num_experts is {self.num_experts}; with experts_from 'mlp' it must be a multiple "
                 f"of num_heads = {self.num_heads}"
             )
-
-    def build(self, dim: int) -> MHMoE:
-        """The layer for tokens of that width."""
-        return MHMoE(dim, **self._layer_fields())

@@ -1,4 +1,4 @@
-"""What `convert` takes for attention: a frozen description of Mixture-of-Head attention."""
+"""A frozen description of Mixture-of-Head attention, for `convert(attention=)`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ OfDepth = Callable[[int, int], Budget]
 class MoHConfig:
     """Mixture-of-Head attention in place of a model's attention.
 
-    A budget is a count of heads or a share of all heads. `shared` and `active` take one for every
-    layer; a sequence with one for each layer; or a function of (layer, number of layers), which
-    `convert` resolves. A layer of `shared` may also be the list of the heads themselves, ascending:
+    A budget is a count of heads or a share of all heads. `shared` and `active` are one budget for
+    all layers, a sequence with one for each layer, or a function of (layer, number of layers) that
+    returns one. In a sequence, `shared` may also list the heads themselves, ascending:
     `headwise.calibrate` makes such lists.
 
     Attributes:
@@ -31,13 +31,13 @@ class MoHConfig:
         mode: Formulas of a learned router: "released" or "paper".
         scores: A learned router's scores of routed heads: "softmax", "sparsemax" or "sigmoid".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
-        route_groups: The query heads that share a key head are on or off together, so that decoding
-            reads the cache of those groups only that are on. shared and active still count query
-            heads and must be whole groups (a share rounds to them).
-        router_std: Deviation with which a learned router starts, 0.02 in the paper's models, which
-            are trained from scratch. With 0 every head that is on has
-            a gate of 1 (mode "released"), so that a pretrained model starts with its heads as they
-            were, the first ones chosen; the balance loss then spreads the choice.
+        route_groups: The query heads that share a key head are on or off together. Decoding then
+            reads the cache of the groups that are on, and no other. shared and active still count
+            query heads; they must be whole groups, and a share rounds to whole groups.
+        router_std: Deviation with which a learned router starts. The paper's models, which are
+            trained from scratch, start with 0.02. With 0 every head that is on has a gate of 1
+            (mode "released"): a pretrained model starts with its heads as they were. Its first
+            routed heads are then on for every token, until the balance loss spreads them.
     """
 
     shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth = 0.4

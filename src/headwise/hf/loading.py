@@ -1,8 +1,11 @@
-"""Loading an original from a path: whole and not converted yet, or an error."""
+"""Loading a model from a path, or an original that is not converted yet: whole, or an error."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -52,6 +55,32 @@ def check_place(path: str) -> None:
         )
 
 
+def load(path: str | os.PathLike[str], **options: Any) -> Any:
+    """The model in a directory, of the class that its config names, in eval mode.
+
+    Args:
+        path: A directory with what `headwise.convert` made (of transformers or of diffusers), a
+            model of `headwise.models`, or a model of transformers as it is; or the name of one on
+            the Hugging Face hub.
+        options: Of `from_pretrained`, such as dtype or device_map.
+
+    Returns:
+        The model, an instance of the class that was saved.
+
+    Raises:
+        ValueError: If there is no model, its class is not known, or a weight is missing, misshapen
+            or not finite; of a converted model and of a DiT also if one is left over.
+    """
+    with _opened(path, "holds no model that can be loaded") as name:
+        if (kind := _diffusers_class(name)) is None:
+            return _load(AutoConfig.from_pretrained(name), name, **options).eval()
+        if not kind.startswith("Routed"):
+            raise ValueError(_of_diffusers(kind))
+        from headwise.hf.of_diffusers import class_of
+
+        return class_of(kind).from_pretrained(name, **options).eval()
+
+
 def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of the class that its config names. Weights that the class lacks are left out.
 
@@ -62,6 +91,20 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         ValueError: If there is no model, it is converted already, or a weight is missing or
             misshapen.
     """
+    with _opened(path, "holds no model that can be converted") as name:
+        if (kind := _diffusers_class(name)) is not None:
+            raise ValueError(f"{_of_diffusers(kind)} and give the model")
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type == MODEL_TYPE:
+            raise ValueError("it is converted already; give the original")
+        return _load(config, name)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], otherwise: str) -> Iterator[str]:
+    """The name of a place that has a model; inside, errors are those of reading it."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path is {path!r}; it must be a directory, or a name on the hub")
     name = os.fspath(path)
     directory = Path(name)
     named_as_one = not isinstance(path, str) or name.startswith((".", "/", "~"))
@@ -69,23 +112,26 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(f"path is {name}, where there is no directory")
     if directory.is_dir():
         check_holds_model(directory)
-    with reading_model(name, "holds no model that can be converted"):
+    with reading_model(name, otherwise):
         check_place(name)
-        _refuse_diffusers(directory)
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type == MODEL_TYPE:
-            raise ValueError("it is converted already; give the original")
-        (architecture,) = config.architectures or [""]
-        model_class = class_named(architecture, config.model_type)
-        if model_class is None:
-            raise ValueError(f"transformers has no class {architecture or 'for it'}")
-        model, _ = load_strictly(model_class.from_pretrained, name, surplus_allowed=True)
+        yield name
+
+
+def _load(config: Any, name: str, **options: Any) -> Any:
+    (architecture,) = config.architectures or [""]
+    model_class = class_named(architecture, type(config))
+    if model_class is None:
+        raise ValueError(f"transformers has no class {architecture or 'for it'}")
+    load = model_class.from_pretrained
+    model, _ = load_strictly(load, name, surplus_allowed=True, **options)
     return model
 
 
-def _refuse_diffusers(directory: Path) -> None:
-    """transformers only says that it does not know the model."""
-    file = directory / "config.json"
-    kind = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
-    if kind is not None:
-        raise ValueError(f"it is a {kind} of diffusers; load it with that class and give the model")
+def _diffusers_class(name: str) -> str | None:
+    """Of a model of diffusers, of which transformers only says that it does not know it."""
+    file = Path(name) / "config.json"
+    return json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+
+
+def _of_diffusers(kind: str) -> str:
+    return f"it is a {kind} of diffusers; load it with that class"

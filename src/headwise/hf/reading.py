@@ -97,6 +97,22 @@ def load_strictly(
     return model, info
 
 
+class StrictlyLoaded:
+    """Mixed into a model's class: a missing, unexpected or misshapen weight is an error."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The library's own, whose missing and surplus weights would only be warned of.
+
+        Raises:
+            ValueError: For such a weight, or a model that cannot be read.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        load = super().from_pretrained  # type: ignore[misc]
+        model, info = load_strictly(load, path, *args, **kwargs)
+        return (model, info) if want_info else model
+
+
 def _check_counts(directory: Path) -> None:
     """Refuse more layers or heads than the weights can have: what counts to them would not end."""
     config, weights = directory / "config.json", directory / "model.safetensors"

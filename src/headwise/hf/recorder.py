@@ -36,7 +36,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     routings: dict[str, Routing] = {}
     running: list[Any] = []
 
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routings.clear()
         mask = named_arguments(model.forward, args, kwargs).get("attention_mask")
         running.append(collect_routings(model, routings, mask))
@@ -46,7 +46,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
         running.pop().__exit__(None, None, None)
 
     hooks = [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_pre_hook(start, with_kwargs=True),
         model.register_forward_hook(end, always_call=True),
     ]
     try:

@@ -1,6 +1,5 @@
 """Putting routers and experts into a transformers model: which modules change, and how."""
 
-import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +11,7 @@ from headwise.hf.conversion import Conversion
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.training_loss import watch_training
 from headwise.hf.upcycling import start_as_slices
-from headwise.nn import HeadRouter, MHMoE
+from headwise.nn import HeadRouter, MoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
 
 
@@ -26,13 +25,17 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     afterwards, there is nothing to keep.
 
     Raises:
-        ValueError: If the model's layers do not take them, or a budget does not fit its heads.
+        ValueError: If the model lacks a layer that is named, its layers have no place for them, or
+            a budget does not fit its heads.
     """
     attentions = attention_modules(model)
-    routers = build_routers(model, conversion.attention) if conversion.attention else {}
+    of_attention, of_mlp = conversion.layers_of(len(attentions))
+    routers = {}
+    if conversion.attention is not None:
+        routers = build_routers(model, conversion.attention, of_attention)
     experts = {}
     for layer, name in enumerate(attentions):
-        if conversion.mlp is not None and (layer + 1) % conversion.every == 0:
+        if conversion.mlp is not None and layer in of_mlp:
             config = _config_of(model, name)
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
@@ -40,8 +43,6 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
             experts[place] = placed(RoutedMLP(mlp), attentions[name])
             if keep_mlps and conversion.mlp.experts_from == "mlp":
                 start_as_slices(mlp, model.get_submodule(place))
-    if conversion.mlp is not None and not experts:
-        raise ValueError(f"every is {conversion.every}, but the model has {len(attentions)} layers")
     ternary = conversion.ternary != "no"
     kinds = ternary_kinds(modules_of_layers(model, without=experts)) if ternary else {}
     for name, router in routers.items():
@@ -60,15 +61,22 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
         pack_layers(model)
 
 
-def build_routers(model: PreTrainedModel, attention: MoHConfig) -> dict[str, HeadRouter]:
-    """A router for each attention module, by the module's name; the model is left alone.
+def build_routers(
+    model: PreTrainedModel, attention: MoHConfig, layers: Collection[int]
+) -> dict[str, HeadRouter]:
+    """A router for the attention of each of the layers, by its name; the model is left alone.
 
     Raises:
         ValueError: If a budget does not fit the heads of its layer, or its attention does something
-            that ours does not, or another attention function than the usual ones was asked for.
+            that ours does not or does not pass a routing on, or another attention function than the
+            usual ones was asked for.
     """
     routers = {}
     for layer, (name, module) in enumerate(attention_modules(model).items()):
+        if layer not in layers:
+            continue
+        if attention.router != "query_norm":
+            headwise_attention.check_passes_routing(model, name)
         config = _config_of(model, name)
         if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
             raise ValueError(
@@ -114,7 +122,8 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         ValueError: If there are none, or one attends to another sequence than its own.
     """
-    found = {name: m for name, m in model.named_modules() if _calls_the_interface(m)}
+    modules = model.named_modules()
+    found = {name: m for name, m in modules if headwise_attention.forwards_to_interface(m)}
     kind = type(model).__name__
     if not found:
         raise ValueError(
@@ -173,11 +182,6 @@ def pack_layers(model: PreTrainedModel) -> None:
 _CROSSING = ("is_encoder_decoder", "add_cross_attention")
 
 
-def _calls_the_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
 def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
     """The name of the MLP in the layer of an attention."""
     layer = attention.rpartition(".")[0]
@@ -190,9 +194,9 @@ def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
 
 
 class RoutedMLP(nn.Module):
-    """A layer of ours where a transformers MLP stood: same call, the routing is for a recorder."""
+    """A mixture in the place of a transformers MLP: it returns y alone."""
 
-    def __init__(self, experts: MHMoE):
+    def __init__(self, experts: MoE):
         super().__init__()
         self.layer = experts
 

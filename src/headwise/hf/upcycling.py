@@ -6,13 +6,13 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from headwise.nn import MHMoE
+from headwise.nn import MHMoE, MoE
 from headwise.ops.activations import activate
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def start_as_slices(layer: MHMoE, mlp: Any) -> None:
+def start_as_slices(layer: MoE, mlp: Any) -> None:
     """Cut the MLP's hidden units into S slices, one an expert, each with its output times S.
 
         mlp(x) = sum_e slice_e(x) = sum_e 1/S · (S · slice_e(x))
@@ -43,14 +43,14 @@ def start_as_slices(layer: MHMoE, mlp: Any) -> None:
     with torch.no_grad():
         experts.up_proj.copy_(heads**0.5 * torch.cat([gate, up], dim=1))
         experts.down_proj.copy_(slices * down)
-        for proj in (layer.head_proj, layer.merge_proj):
-            if proj is not None:
+        if isinstance(layer, MHMoE):
+            for proj in filter(None, (layer.head_proj, layer.merge_proj)):
                 nn.init.eye_(proj.weight)
         if router.top_k == slices == layer.num_experts:
             router.weight.zero_()
 
 
-def _check(layer: MHMoE, mlp: Any) -> None:
+def _check(layer: MoE, mlp: Any) -> None:
     kind = type(mlp).__name__
     projections = [getattr(mlp, name, None) for name in _PROJECTIONS]
     plain = all(isinstance(p, nn.Linear) and p.bias is None for p in projections)

@@ -1,10 +1,12 @@
 """Model families of our own, of transformers' building blocks. Importing it registers them."""
 
-from headwise.models.dit import DiT
-from headwise.models.dit_config import DiTConfig
+from headwise.models.dit import DiT, DiTConfig
 from headwise.models.masked import MaskedConfig, MaskedModel
-from headwise.models.transnext import TransNeXtBackbone, TransNeXtForImageClassification
-from headwise.models.transnext_config import TransNeXtConfig
+from headwise.models.transnext import (
+    TransNeXtBackbone,
+    TransNeXtConfig,
+    TransNeXtForImageClassification,
+)
 
 __all__ = [
     "DiT",

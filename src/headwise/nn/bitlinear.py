@@ -1,16 +1,18 @@
 """BitNet's layers: ternary while they train, or packed in 2 bits for inference.
 
-A ternary layer has the parameters of the layer whose place it takes, and makes them ternary in
-every forward. A packed one holds nothing but the result, as uint8 under the same names, and the
-scales; both give the same outputs bit for bit.
+A ternary layer keeps the parameters of the layer that it replaces, and makes them ternary in every
+forward. A packed layer keeps the result alone: uint8 under the same names, and the scales. Both
+give the same outputs bit for bit.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headwise.nn.buffers import KeepsBuffers
-from headwise.nn.mh_moe import ExpertMatrices, Experts, SharedExpert
+from headwise.nn.mh_moe import ExpertMatrices
 from headwise.ops.activations import Activation
 from headwise.ops.experts import Impl
 from headwise.ops.ternary import Quantized, pack, quantize_weight, ternary_linear, unpack
@@ -32,31 +34,12 @@ class BitLinear(nn.Linear):
         return ternary_linear(x, quantize_weight(self.weight), self.bias)
 
 
-class TernaryExperts(Experts):
-    """`Experts` whose matrices are ternary, with inputs and hidden activations of 8 bits."""
+class TernaryMatrices(ExpertMatrices):
+    """`ExpertMatrices` that are made ternary whenever they are read."""
 
-    def forward(
-        self,
-        x: Float[Tensor, "N D"],
-        weights: Float[Tensor, "N K"],
-        indices: Int[Tensor, "N K"],
-        *,
-        activation: Activation,
-        impl: Impl,
-    ) -> Float[Tensor, "N D"]:
-        """`ops.ternary_mlp` with its own matrices."""
-        matrices = quantize_experts(self.up_proj, self.down_proj)
-        return _mix(matrices, x, weights, indices, activation, impl)
-
-
-class TernarySharedExpert(SharedExpert):
-    """`SharedExpert` whose matrices are ternary, with inputs and hidden activations of 8 bits."""
-
-    def forward(
-        self, x: Float[Tensor, "*batch D"], activation: Activation
-    ) -> Float[Tensor, "*batch D"]:
-        """What it says of every token."""
-        return _share(quantize_experts(self.up_proj, self.down_proj), x, activation)
+    def matrices(self, dtype: torch.dtype) -> Matrices:
+        """Both of them, ternary; they have the model's dtype."""
+        return quantize_experts(self.up_proj, self.down_proj)
 
 
 class PackedLinear(KeepsBuffers):
@@ -136,12 +119,10 @@ class PackedMatrices(KeepsBuffers):
         )
 
 
-class PackedExperts(PackedMatrices):
-    """TernaryExperts for inference.
+class _Mixes(nn.Module):
+    """What `Experts` computes, with ternary matrices and activations of 8 bits."""
 
-    Raises:
-        ValueError: In a forward in training mode.
-    """
+    matrices: Any
 
     def forward(
         self,
@@ -153,40 +134,40 @@ class PackedExperts(PackedMatrices):
         impl: Impl,
     ) -> Float[Tensor, "N D"]:
         """`ops.ternary_mlp` with its own matrices."""
-        return _mix(self.matrices(x.dtype), x, weights, indices, activation, impl)
+        if impl != "auto":
+            raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
+        return ternary_mlp(x, weights, indices, *self.matrices(x.dtype), activation=activation)
 
 
-class PackedSharedExpert(PackedMatrices):
-    """TernarySharedExpert for inference.
+class _Shares(nn.Module):
+    """What `SharedExpert` computes, with the same matrices and activations."""
 
-    Raises:
-        ValueError: In a forward in training mode.
-    """
+    matrices: Any
 
     def forward(
         self, x: Float[Tensor, "*batch D"], activation: Activation
     ) -> Float[Tensor, "*batch D"]:
         """What it says of every token."""
-        return _share(self.matrices(x.dtype), x, activation)
+        rows = x.flatten(end_dim=-2)
+        one, first = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1, dtype=torch.long)
+        matrices = self.matrices(x.dtype)
+        return ternary_mlp(rows, one, first, *matrices, activation=activation).view(x.shape)
 
 
-def _mix(
-    matrices: Matrices,
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    activation: Activation,
-    impl: Impl,
-) -> Tensor:
-    if impl != "auto":
-        raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
-    return ternary_mlp(x, weights, indices, *matrices, activation=activation)
+class TernaryExperts(_Mixes, TernaryMatrices):
+    """`Experts` with ternary matrices, trained."""
 
 
-def _share(matrices: Matrices, x: Tensor, activation: Activation) -> Tensor:
-    rows = x.flatten(end_dim=-2)
-    one, first = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1, dtype=torch.long)
-    return ternary_mlp(rows, one, first, *matrices, activation=activation).view(x.shape)
+class TernarySharedExpert(_Shares, TernaryMatrices):
+    """`SharedExpert` with ternary matrices, trained."""
+
+
+class PackedExperts(_Mixes, PackedMatrices):
+    """TernaryExperts for inference; raises ValueError in a forward in training mode."""
+
+
+class PackedSharedExpert(_Shares, PackedMatrices):
+    """TernarySharedExpert for inference; raises ValueError in a forward in training mode."""
 
 
 def _refuse_training(module: nn.Module) -> None:

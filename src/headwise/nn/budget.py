@@ -20,11 +20,11 @@ class HeadBudget:
 
     Attributes:
         num_heads: All heads.
-        shared_heads: Heads that are always on; the first ones unless `chosen` names them.
+        shared_heads: Heads that are always on; the first ones unless `named_shared` names them.
         active_heads: Heads that a token switches on, shared ones included.
         rounded: What was rounded on the way from shares to counts, for people to read.
         heads_per_group: Heads of a group; divides the three counts.
-        chosen: The shared heads, ascending, where they are not the first ones.
+        named_shared: The shared heads, ascending, where they are not the first ones.
     """
 
     num_heads: Count
@@ -32,7 +32,7 @@ class HeadBudget:
     active_heads: Count
     rounded: tuple[str, ...] = ()
     heads_per_group: Count = 1
-    chosen: Heads = ()
+    named_shared: Heads = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -46,10 +46,11 @@ class HeadBudget:
                 raise ValueError(
                     f"heads_per_group is {self.heads_per_group}; it must divide {field} = {count}"
                 )
-        _checked_heads("chosen", self.chosen, self.num_heads, self.heads_per_group)
-        if self.chosen and len(self.chosen) != self.shared_heads:
+        _checked_heads("named_shared", self.named_shared, self.num_heads, self.heads_per_group)
+        if self.named_shared and len(self.named_shared) != self.shared_heads:
             raise ValueError(
-                f"chosen is {list(self.chosen)}; it must name shared_heads = {self.shared_heads}"
+                f"named_shared is {list(self.named_shared)}; it must name shared_heads = "
+                f"{self.shared_heads}"
             )
 
     @classmethod
@@ -86,9 +87,9 @@ class HeadBudget:
         if num_heads % num_groups:
             raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
         size = num_heads // num_groups
-        chosen: Heads = ()
+        named_shared: Heads = ()
         if isinstance(shared, tuple):
-            chosen = _checked_heads(of_shared, shared, num_heads, size)
+            named_shared = _checked_heads(of_shared, shared, num_heads, size)
             shared = len(shared)
         shared_heads, shared_note = _count(of_shared, shared, num_heads, size, least=0)
         active_heads, active_note = _count(of_active, active, num_heads, size, least=size)
@@ -108,7 +109,7 @@ class HeadBudget:
                 f"raise {of_active}"
             )
         notes = tuple(note for note in (shared_note, active_note) if note)
-        return cls(num_heads, shared_heads, active_heads, notes, size, chosen)
+        return cls(num_heads, shared_heads, active_heads, notes, size, named_shared)
 
     @property
     def routed_heads(self) -> int:
@@ -123,7 +124,7 @@ class HeadBudget:
     @property
     def which_shared(self) -> Heads:
         """The heads that are always on, ascending."""
-        return self.chosen or tuple(range(self.shared_heads))
+        return self.named_shared or tuple(range(self.shared_heads))
 
     @property
     def shared_groups(self) -> Heads:
@@ -148,7 +149,7 @@ class HeadBudget:
 
     def __str__(self) -> str:
         groups = f" in groups of {self.heads_per_group}" if self.heads_per_group > 1 else ""
-        which = f" {list(self.chosen)}" if self.chosen else ""
+        which = f" {list(self.named_shared)}" if self.named_shared else ""
         counts = (
             f"heads={self.num_heads}{groups}: {self.shared_heads} shared{which} + "
             f"{self.top_k} of {self.routed_heads} routed = {self.active_heads} active"

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from headwise.nn.buffers import KeepsBuffers
 from headwise.nn.routers import Router
 from headwise.nn.tokens import check_rows
-from headwise.ops import Routing, count_choices, route_tokens
+from headwise.ops import ExpertRouting, Routing, count_choices, route_tokens
 from headwise.ops.fields import Count, Weight, check, checked
 from headwise.ops.logits import router_logits
 from headwise.ops.processes import sum_over_processes
@@ -55,7 +55,7 @@ class ExpertRouter(KeepsBuffers, Router):
             zeros = torch.zeros(num_experts, dtype=torch.float32) if bias_rate else None
             self.register_buffer(name, zeros)
 
-    def route(self, logits: Tensor, mask: Tensor | None) -> Routing:
+    def route(self, logits: Tensor, mask: Tensor | None) -> ExpertRouting:
         """The routing of these logits; padding (mask False) goes nowhere."""
         routing = route_tokens(
             logits,
@@ -85,7 +85,7 @@ class LinearRouter(ExpertRouter):
 
     def forward(
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
-    ) -> Routing:
+    ) -> ExpertRouting:
         """Route every row of x; padding (mask False) goes nowhere."""
         check_rows("x", x, ("...", self.weight.shape[1]), mask, weight=self.weight)
         return self.route(router_logits(x, self.weight), mask)
@@ -127,7 +127,7 @@ class CosineRouter(ExpertRouter):
 
     def forward(
         self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
-    ) -> Routing:
+    ) -> ExpertRouting:
         """Route every row of x; padding (mask False) goes nowhere."""
         check_rows("x", x, ("...", self.projection.shape[1]), mask, weight=self.projection)
         projected = normalize(router_logits(x, self.projection), dim=-1)

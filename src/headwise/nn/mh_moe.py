@@ -1,7 +1,7 @@
-"""Multi-Head Mixture-of-Experts, and the ordinary sparse mixture that it generalises."""
+"""The sparse mixture of experts, and Multi-Head Mixture-of-Experts, which splits its tokens."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from headwise.nn.expert_routers import CosineRouter, LinearRouter
 from headwise.nn.tokens import check_tokens
-from headwise.ops import Routing, expert_mlp
+from headwise.ops import ExpertRouting, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.experts import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
@@ -21,93 +21,78 @@ from headwise.ops.scores import TokenScores
 ExpertRouterName = Literal["linear", "cosine"]
 
 
-class MHMoE(nn.Module):
-    """Splits each token into sub-tokens that go to many small experts, and merges what they say.
+class MoE(nn.Module):
+    """The ordinary sparse mixture of experts: each token goes to a few of many MLPs.
 
-        u = split(W_head x);   o = sum_k w_k expert_k(u);   y = W_merge concat(o) [+ shared(x)]
+        y = sum_k w_k expert_k(x) [+ x] [+ shared(x)]
 
-    **Source**: MH-MoE, arXiv 2411.16205, section 2; arXiv 2404.15045, Eq. 1 to 6.
-    **Deviates**: no capacity, nothing is dropped (the first paper's code drops tokens, so its
-    outputs depend on batch mates). The inner residual is in the first paper, not in its code.
+    **Source**: arXiv 1701.06538; with normalised weights, as most sparse mixtures since.
+    **Deviates**: no capacity, nothing is dropped.
 
     Args:
-        dim: Width of the tokens; divisible by num_heads.
-        num_heads: Sub-tokens of a token, each dim / num_heads wide.
+        dim: Width of the tokens.
         num_experts: All experts.
-        top_k: Experts that a sub-token goes to.
+        top_k: Experts that a token goes to.
         expert_dim: Hidden width of an expert.
-        normalize_top_k: Let the weights of a sub-token sum to 1. With top_k = 1 the weight is then
+        normalize_top_k: Let the weights of a token sum to 1. With top_k = 1 the weight is then
             constantly 1, and only the balance loss trains the router.
-        shared_expert_dim: Hidden width of an expert for the whole token; None or 0 for none.
-        inner_residual: Add the sub-token to what its experts say.
-        bias: Biases in head and merge layer (first paper: yes; second: no).
+        shared_expert_dim: Hidden width of an expert for every token; None or 0 for none.
+        inner_residual: Add the token to what its experts say.
         activation: "silu", "gelu" or "relu".
         glu: Gated experts (three matrices) instead of plain ones (two).
         router: "linear", or X-MoE's "cosine".
         scores: "softmax" over the experts, or DeepSeek-V3's "sigmoid" of each (`ops.route_tokens`).
         bias_rate: Above 0 a bias for the choice alone balances the experts, moved by this much at
             a time (`update_biases`); 0 for none.
-        head_layer: Whether there is a head layer before the split.
-        merge_layer: Whether there is a merge layer after the experts.
         impl: Implementation of `ops.expert_mlp`.
 
     Raises:
-        ValueError: For sizes that do not divide or counts out of range.
+        ValueError: For counts out of range.
     """
+
+    # Parts of a token, each of which is routed on its own.
+    num_heads = 1
 
     @checked
     def __init__(
         self,
         dim: Count,
         *,
-        num_heads: Count,
         num_experts: Count,
         top_k: Count,
         expert_dim: Count,
         normalize_top_k: bool = True,
         shared_expert_dim: Index | None = None,
         inner_residual: bool = False,
-        bias: bool = False,
         activation: Activation = "silu",
         glu: bool = True,
         router: ExpertRouterName = "linear",
         scores: TokenScores = "softmax",
         bias_rate: Weight = 0.0,
-        head_layer: bool = True,
-        merge_layer: bool = True,
         impl: Impl = "auto",
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}")
-        self.dim, self.num_heads = dim, num_heads
-        self.num_experts, self.expert_dim = num_experts, expert_dim
+        self.dim, self.num_experts, self.expert_dim = dim, num_experts, expert_dim
         self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
-        sub_dim = dim // num_heads
-        self.head_proj = nn.Linear(dim, dim, bias=bias) if head_layer else None
-        self.merge_proj = nn.Linear(dim, dim, bias=bias) if merge_layer else None
+        # First, so that parameters keep their order and draw the same random numbers as ever.
+        self._add_projections()
+        width = dim // self.num_heads
         kind = LinearRouter if router == "linear" else CosineRouter
         self.router = kind(
-            sub_dim,
+            width,
             num_experts,
             top_k=top_k,
             normalize_top_k=normalize_top_k,
             scores=scores,
             bias_rate=bias_rate,
         )
-        self.experts = Experts(num_experts, sub_dim, expert_dim, glu=glu)
+        self.experts = Experts(num_experts, width, expert_dim, glu=glu)
         self.shared_expert = (
             SharedExpert(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
         )
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Xavier for head (gain 1/√2) and merge layer, as in the released code; biases 0."""
-        for proj, gain in ((self.head_proj, math.sqrt(0.5)), (self.merge_proj, 1.0)):
-            if proj is not None:
-                nn.init.xavier_uniform_(proj.weight, gain=gain)
-                if proj.bias is not None:
-                    nn.init.zeros_(proj.bias)
+    def _add_projections(self) -> None:
+        """What a subclass puts before and after the experts."""
 
     @checked
     def reset_experts(self, *, std: Weight) -> None:
@@ -126,8 +111,8 @@ class MHMoE(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """Route, compute, merge.
+    ) -> tuple[Float[Tensor, "B T D"], ExpertRouting]:
+        """Split, route, compute, merge.
 
         Args:
             x: Tokens.
@@ -140,8 +125,7 @@ class MHMoE(nn.Module):
             ValueError: If x or mask has another shape or dtype.
         """
         check_tokens(x, mask, dim=self.dim, weight=self.experts.up_proj)
-        u = x if self.head_proj is None else self.head_proj(x)
-        u = rearrange(u, "b t (h s) -> b t h s", h=self.num_heads)
+        u = self.split(x)
         routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))
         flat = rearrange(u, "b t h s -> (b t h) s")
         out = self.experts(
@@ -152,11 +136,18 @@ class MHMoE(nn.Module):
             impl=self.impl,
         )
         out = flat + out if self.inner_residual else out
-        y = out.reshape(x.shape)
-        y = y if self.merge_proj is None else self.merge_proj(y)
+        y = self.merge(out.reshape(x.shape))
         if self.shared_expert is not None:
             y = y + self.shared_expert(x, self.activation)
         return y, mark_first_pass(routing)
+
+    def split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T h s"]:
+        """The parts that are routed: here each token whole."""
+        return rearrange(x, "b t (h s) -> b t h s", h=self.num_heads)
+
+    def merge(self, parts: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """A token of what the experts say of its parts, end to end."""
+        return parts
 
     def extra_repr(self) -> str:
         return (
@@ -165,47 +156,66 @@ class MHMoE(nn.Module):
         )
 
 
-class MoE(MHMoE):
-    """The ordinary sparse mixture of experts: one head, neither head nor merge layer.
+class MHMoE(MoE):
+    """Splits each token into sub-tokens that go to many small experts, and merges what they say.
 
-    Arguments are those of `MHMoE`, less num_heads, head_layer, merge_layer and bias.
+        u = split(W_head x);   o = sum_k w_k expert_k(u);   y = W_merge concat(o) [+ shared(x)]
+
+    **Source**: MH-MoE, arXiv 2411.16205, section 2; arXiv 2404.15045, Eq. 1 to 6.
+    **Deviates**: no capacity, nothing is dropped (the first paper's code drops tokens, so its
+    outputs depend on batch mates). The inner residual is in the first paper, not in its code.
+
+    Args:
+        dim: Width of the tokens; divisible by num_heads.
+        num_heads: Sub-tokens of a token, each dim / num_heads wide.
+        bias: Biases in head and merge layer (first paper: yes; second: no).
+        head_layer: Whether there is a head layer before the split.
+        merge_layer: Whether there is a merge layer after the experts.
+        options: Those of `MoE`, of which num_experts, top_k and expert_dim have no default. Routed
+            are sub-tokens; the shared expert gets the whole token.
+
+    Raises:
+        ValueError: For sizes that do not divide or counts out of range.
     """
 
+    @checked
     def __init__(
         self,
         dim: Count,
         *,
-        num_experts: Count,
-        top_k: Count,
-        expert_dim: Count,
-        normalize_top_k: bool = True,
-        shared_expert_dim: Index | None = None,
-        inner_residual: bool = False,
-        activation: Activation = "silu",
-        glu: bool = True,
-        router: ExpertRouterName = "linear",
-        scores: TokenScores = "softmax",
-        bias_rate: Weight = 0.0,
-        impl: Impl = "auto",
+        num_heads: Count,
+        bias: bool = False,
+        head_layer: bool = True,
+        merge_layer: bool = True,
+        **options: Any,
     ):
-        super().__init__(
-            dim,
-            num_heads=1,
-            num_experts=num_experts,
-            top_k=top_k,
-            expert_dim=expert_dim,
-            normalize_top_k=normalize_top_k,
-            shared_expert_dim=shared_expert_dim,
-            inner_residual=inner_residual,
-            activation=activation,
-            glu=glu,
-            router=router,
-            scores=scores,
-            bias_rate=bias_rate,
-            head_layer=False,
-            merge_layer=False,
-            impl=impl,
-        )
+        if dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}")
+        self.num_heads = num_heads
+        self._projections = (head_layer, merge_layer, bias)
+        super().__init__(dim, **options)
+        self.reset_parameters()
+
+    def _add_projections(self) -> None:
+        head_layer, merge_layer, bias = self._projections
+        self.head_proj = nn.Linear(self.dim, self.dim, bias=bias) if head_layer else None
+        self.merge_proj = nn.Linear(self.dim, self.dim, bias=bias) if merge_layer else None
+
+    def reset_parameters(self) -> None:
+        """Xavier for head (gain 1/√2) and merge layer, as in the released code; biases 0."""
+        for proj, gain in ((self.head_proj, math.sqrt(0.5)), (self.merge_proj, 1.0)):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, gain=gain)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+
+    def split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T h s"]:
+        """The sub-tokens of W_head x."""
+        return super().split(x if self.head_proj is None else self.head_proj(x))
+
+    def merge(self, parts: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """W_merge concat(o)."""
+        return parts if self.merge_proj is None else self.merge_proj(parts)
 
 
 class ExpertMatrices(nn.Module):

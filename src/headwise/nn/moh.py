@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headwise.nn.budget import Budget, HeadBudget
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
-from headwise.ops import Routing, head_attention
+from headwise.ops import HeadRouting, head_attention
 from headwise.ops.attention import Impl
 from headwise.ops.fields import Count, checked
 from headwise.ops.first_pass import mark_first_pass
@@ -131,7 +131,7 @@ class MoHAttention(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+    ) -> tuple[Float[Tensor, "B T D"], HeadRouting]:
         """Attend.
 
         Args:

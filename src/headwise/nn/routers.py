@@ -1,4 +1,4 @@
-"""Routers of heads: modules that turn activations into a Routing, in float32 or wider."""
+"""Routers of heads: modules that turn activations into a routing, in float32 or wider."""
 
 import torch
 from einops import rearrange
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.nn.tokens import check_rows
-from headwise.ops import Routing, route_heads, route_heads_by_query_norm
+from headwise.ops import HeadRouting, route_heads, route_heads_by_query_norm
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.fields import Count, Weight, checked
 from headwise.ops.logits import router_logits
@@ -20,7 +20,7 @@ _FAST_MULTIPLE = 16
 
 
 class Router(nn.Module):
-    """Base of all routers: forward returns a Routing, and a recorder finds them by this type."""
+    """Base of all routers: forward returns a routing, and a recorder finds them by this type."""
 
 
 class HeadRouter(Router):
@@ -56,15 +56,17 @@ class ScoreMap(nn.Module):
         return f"dim={dim}, num_scores={num_scores}"
 
 
-class TwoStageRouter(HeadRouter):
-    """MoH's learned router: scores for shared heads, for routed heads and for these two stages.
+class LearnedRouter(HeadRouter):
+    """Base of the routers that score heads by what the attention gets.
 
-    A linear map exists only where its softmax has a choice to make: `shared` with two shared heads
-    or more, `routed` where heads are routed, `stage` where both kinds exist. With a budget in
-    groups the maps score groups, and all heads of a group get its gate.
+    With a budget in groups they score groups, and all heads of a group get its gate.
 
-    **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6 (`ops.route_heads` has the formulas).
-    **Deviates**: groups of heads are an extension; the paper routes single heads.
+    Args:
+        dim: Width of the tokens.
+        budget: The heads.
+        mode: "released" or "paper", the formulas that make gates of scores (`ops.route_heads`).
+        scores: "softmax", "sparsemax" or "sigmoid", over the routed heads.
+        std: Deviation with which the weights start.
     """
 
     @checked
@@ -79,25 +81,53 @@ class TwoStageRouter(HeadRouter):
     ):
         super().__init__(budget)
         self.dim, self.mode, self.scores = dim, mode, scores
-        shared, routed = len(budget.shared_groups), budget.routed_groups
-        self.shared = ScoreMap(dim, shared) if shared > 1 else None
-        self.routed = ScoreMap(dim, routed) if routed else None
-        self.stage = ScoreMap(dim, 2) if shared and routed else None
+        self._add_maps(len(budget.shared_groups), budget.routed_groups)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
 
     def forward(
         self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
+    ) -> HeadRouting:
         """Route every token of x; padding (mask False) has all heads off."""
         check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
+        return _gates_of_heads(self._route(x), self.budget).with_mask(mask)
+
+    def _add_maps(self, shared: int, routed: int) -> None:
+        """The maps that score so many shared and routed groups."""
+        raise NotImplementedError
+
+    def _route(self, x: Tensor) -> HeadRouting:
+        """The routing of groups, each gate where its group stands."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.budget}, mode={self.mode}, scores={self.scores}"
+
+
+class TwoStageRouter(LearnedRouter):
+    """MoH's learned router: scores for shared heads, for routed heads and for these two stages.
+
+    A linear map exists only where its softmax has a choice to make: `shared` with two shared heads
+    or more, `routed` where heads are routed, `stage` where both kinds exist. Arguments are those of
+    `LearnedRouter`.
+
+    **Source**: MoH, arXiv 2410.11842, Eq. 5 and 6 (`ops.route_heads` has the formulas).
+    **Deviates**: groups of heads are an extension; the paper routes single heads.
+    """
+
+    def _add_maps(self, shared: int, routed: int) -> None:
+        self.shared = ScoreMap(self.dim, shared) if shared > 1 else None
+        self.routed = ScoreMap(self.dim, routed) if routed else None
+        self.stage = ScoreMap(self.dim, 2) if shared and routed else None
+
+    def _route(self, x: Tensor) -> HeadRouting:
         shared, routed, stage = self._scores(x)
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
-        if self.budget.chosen:
-            gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
-            routing = routing.with_weights(arrange_gates(self.budget.shared_groups, *gates))
-        return _gates_of_heads(routing, self.budget).with_mask(mask)
+        if not self.budget.named_shared:
+            return routing
+        gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
+        return routing.with_weights(arrange_gates(self.budget.shared_groups, *gates))
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of shared groups, routed ones and the stages; even where there is no choice to make."""
@@ -114,11 +144,8 @@ class TwoStageRouter(HeadRouter):
         routed = even[..., :0] if self.routed is None else next(scores)
         return shared, routed, None if self.stage is None else next(scores)
 
-    def extra_repr(self) -> str:
-        return f"{self.budget}, mode={self.mode}, scores={self.scores}"
 
-
-class OneStageRouter(HeadRouter):
+class OneStageRouter(LearnedRouter):
     """MoH's learned router without its second stage: scores for the routed heads only.
 
     With p and m as in `ops.route_heads`, the gate of a shared head is 1 and that of a routed one
@@ -126,7 +153,7 @@ class OneStageRouter(HeadRouter):
         paper:     p·m
         released:  top_k·p·m / sum(p·m)
 
-    With a budget in groups the map scores groups, and all heads of a group get its gate.
+    Arguments are those of `LearnedRouter`.
 
     **Source**: MoH, arXiv 2410.11842, its ablation of shared heads and two-stage routing: the row
     with the first and without the second (ViT-S 78.3, with both 78.6, with neither 75.6).
@@ -134,37 +161,17 @@ class OneStageRouter(HeadRouter):
     `TwoStageRouter` where the scores of its shared heads and of its stages are even.
     """
 
-    @checked
-    def __init__(
-        self,
-        dim: Count,
-        budget: HeadBudget,
-        *,
-        mode: HeadMode = "released",
-        scores: HeadScores = "softmax",
-        std: Weight = 0.02,
-    ):
-        super().__init__(budget)
-        self.dim, self.mode, self.scores = dim, mode, scores
-        self.routed = ScoreMap(dim, budget.routed_groups) if budget.routed_groups else None
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std)
+    def _add_maps(self, shared: int, routed: int) -> None:
+        self.routed = ScoreMap(self.dim, routed) if routed else None
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
-        """Route every token of x; padding (mask False) has all heads off."""
-        check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
+    def _route(self, x: Tensor) -> HeadRouting:
         none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
         logits = none if self.routed is None else router_logits(x, self.routed())
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
         always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))
         gates = arrange_gates(self.budget.shared_groups, always_on, routing.weights)
-        return _gates_of_heads(routing.with_weights(gates), self.budget).with_mask(mask)
-
-    def extra_repr(self) -> str:
-        return f"{self.budget}, mode={self.mode}, scores={self.scores}"
+        return routing.with_weights(gates)
 
 
 class QueryNormRouter(HeadRouter):
@@ -184,7 +191,7 @@ class QueryNormRouter(HeadRouter):
 
     def forward(
         self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
-    ) -> Routing:
+    ) -> HeadRouting:
         """Route every token by its queries; padding (mask False) has all heads off."""
         check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
@@ -200,8 +207,8 @@ class QueryNormRouter(HeadRouter):
         return f"{self.budget}, scale_by_std={self.scale_by_std}"
 
 
-def _gates_of_heads(routing: Routing, budget: HeadBudget) -> Routing:
-    """The gates of groups become those of their heads; what was chosen stays a choice of groups."""
+def _gates_of_heads(routing: HeadRouting, budget: HeadBudget) -> HeadRouting:
+    """Give each head its group's gate; indices, probabilities and logits stay those of groups."""
     if budget.heads_per_group == 1:
         return routing
     return routing.with_weights(routing.weights.repeat_interleave(budget.heads_per_group, -1))

@@ -8,10 +8,19 @@ from headwise.ops.aggregated import aggregated_attention
 from headwise.ops.attention import head_attention
 from headwise.ops.balance import balance_loss, count_choices, load_and_probability, router_z_loss
 from headwise.ops.experts import expert_mlp
-from headwise.ops.routing import Routing, route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops.routing import (
+    ExpertRouting,
+    HeadRouting,
+    Routing,
+    route_heads,
+    route_heads_by_query_norm,
+    route_tokens,
+)
 from headwise.ops.scores import sparsemax
 
 __all__ = [
+    "ExpertRouting",
+    "HeadRouting",
     "Routing",
     "aggregated_attention",
     "balance_loss",

@@ -206,4 +206,5 @@ def describe(hint: Any) -> str:
         whole, entry = "list" if kind is Sequence else kind.__name__, describe(parts[0])
         return f"a {whole}" + f" (each {entry})" * (parts[0] is not Any and len(entry) < 30)
     known = hint if kind is None else kind
-    return _NAMES.get(known) or f"a {getattr(known, '__name__', known)}"
+    name = str(getattr(known, "__name__", known))
+    return _NAMES.get(known) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

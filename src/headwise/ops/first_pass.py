@@ -5,17 +5,19 @@ routing is a tuple of tensors, so a routing that it returns has none.
 """
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from headwise.ops.routing import Routing
 
+R = TypeVar("R", bound=Routing)
+
 _FIRST_PASS = CheckpointFunction.forward.__code__
 
 
-def mark_first_pass(routing: Routing) -> Routing:
+def mark_first_pass(routing: R) -> R:
     """The same routing, marked if the first pass made it: a loss outside of it is then refused."""
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _in_first_pass():
         probabilities: Any = routing.probabilities

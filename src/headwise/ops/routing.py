@@ -17,45 +17,73 @@ from headwise.ops.tensors import check_operands
 HeadMode = Literal["released", "paper"]
 
 
-class Routing(NamedTuple):
-    """What a router decided, for every token. Losses, statistics and plots are functions of it.
+class HeadRouting(NamedTuple):
+    """What a router of attention heads decided, for every token.
+
+    Losses, statistics and plots are functions of it. The candidates are the R *routed* heads, or
+    groups of them (`route_groups`), whose heads all have the group's gate.
 
     Attributes:
-        weights: For heads the gate of all H heads, [..., H], exactly 0 where a head is off.
-            For experts the weight of each choice, [..., K].
-        indices: The K chosen candidates of each token, best first, [..., K]; -1 for padding, and
-            where sparsemax leaves fewer than K. Heads are counted among the *routed* ones; where
-            groups of heads are routed (`route_groups`), the candidates are groups, and each head
-            has its group's gate.
-        probabilities: The router's scores over all E candidates, [..., E], summing to 1.
+        weights: The gates of all H heads, [..., H]; exactly 0 where a head is off.
+        indices: The K chosen candidates, best first, [..., K]; -1 for padding, and where sparsemax
+            leaves fewer than K.
+        probabilities: The router's scores over the R candidates, [..., R], summing to 1.
+        logits: What the probabilities were made from, [..., R].
+        mask: True where a token counts, [...]; None where all do.
+    """
+
+    weights: Float[Tensor, "*batch H"]
+    indices: Int[Tensor, "*batch K"]
+    probabilities: Float[Tensor, "*batch R"]
+    logits: Float[Tensor, "*batch R"]
+    mask: Bool[Tensor, "*batch"] | None = None
+
+    # Not by _replace: torch.compile before 2.13 cannot return what that makes.
+    def with_weights(self, weights: Float[Tensor, "*batch H"]) -> "HeadRouting":
+        """The same routing with other gates."""
+        return HeadRouting(weights, self.indices, self.probabilities, self.logits, self.mask)
+
+    def with_mask(self, mask: Bool[Tensor, "*batch"] | None) -> "HeadRouting":
+        """The same routing with padding (mask False) switched off and left out of the count."""
+        return self if mask is None else HeadRouting(*_switched_off(self, mask))
+
+
+class ExpertRouting(NamedTuple):
+    """What a router of tokens (or sub-tokens) to experts decided. The candidates are E experts.
+
+    Attributes:
+        weights: The weight of each choice, [..., K]; 0 for padding.
+        indices: The K chosen experts, best first, [..., K]; -1 for padding.
+        probabilities: The router's scores over the E experts, [..., E], summing to 1.
         logits: What the probabilities were made from, [..., E].
         mask: True where a token counts, [...]; None where all do.
     """
 
-    weights: Float[Tensor, "*batch W"]
+    weights: Float[Tensor, "*batch K"]
     indices: Int[Tensor, "*batch K"]
     probabilities: Float[Tensor, "*batch E"]
     logits: Float[Tensor, "*batch E"]
     mask: Bool[Tensor, "*batch"] | None = None
 
-    # Neither uses _replace: torch.compile before 2.13 cannot return what that makes.
-    def with_weights(self, weights: Float[Tensor, "*batch W"]) -> "Routing":
-        """The same routing with other weights."""
-        return Routing(weights, self.indices, self.probabilities, self.logits, self.mask)
+    def with_mask(self, mask: Bool[Tensor, "*batch"] | None) -> "ExpertRouting":
+        """The same routing with padding (mask False) sent nowhere and left out of the count."""
+        return self if mask is None else ExpertRouting(*_switched_off(self, mask))
 
-    def with_mask(self, mask: Bool[Tensor, "*batch"] | None) -> "Routing":
-        """The same routing with padding (mask False) switched off and left out of the count."""
-        if mask is None:
-            return self
-        mask = mask.expand(self.indices.shape[:-1])
-        padding = ~mask.unsqueeze(-1)
-        return Routing(
-            self.weights.masked_fill(padding, 0),
-            self.indices.masked_fill(padding, -1),
-            self.probabilities,
-            self.logits,
-            mask,
-        )
+
+Routing = HeadRouting | ExpertRouting
+
+
+def _switched_off(routing: Routing, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a routing in which padding has weight 0 and index -1."""
+    mask = mask.expand(routing.indices.shape[:-1])
+    padding = ~mask.unsqueeze(-1)
+    return (
+        routing.weights.masked_fill(padding, 0),
+        routing.indices.masked_fill(padding, -1),
+        routing.probabilities,
+        routing.logits,
+        mask,
+    )
 
 
 # Up to this share of the candidates, finding one maximum after the other is faster than sorting.
@@ -87,7 +115,7 @@ def route_heads(
     top_k: int,
     mode: HeadMode = "released",
     scores: HeadScores = "softmax",
-) -> Routing:
+) -> HeadRouting:
     """Two-stage routing of attention heads: shared heads always on, the best `top_k` others too.
 
     With s = softmax(shared_logits), p = scores(routed_logits), m the multi-hot of top-k(p) and
@@ -115,7 +143,7 @@ def route_heads(
             keep fewer than top_k heads; or "sigmoid", each head for itself.
 
     Returns:
-        A Routing with weights [..., shared + routed]; shared + top_k of them are on (fewer only
+        A HeadRouting with weights [..., shared + routed]; shared + top_k of them are on (fewer only
         where a score is 0: sparsemax's, or one that underflows). For sigmoids the probabilities
         are p / sum(p).
 
@@ -144,7 +172,7 @@ def route_heads(
         weights, indices, p = native.gates(
             widened(shared_logits), routed_logits, stage, top_k, mode == "paper"
         )
-        return Routing(weights, indices, p, routed_logits)
+        return HeadRouting(weights, indices, p, routed_logits)
     shared = widened(shared_logits).softmax(-1)
     p, probabilities = affinities(routed_logits, scores)
     indices = top_k_lowest_first(p, top_k)
@@ -158,7 +186,7 @@ def route_heads(
     if num_shared > 0 and num_routed > 0 and stage_logits is not None:
         stage = widened(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
         shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
-    return Routing(torch.cat([shared, routed], dim=-1), indices, probabilities, routed_logits)
+    return HeadRouting(torch.cat([shared, routed], dim=-1), indices, probabilities, routed_logits)
 
 
 def route_heads_by_query_norm(
@@ -167,7 +195,7 @@ def route_heads_by_query_norm(
     shared_heads: int | Sequence[int],
     top_k: int,
     scale_by_std: bool = True,
-) -> Routing:
+) -> HeadRouting:
     """Routing without parameters: a token keeps the heads whose queries are longest.
 
         z_i = ||q_i||_2 over the routed heads,   z := z / std(z) if scale_by_std
@@ -188,7 +216,7 @@ def route_heads_by_query_norm(
         scale_by_std: Divide by the (unbiased) standard deviation over the routed heads.
 
     Returns:
-        A Routing with weights [B, T, H] of exactly 0 and 1; its indices count the routed heads.
+        A HeadRouting with weights [B, T, H] of exactly 0 and 1; its indices count the routed heads.
 
     Raises:
         ValueError: If q has another shape or dtype, or shared_heads or top_k is out of range.
@@ -212,7 +240,7 @@ def route_heads_by_query_norm(
     # (p - p.detach()) is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
     hard = _multi_hot(indices, probabilities) + (probabilities - probabilities.detach())
     always_on = hard.new_ones(*hard.shape[:-1], len(shared))
-    return Routing(arrange_gates(shared, always_on, hard), indices, probabilities, logits)
+    return HeadRouting(arrange_gates(shared, always_on, hard), indices, probabilities, logits)
 
 
 def route_tokens(
@@ -222,7 +250,7 @@ def route_tokens(
     normalize: bool = True,
     scores: TokenScores = "softmax",
     bias: Float[Tensor, " E"] | None = None,
-) -> Routing:
+) -> ExpertRouting:
     """Routing of tokens (or sub-tokens) to experts: the `top_k` best of p = scores(logits).
 
     **Source**: MH-MoE, arXiv 2404.15045, Eq. 2 and 3. Its weights are raw p; `normalize` divides
@@ -237,7 +265,7 @@ def route_tokens(
         bias: Added to p for the choice of the experts, never to their weights, [E].
 
     Returns:
-        A Routing with weights and indices [..., top_k]. For sigmoids the probabilities are
+        An ExpertRouting with weights and indices [..., top_k]. For sigmoids the probabilities are
         p / sum(p).
 
     Raises:
@@ -262,7 +290,7 @@ def route_tokens(
     elif normalize:
         # All that a bias chooses may have underflowed to 0; the logarithms have not.
         weights = log_affinities(logits, scores).gather(-1, indices).softmax(-1)
-    return Routing(weights, indices, probabilities, logits)
+    return ExpertRouting(weights, indices, probabilities, logits)
 
 
 def arrange_gates(

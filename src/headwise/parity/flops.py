@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MHMoE
+from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MoE
 from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 from headwise.nn.mh_moe import ExpertMatrices
 from headwise.nn.routers import ScoreMap
@@ -87,7 +87,7 @@ def count_flops(
     flops: dict[str, float] = {}
     rows: dict[str, float] = {}  # that a module reads for each token, where that is not one
     for name, module in model.named_modules():
-        if isinstance(module, MHMoE):
+        if isinstance(module, MoE):
             rows[_child(name, "router")] = module.num_heads
             rows[_child(name, "experts")] = module.num_heads * module.router.top_k
         if once.intersection(name.split(".")):

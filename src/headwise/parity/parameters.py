@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from headwise.nn import MHMoE
+from headwise.nn import MoE
 from headwise.nn.bitlinear import PackedLinear, PackedMatrices
 
 
@@ -16,7 +16,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = _weights(model)
     idle = 0
     for module in model.modules():
-        if isinstance(module, MHMoE):
+        if isinstance(module, MoE):
             used = min(module.num_experts, module.num_heads * module.router.top_k)
             experts = _weights(module.experts)
             idle += experts * (module.num_experts - used) // module.num_experts

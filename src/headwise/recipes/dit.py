@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from headwise.analysis.features import ClassifierFeatures, collect_features
-from headwise.analysis.generation import FEWEST, sample_quality
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
@@ -21,6 +19,8 @@ from headwise.hf import record_routing
 from headwise.memory import check_memory
 from headwise.models import DiT, DiTConfig
 from headwise.parity import count_flops
+from headwise.quality.features import ClassifierFeatures, collect_features
+from headwise.quality.metrics import FEWEST, sample_quality
 from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.drawing import check_steps, draw_images, pipeline_of, schedule
 from headwise.recipes.images import (

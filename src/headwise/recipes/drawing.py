@@ -28,7 +28,7 @@ def schedule() -> Any:
 def pipeline_of(model: DiT, scheduler: SchedulerName, vae: Any) -> Any:
     """The pipeline that draws with a model."""
     diffusers = _diffusers()
-    from headwise.models.dit_pipeline import RoutedDiTPipeline
+    from headwise.models.dit.pipeline import RoutedDiTPipeline
 
     learned = {"variance_type": "learned_range"} if model.config.learn_sigma else {}
     kinds = {

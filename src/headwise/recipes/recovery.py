@@ -55,7 +55,7 @@ def _shares(model: Any) -> tuple[float, float]:
     if not isinstance(model, Routed):
         return 1.0, 1.0
     modules: list[Any] = list(attention_modules(model).values())
-    budgets = [module.router.budget for module in modules]
+    budgets = [module.router.budget for module in modules if hasattr(module, "router")]
     shared = [budget.shared_heads / budget.num_heads for budget in budgets]
     return statistics.fmean(shared), statistics.fmean(b.active_share for b in budgets)
 

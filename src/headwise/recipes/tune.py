@@ -17,9 +17,9 @@ from headwise.data.sampling import spread
 from headwise.data.text import MixedBlocks, check_exponent, load_text, tokenize
 from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
 from headwise.errors import reading
+from headwise.hf import restore
 from headwise.hf.auto import Routed
 from headwise.hf.card import model_card
-from headwise.hf.original import original_of
 from headwise.loading import check_length, load_causal_lm, load_tokenizer
 from headwise.ops.choice import check_choice
 from headwise.recipes import recovery
@@ -190,7 +190,7 @@ def _train_stages(
 ) -> list[Point]:
     run, points = setting.run, []
     if run.dense.steps:
-        dense = original_of(model) if isinstance(model, Routed) else model
+        dense = restore(model) if isinstance(model, Routed) else model
         points += _train(setting, "dense", run.dense, dense, dense_blocks)
     if isinstance(model, Routed) and run.routed.steps:
         if run.dense.steps:
@@ -208,7 +208,7 @@ def _load(path: str | Path) -> Any:
 def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if run.original is None:
         # Not the model itself, which learns.
-        return original_of(model) if isinstance(model, Routed) else _load(run.path)
+        return restore(model) if isinstance(model, Routed) else _load(run.path)
     original, other = _load(run.original), load_tokenizer(run.original)
     if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
         raise ValueError(

@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
 from headwise.hf.reading import load_strictly
+from headwise.models import DiT, TransNeXtForImageClassification
 from headwise.nn import MHMoE, MoHAttention
+from headwise.ops.fields import check
 from headwise.released import dit, transnext
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -25,7 +27,11 @@ _SHOWN = 3
 
 
 def load_released(
-    kind: str, source: Source, config: Mapping[str, Any] | str | None = None
+    kind: str,
+    source: Source,
+    *,
+    preset: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A layer or a model with released weights, in eval mode.
 
@@ -36,11 +42,13 @@ def load_released(
             .pt), of which only tensors are read; of several sets of weights the averaged ones
             ("ema") are taken. For "moh_llama" also the path of a directory as transformers saves
             it, such as a copy of the released MoH-LLaMA3-8B.
-        config: For "moh_attention": dim, num_heads, shared_heads, active_heads, head_dim. For
-            "mh_moe": dim, num_heads, num_experts, top_k, expert_dim, normalize_top_k,
-            shared_expert_dim. For "moh_llama": what LlamaConfig takes; None for a directory. For
-            "moh_transnext" and "moh_dit": what the released code's TransNeXt or DiT takes, which is
-            dense without shared_head and routed_head, or the name of a preset.
+        preset: For "moh_transnext" and "moh_dit": the name of published sizes, such as
+            "moh-vit-s-75" (`models.TransNeXtConfig.presets`, `models.DiTConfig.presets`).
+        config: Or the sizes. For "moh_attention": dim, num_heads, shared_heads, active_heads,
+            head_dim. For "mh_moe": dim, num_heads, num_experts, top_k, expert_dim, normalize_top_k,
+            shared_expert_dim. For "moh_llama": what LlamaConfig takes; None for a directory, which
+            has its own. For "moh_transnext" and "moh_dit": what the released code's TransNeXt or
+            DiT takes, which is dense without shared_head and routed_head.
 
     Returns:
         MoHAttention (mode "released"), MHMoE, a `models.TransNeXtForImageClassification`, a
@@ -48,7 +56,8 @@ def load_released(
         chooses half of the others by the norms of its queries. In the dtype of the tensors.
 
     Raises:
-        ValueError: If the kind is unknown, the config lacks or does not know a field, the file
+        ValueError: If the kind is unknown, not exactly one of preset and config is given where one
+            is needed, there is no such preset, the config lacks or does not know a field, the file
             holds no weights, or a tensor is missing, left over or misshapen.
     """
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -57,22 +66,14 @@ def load_released(
         raise ValueError(f"source is {source!r}; it must be tensors by name, or a path")
     of = "" if isinstance(source, Mapping) else f" of {source}"
     if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
-        if config is not None:
-            raise ValueError(f"config is {config!r}; it must be None, {source} has its own")
+        for field, value in (("preset", preset), ("config", config)):
+            if value is not None:
+                raise ValueError(
+                    f"{field} is {value!r}; it must be None, {source} has its own sizes"
+                )
         return _route_llama(_llama_of_directory(source))
-    build, rename = _KINDS[kind]
-    if isinstance(config, str) and kind in _PRESETS:
-        module = _PRESETS[kind](config)
-    elif isinstance(config, Mapping):
-        try:
-            module = build(**config)
-        except TypeError as error:
-            raise ValueError(f"config does not fit {kind}: {error}") from None
-    else:
-        preset = " or a preset's name" if kind in _PRESETS else ""
-        raise ValueError(
-            f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …){preset}"
-        )
+    rename = _KINDS[kind][1]
+    module = _built(kind, preset, config)
     tensors = _tensors(source)
     try:
         renamed = rename(tensors)
@@ -88,6 +89,27 @@ def load_released(
         )
     module.load_state_dict(renamed)
     return module.to(next(iter(renamed.values())).dtype).eval()
+
+
+def _built(kind: str, preset: str | None, config: Mapping[str, Any] | None) -> nn.Module:
+    """The module of exactly one of the two, its weights as they start."""
+    if preset is not None and config is not None:
+        raise ValueError(f"preset is {preset!r} and config is {config!r}; one must be None")
+    if preset is not None:
+        if kind not in _PRESETS:
+            raise ValueError(f"preset is {preset!r}; {kind!r} has no presets, so give config")
+        check("preset", preset, str)
+        model_class = _PRESETS[kind]
+        return model_class(model_class.config_class.preset(preset))
+    if not isinstance(config, Mapping):
+        or_preset = " or preset, a name" if kind in _PRESETS else ""
+        raise ValueError(
+            f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …){or_preset}"
+        )
+    try:
+        return _KINDS[kind][0](**config)
+    except TypeError as error:
+        raise ValueError(f"config does not fit {kind}: {error}") from None
 
 
 def _tensors(source: Source) -> dict[str, Tensor]:
@@ -195,7 +217,4 @@ _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Ten
     "moh_transnext": (transnext.build, transnext.rename),
     "moh_dit": (dit.build, dit.rename),
 }
-_PRESETS: dict[str, Callable[[str], nn.Module]] = {
-    "moh_transnext": transnext.build_preset,
-    "moh_dit": dit.build_preset,
-}
+_PRESETS: dict[str, Any] = {"moh_transnext": TransNeXtForImageClassification, "moh_dit": DiT}

@@ -62,11 +62,6 @@ def build(
     return DiT(config)
 
 
-def build_preset(name: str) -> nn.Module:
-    """The model of that preset."""
-    return DiT(DiTConfig.preset(name))
-
-
 def _begins_otherwise(name: str, beginnings: Mapping[str, str]) -> str:
     old = next((old for old in beginnings if name.startswith(old)), "")
     return beginnings.get(old, "") + name.removeprefix(old)

@@ -36,11 +36,6 @@ _OF_BLOCK = {
 }
 
 
-def build_preset(name: str) -> nn.Module:
-    """The model of that preset."""
-    return TransNeXtForImageClassification(TransNeXtConfig.preset(name))
-
-
 def build(
     *,
     patch_size: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from headwise.hf.recorder import collect_routings
-from headwise.models.diffusion_loss import diffusion_loss
+from headwise.models.dit.loss import diffusion_loss
 from headwise.ops import Routing
 from headwise.training.trainer import SafeTrainer
 

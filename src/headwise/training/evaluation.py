@@ -16,7 +16,7 @@ from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.data.sampling import spread
 from headwise.hf import record_routing
 from headwise.nn import HeadRouter
-from headwise.ops import Routing
+from headwise.ops import ExpertRouting, HeadRouting, Routing
 from headwise.progress import followed
 
 Tokens = NDArray[np.int32]
@@ -60,7 +60,7 @@ class RoutingStatistics:
 
     def add(self, domain: str, routings: dict[str, Routing]) -> None:
         """Count the routings of one forward."""
-        heads, experts = _heads_and_experts(self.model, routings)
+        heads, experts = _heads_and_experts(routings)
         if heads:
             self.heads.add(domain, heads.values())
         if experts:
@@ -142,7 +142,7 @@ def routed_text(
     ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
     with record_routing(model) as routings:
         model(ids.unsqueeze(0))
-    heads, _ = _heads_and_experts(model, routings)
+    heads, _ = _heads_and_experts(routings)
     return RoutedText(
         domain=domain,
         tokens=[tokenizer.decode([i]) for i in tokens.tolist()],
@@ -170,11 +170,10 @@ def _spread(tokens: Tokens, length: int, max_blocks: int) -> list[Tokens]:
 
 
 def _heads_and_experts(
-    model: PreTrainedModel, routings: dict[str, Routing]
-) -> tuple[dict[str, Routing], dict[str, Routing]]:
-    is_head = {name: isinstance(model.get_submodule(name), HeadRouter) for name in routings}
-    heads = {name: r for name, r in routings.items() if is_head[name]}
-    return heads, {name: r for name, r in routings.items() if not is_head[name]}
+    routings: dict[str, Routing],
+) -> tuple[dict[str, HeadRouting], dict[str, ExpertRouting]]:
+    heads = {name: r for name, r in routings.items() if isinstance(r, HeadRouting)}
+    return heads, {name: r for name, r in routings.items() if isinstance(r, ExpertRouting)}
 
 
 def _layer(router_name: str) -> int:

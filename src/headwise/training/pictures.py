@@ -15,8 +15,7 @@ from headwise.analysis.measure import heads_on
 from headwise.data.images import ImageSet
 from headwise.data.sampling import spread
 from headwise.hf import record_routing
-from headwise.nn import HeadRouter
-from headwise.ops import Routing
+from headwise.ops import HeadRouting
 
 # So many images and no larger ones, in pixels, so that a page stays small.
 _IMAGES, _IMAGE_SIDE, _SAMPLE_SIDE = 6, 96, 64
@@ -42,11 +41,10 @@ def routed_images(
     picks = [int((labels == label).argmax()) for label in few]
     with record_routing(model) as routings:
         see(picks)
-    routers = [(model.get_submodule(name), routing) for name, routing in routings.items()]
-    of_heads = [(router, x) for router, x in routers if isinstance(router, HeadRouter)]
+    of_heads = [routing for routing in routings.values() if isinstance(routing, HeadRouting)]
     last = {}
-    for layer, (router, routing) in enumerate(of_heads):
-        if router.budget.routed_heads:
+    for layer, routing in enumerate(of_heads):
+        if routing.probabilities.shape[-1]:
             last[routing.weights.shape[1]] = (layer, routing)
     if not last:
         return []
@@ -80,7 +78,7 @@ def in_grid(images: NDArray[np.uint8], *, columns: int, scale: int) -> Image.Ima
     return Image.fromarray(together[..., 0] if images.shape[1] == 1 else together)
 
 
-def _patch_map(layer: int, routing: Routing, image: int) -> PatchMap:
+def _patch_map(layer: int, routing: HeadRouting, image: int) -> PatchMap:
     on = heads_on(routing.with_weights(routing.weights[image]))
     side = math.isqrt(len(on))
     return PatchMap(layer, [side, side], on)

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from headwise.models.diffusion_loss import diffusion_loss
+from headwise.models.dit.loss import diffusion_loss
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 SHAPE = (3, 2, 5, 5)

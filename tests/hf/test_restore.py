@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoEConfig, MoHConfig, convert
-from headwise.hf.original import original_of
+from headwise.hf import restore
 
 IDS = torch.randint(31, (2, 7))
 
@@ -30,7 +30,7 @@ def test_it_is_the_model_before_the_conversion(build, router, tmp_path):
         copy.deepcopy(before),
         attention=MoHConfig(shared=2, active=4, router=router, router_std=0.02),
     )
-    back = original_of(converted)
+    back = restore(converted)
     assert type(back) is type(before)
     assert type(back.config) is type(before.config)
     before.set_attn_implementation("sdpa")
@@ -44,14 +44,14 @@ def test_it_is_the_model_before_the_conversion(build, router, tmp_path):
 def test_weights_are_copies():
     converted = convert(llama(), attention=MoHConfig(router="query_norm"))
     kept = {k: v.clone() for k, v in converted.state_dict().items()}
-    for parameter in original_of(converted).parameters():
+    for parameter in restore(converted).parameters():
         parameter.data.zero_()
     assert_close(converted.state_dict(), kept, rtol=0, atol=0)
 
 
 def test_what_has_no_original_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM is not converted"):
-        original_of(llama())
+        restore(llama())
     experts = convert(llama(), mlp=MoEConfig(num_experts=2, top_k=1, expert_dim=8))
     with pytest.raises(ValueError, match="replaced by experts"):
-        original_of(experts)
+        restore(experts)

@@ -1,8 +1,8 @@
-"""Turning a model into one with routed heads or experts, or ternary, in place."""
+"""Turning a model into one with routed heads or experts, or ternary, in place; and the way back."""
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.auto import Routed, routed_classes
-from headwise.hf.conversion import Conversion
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.expert_configs import MoEConfig
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.loading import load_original
 from headwise.hf.parallelism import refuse_tensor_parallel
 from headwise.hf.surgery import attention_modules, install
+from headwise.nn import HeadRouter
 
 
 def convert(
@@ -23,6 +24,7 @@ def convert(
     *,
     attention: MoHConfig | None = None,
     mlp: MoEConfig | None = None,
+    layers: Sequence[int] | None = None,
     every: int = 1,
     ternary: bool = False,
 ) -> Any:
@@ -39,17 +41,22 @@ def convert(
             of one. Or a model of diffusers whose self-attention is plain (DiTTransformer2DModel,
             PixArtTransformer2DModel, UNet2DConditionModel and others): there only attention is
             converted, and cross attention stays.
-        attention: What to make of every attention; None leaves it.
-        mlp: What to put for the MLP of every `every`-th layer; None leaves it. The layers must have
-            a module `mlp`.
-        every: 1 for each layer, 2 for layers 1, 3, 5, … counted from 0.
+        attention: What to make of the attentions; None leaves them.
+        mlp: What to put for the MLPs; None leaves them. The layers must have a module `mlp`.
+        layers: Numbers of the layers to convert, counted from 0, each once, such as [2, 3]; the
+            others stay as they are. Default: all. Budgets of single layers in `attention` still
+            have one entry for each layer of the model.
+        every: `mlp` goes to every `every`-th of these layers: 1 for each, 2 for the second, fourth,
+            … of them, which of all layers are 1, 3, 5, …
         ternary: Make every linear map of the layers and all experts ternary, with inputs of 8 bits
-            (BitNet b1.58; `headwise.bitnet`). Embeddings, norms, routers and the output layer stay
-            in full precision. The model must be trained so: what pretrained weights say is lost.
+            (BitNet b1.58; `headwise.bitnet`); of all layers, so `layers` must be None. Embeddings,
+            norms, routers and the output layer stay in full precision. The model must be trained
+            so: what pretrained weights say is lost.
 
     Returns:
-        The model. `save_pretrained` keeps the conversion, and after `import headwise` the directory
-        loads with the Auto class that loads the original's class.
+        The model. `save_pretrained` keeps the conversion. The directory loads with `headwise.load`,
+        and after `import headwise` with the Auto class that loads the original's class. `restore`
+        is the way back.
         A model of diffusers loads with the class that it then has, for one
         `headwise.hf.RoutedDiTTransformer2DModel`, and with pipelines that were saved with it. Give
         it back to its pipeline, which then notes the class and does not save it as a dense one:
@@ -59,18 +66,28 @@ def convert(
 
     Raises:
         ValueError: If the model is converted already, tensor-parallel or of another layout, its
-            path does not hold all of its weights, a budget does not fit it, or its layers have
-            matrices that cannot be made ternary (GPT-2's Conv1D). The model is then as it was.
+            path does not hold all of its weights, a budget does not fit it, it has no layer of a
+            number in `layers`, its attention drops the **kwargs by which a learned router's
+            decision reaches it, or its layers have matrices that cannot be made ternary (GPT-2's
+            Conv1D). The model is then as it was.
     """
     if not isinstance(ternary, bool):
         raise ValueError(f"ternary is {ternary!r}; it must be True or False")
+    if ternary and layers is not None:
+        raise ValueError(f"layers is {layers!r}; with ternary=True it must be None, for all layers")
+    if isinstance(layers, range):
+        layers = list(layers)
     conversion = Conversion(
-        attention=attention, mlp=mlp, every=every, ternary="trained" if ternary else "no"
+        attention=attention,
+        mlp=mlp,
+        layers=layers,  # type: ignore[arg-type]
+        every=every,
+        ternary="trained" if ternary else "no",
     )
     model: Any = model_or_path
     if _is_of_diffusers(model):
-        # Not above: diffusers takes seconds to import, and is an extra.
-        from headwise.hf.diffusers import convert_model
+        # Imported here because diffusers needs seconds for it, and is an extra.
+        from headwise.hf.of_diffusers import convert_model
 
         return convert_model(model, conversion)
     if not isinstance(model, PreTrainedModel | str | os.PathLike):
@@ -98,6 +115,48 @@ def convert(
     # As saving the model would; a config that is saved alone must say so, too.
     model.config.architectures = [model_class.__name__]
     return model
+
+
+def restore(model: Any) -> Any:
+    """The way back from `convert`: the model without routers, every head on, as a new model.
+
+    Its weights are copies of the model's: what the conversion left as it was, it gives back; a
+    model that was tuned since comes back tuned.
+
+    Args:
+        model: What `convert` returned, or what was loaded of it; it stays as it is.
+
+    Returns:
+        A model of the class that it had before, with that class's names of weights, on the same
+        device, in the same dtype and mode.
+
+    Raises:
+        ValueError: If the model is not converted, its MLPs were replaced by experts, or it is
+            ternary: then the original's weights are gone.
+    """
+    if not isinstance(model, Converted):
+        raise ValueError(f"{type(model).__name__} is not converted; it is its own original")
+    if model.conversion.mlp is not None:
+        raise ValueError("the model's MLPs were replaced by experts; its original must be given")
+    if model.conversion.ternary != "no":
+        raise ValueError("the model is ternary; its original must be given")
+    routed: Any = model
+    if isinstance(routed, PreTrainedModel):
+        original_class = routed.original_class
+        fields = routed.config.to_dict()
+        del fields["headwise"]
+        fields["model_type"] = fields.pop("base_model_type")
+        fields["architectures"] = [original_class.__name__]
+        config = original_class.config_class.from_dict(fields)
+        original = original_class._from_config(config, dtype=routed.dtype)
+    else:
+        fields = {name: value for name, value in routed.config.items() if name != "headwise"}
+        original = routed.original_class.from_config(fields).to(routed.dtype)
+    routers = [name for name, module in routed.named_modules() if isinstance(module, HeadRouter)]
+    of_routers = tuple(f"{name}." for name in routers)
+    weights = {k: v for k, v in routed.state_dict().items() if not k.startswith(of_routers)}
+    original.load_state_dict(weights)
+    return original.to(routed.device).train(routed.training)
 
 
 @contextmanager

@@ -1,11 +1,55 @@
 """Sizes of diffusion transformers: their configuration, and those that are published."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from headwise.models.own_config import OwnConfig
-from headwise.models.presets import preset_fields
+from headwise.models.own import OwnConfig
 from headwise.nn import Budget, HeadBudget
 from headwise.ops.fields import Count, Positive, Range, Weight, check_fields
+
+# Layers, width, heads of the dense models: DiT, arXiv 2212.09748, Table 1.
+_SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+# MoH, arXiv 2410.11842: so many layers with heads, shared ones, and routed ones that a token keeps.
+_BUDGETS = {
+    "s-90": ((8, 6, 3, 2), (4, 6, 6, 0)),
+    "s-75": ((2, 6, 2, 1), (4, 6, 3, 1), (4, 6, 3, 2), (2, 6, 6, 0)),
+    "b-90": ((5, 12, 6, 4), (5, 12, 7, 4), (2, 12, 12, 0)),
+    "b-75": ((2, 12, 4, 2), (8, 12, 6, 3), (2, 12, 12, 0)),
+    "l-90": ((8, 8, 8, 0), (8, 16, 16, 0), (8, 24, 16, 3)),
+    "l-75": ((8, 8, 8, 0), (8, 16, 8, 4), (8, 24, 12, 4)),
+    "xl-90": ((9, 8, 8, 0), (10, 16, 16, 0), (9, 24, 16, 3)),
+    "xl-75": ((9, 8, 8, 0), (10, 16, 10, 2), (9, 24, 14, 2)),
+}
+
+_TEST: dict[str, Any] = {
+    "input_size": 8, "in_channels": 1, "num_hidden_layers": 4, "hidden_size": 96, "num_heads": 8,
+    "num_labels": 10,
+}  # fmt: skip
+
+
+def _dense(size: str) -> dict[str, Any]:
+    layers, width, heads = _SIZES[size]
+    return {"num_hidden_layers": layers, "hidden_size": width, "num_heads": heads}
+
+
+def _routed(name: str) -> dict[str, Any]:
+    """The dense model with heads of the same width, as many in each layer as MoH gives it."""
+    dense = _dense(name.split("-")[0])
+    rows = [row for layers, *row in _BUDGETS[name] for _ in range(layers)]
+    return dense | {
+        "head_dim": dense["hidden_size"] // dense["num_heads"],
+        "num_heads": [heads for heads, _, _ in rows],
+        "shared_heads": [shared for _, shared, _ in rows],
+        "active_heads": [shared + kept for _, shared, kept in rows],
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"dit-{size}": _dense(size) for size in _SIZES},
+    **{f"moh-dit-{name}": _routed(name) for name in _BUDGETS},
+    "dit-test": _TEST,
+    "moh-dit-test": _TEST | {"shared_heads": 4, "active_heads": 6},
+}
 
 
 class DiTConfig(OwnConfig):
@@ -36,6 +80,7 @@ class DiTConfig(OwnConfig):
     """
 
     model_type = "headwise_dit"
+    presets = PRESETS
 
     input_size: Count = 32
     patch_size: Count = 2
@@ -58,8 +103,6 @@ class DiTConfig(OwnConfig):
                 setattr(self, name, list(value))
         self._check()
         super().__post_init__(**kwargs)
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
 
     def _check(self) -> None:
         check_fields(self)
@@ -108,19 +151,6 @@ class DiTConfig(OwnConfig):
         """Channels of the output."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """A published model by its name, such as "moh-dit-xl-90" or "dit-s".
-
-        Args:
-            name: One of `PRESETS`; "dit-test" and "moh-dit-test" are tiny ones, for digits.
-            **changes: Fields that differ from it.
-
-        Raises:
-            ValueError: If there is no such preset or field, with the nearest name.
-        """
-        return cls(**preset_fields(cls, PRESETS, name, changes))
-
     def _per_layer(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)
         if not isinstance(value, list):
@@ -131,50 +161,3 @@ class DiTConfig(OwnConfig):
                 f"{self.num_hidden_layers}"
             )
         return tuple(value)
-
-
-# Layers, width, heads of the dense models: DiT, arXiv 2212.09748, Table 1.
-_SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
-
-# MoH, arXiv 2410.11842: so many layers with heads, shared ones, and routed ones that a token keeps.
-_BUDGETS = {
-    "s-90": ((8, 6, 3, 2), (4, 6, 6, 0)),
-    "s-75": ((2, 6, 2, 1), (4, 6, 3, 1), (4, 6, 3, 2), (2, 6, 6, 0)),
-    "b-90": ((5, 12, 6, 4), (5, 12, 7, 4), (2, 12, 12, 0)),
-    "b-75": ((2, 12, 4, 2), (8, 12, 6, 3), (2, 12, 12, 0)),
-    "l-90": ((8, 8, 8, 0), (8, 16, 16, 0), (8, 24, 16, 3)),
-    "l-75": ((8, 8, 8, 0), (8, 16, 8, 4), (8, 24, 12, 4)),
-    "xl-90": ((9, 8, 8, 0), (10, 16, 16, 0), (9, 24, 16, 3)),
-    "xl-75": ((9, 8, 8, 0), (10, 16, 10, 2), (9, 24, 14, 2)),
-}
-
-_TEST: dict[str, Any] = {
-    "input_size": 8, "in_channels": 1, "num_hidden_layers": 4, "hidden_size": 96, "num_heads": 8,
-    "num_labels": 10,
-}  # fmt: skip
-
-
-def _dense(size: str) -> dict[str, Any]:
-    layers, width, heads = _SIZES[size]
-    return {"num_hidden_layers": layers, "hidden_size": width, "num_heads": heads}
-
-
-def _routed(name: str) -> dict[str, Any]:
-    """The dense model with heads of the same width, as many in each layer as MoH gives it."""
-    dense = _dense(name.split("-")[0])
-    rows = [row for layers, *row in _BUDGETS[name] for _ in range(layers)]
-    return dense | {
-        "head_dim": dense["hidden_size"] // dense["num_heads"],
-        "num_heads": [heads for heads, _, _ in rows],
-        "shared_heads": [shared for _, shared, _ in rows],
-        "active_heads": [shared + kept for _, shared, kept in rows],
-    }
-
-
-# Fields of a DiTConfig that differ from its defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    **{f"dit-{size}": _dense(size) for size in _SIZES},
-    **{f"moh-dit-{name}": _routed(name) for name in _BUDGETS},
-    "dit-test": _TEST,
-    "moh-dit-test": _TEST | {"shared_heads": 4, "active_heads": 6},
-}

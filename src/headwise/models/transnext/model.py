@@ -23,8 +23,9 @@ from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2DropPath
 from transformers.utils.generic import can_return_tuple
 
 from headwise.hf.training_loss import watch_training, with_routing_loss
-from headwise.models.transnext_config import TransNeXtConfig
-from headwise.models.transnext_layers import (
+from headwise.models.own import BalancesHeads
+from headwise.models.transnext.config import TransNeXtConfig
+from headwise.models.transnext.layers import (
     AggregatedAttention,
     ConvolutionalGLU,
     Geometry,
@@ -33,8 +34,6 @@ from headwise.models.transnext_layers import (
     to_tokens,
 )
 from headwise.nn.routers import ScoreMap
-from headwise.ops import Routing
-from headwise.ops.balance import mean_balance_loss
 from headwise.ops.tensors import check_tensor
 from headwise.parity import Reads
 
@@ -203,7 +202,7 @@ class TransNeXtBackbone(BackboneMixin, TransNeXtPreTrainedModel):
         return reads
 
 
-class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
+class TransNeXtForImageClassification(BalancesHeads, TransNeXtPreTrainedModel):
     """Images to classes: logits = W mean over the last map's tokens.
 
     In training with labels, the balance losses of the routed layers are in the loss: their mean
@@ -251,10 +250,6 @@ class TransNeXtForImageClassification(TransNeXtPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=maps if output_hidden_states else None
         )
-
-    def routing_loss(self, routings: dict[str, Routing]) -> Tensor:
-        """The balance losses of a forward, averaged over the layers that route, as configured."""
-        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

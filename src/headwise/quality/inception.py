@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from headwise.analysis.features import Features, spatial_features
+from headwise.quality.features import Features, spatial_features
 
 _SIZE = 299
 

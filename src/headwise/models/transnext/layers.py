@@ -14,7 +14,7 @@ from torch.nn.functional import (
     softplus,
 )
 
-from headwise.models.transnext_config import TransNeXtConfig
+from headwise.models.transnext.config import TransNeXtConfig
 from headwise.nn import TwoStageRouter
 from headwise.ops import aggregated_attention, head_attention
 from headwise.ops.dtypes import wide_dtype

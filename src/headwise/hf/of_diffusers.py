@@ -1,7 +1,6 @@
 """MoH in diffusers' models: an attention processor, and the classes of converted models."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -12,13 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from headwise.hf.attention import attend
-from headwise.hf.conversion import Conversion
+from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.head_configs import MoHConfig
-from headwise.hf.reading import load_strictly
 from headwise.hf.surgery import placed
 from headwise.nn import QueryNormRouter
-from headwise.ops import Routing
-from headwise.ops.balance import mean_balance_loss
 
 _PREFIX = "Routed"
 
@@ -58,15 +54,8 @@ class RoutedAttnProcessor:
         return dropout(project(rearrange(y, "b t h c -> b t (h c)")))
 
 
-class Routed(ModelMixin):
-    """Mixed into the class of a converted model: what was converted, its loss, strict loading."""
-
-    @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
-        """diffusers' own, but a missing, unexpected or misshapen weight is an error."""
-        want_info = kwargs.pop("output_loading_info", False)
-        model, info = load_strictly(super().from_pretrained, path, **kwargs)
-        return (model, info) if want_info else model
+class Routed(Converted, ModelMixin):
+    """Mixed into the class of a converted model of diffusers."""
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -76,20 +65,6 @@ class Routed(ModelMixin):
         model, unused = super().from_config(fields, return_unused_kwargs=True, **kwargs)
         _install(model, conversion)
         return (model, unused) if return_unused_kwargs else model
-
-    @property
-    def conversion(self) -> Conversion:
-        """What `headwise.convert` made of this model."""
-        return Conversion.from_dict(self.config["headwise"])
-
-    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
-        """The mean balance loss of the layers, times balance_coefficient: add it in training.
-
-        Args:
-            routings: What `headwise.record_routing` saw in a forward.
-        """
-        attention: Any = self.conversion.attention
-        return attention.balance_coefficient * mean_balance_loss(routings.values())
 
 
 def convert_model(model: Any, conversion: Conversion) -> Any:
@@ -156,17 +131,20 @@ def _install(model: Any, conversion: Conversion) -> None:
     The config then tells of them. All routers are built before one is placed.
     """
     attentions = self_attentions(model)
+    layers, _ = conversion.layers_of(len(attentions))
     asked: Any = conversion.attention
     attention: MoHConfig = asked.resolve(len(attentions))
-    routers = [
-        placed(attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads), attn)
-        for layer, attn in enumerate(attentions)
-    ]
-    for attn, router in zip(attentions, routers, strict=True):
-        attn.router = router
-        attn.set_processor(RoutedAttnProcessor())
-        attn.register_forward_pre_hook(_check_processor)
-    model.register_to_config(headwise=Conversion(attention=attention).to_dict())
+    routers = {}
+    for layer in layers:
+        attn = attentions[layer]
+        router = attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads)
+        routers[layer] = placed(router, attn)
+    for layer, router in routers.items():
+        attentions[layer].router = router
+        attentions[layer].set_processor(RoutedAttnProcessor())
+        attentions[layer].register_forward_pre_hook(_check_processor)
+    conversion = Conversion(attention=attention, layers=conversion.layers)
+    model.register_to_config(headwise=conversion.to_dict())
 
 
 def self_attentions(model: nn.Module) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headwise.models.dit import DiT
+from headwise.models.dit.model import DiT
 from headwise.ops.choice import check_choice
 
 try:
@@ -44,7 +44,7 @@ class RoutedDiTPipeline(DiffusionPipeline):
     What `save_pretrained` wrote, `RoutedDiTPipeline.from_pretrained` loads. diffusers'
     DiffusionPipeline.from_pretrained looks for classes in diffusers alone and ends with "module
     diffusers has no attribute RoutedDiTPipeline", unless told that our code may run: with
-    custom_pipeline=headwise.models.dit_pipeline.__file__ and trust_remote_code=True.
+    custom_pipeline=headwise.models.dit.pipeline.__file__ and trust_remote_code=True.
 
     Args:
         transformer: The model, in eval mode.

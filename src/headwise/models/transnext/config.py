@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 from transformers.backbone_utils import BackboneConfigMixin
 
-from headwise.models.own_config import OwnConfig
-from headwise.models.presets import preset_fields
+from headwise.models.own import OwnConfig
 from headwise.nn import HeadBudget
 from headwise.ops.fields import Count, Index, Positive, Range, Weight, check_fields
 
@@ -44,7 +43,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "test": _TEST,
     "moh-test": _TEST | {"shared_heads": (2, 2, 3), "active_heads": (3, 3, 6)},
 }
-"""Sizes by name, for `TransNeXtConfig.preset`; of 1000 classes unless they say otherwise."""
 
 
 class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
@@ -84,6 +82,8 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
     """
 
     model_type = "headwise_transnext"
+    presets = PRESETS
+    aliases = ("out_features", "out_indices")
 
     image_size: Count = 224
     patch_size: Count = 4
@@ -118,19 +118,6 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
             out_indices=kwargs.pop("out_indices", None),
         )
         super().__post_init__(**kwargs)
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}; it must be at least 1")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> "TransNeXtConfig":
-        """The sizes that go by that name in `PRESETS`, with changes.
-
-        Raises:
-            ValueError: If there is no such preset or field, with the nearest name, or the changes
-                do not fit.
-        """
-        also = ("out_features", "out_indices")
-        return cls(**preset_fields(cls, PRESETS, name, changes, also))
 
     @property
     def num_stages(self) -> int:

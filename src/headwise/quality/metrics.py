@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headwise.analysis.features import Features
+from headwise.quality.features import Features
 
 try:
     from torchmetrics.image.fid import FrechetInceptionDistance

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from headwise.hf.checkpointing import checkpoint_activations, keep_activations
-from headwise.models.transnext import TransNeXtForImageClassification
-from headwise.models.transnext_config import PRESETS, TransNeXtConfig
+from headwise.models.transnext.config import PRESETS, TransNeXtConfig
+from headwise.models.transnext.model import TransNeXtForImageClassification
 from headwise.ops.choice import look_up
 
 try:

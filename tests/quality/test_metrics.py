@@ -11,8 +11,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 from torchmetrics.image.inception import InceptionScore
 
-from headwise.analysis.features import Features, collect_features
-from headwise.analysis.generation import (
+from headwise.quality.features import Features, collect_features
+from headwise.quality.metrics import (
     SampleQuality,
     frechet_distance,
     inception_score,

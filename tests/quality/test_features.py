@@ -8,7 +8,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from headwise.analysis.features import (
+from headwise.quality.features import (
     ClassifierFeatures,
     Features,
     collect_features,

@@ -1,7 +1,6 @@
 """Diffusion transformers whose heads are routed: MoH-DiT, and the dense DiT."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from headwise.data.patches import patches_of
-from headwise.hf.reading import load_strictly
-from headwise.models.dit_config import DiTConfig
+from headwise.hf.reading import StrictlyLoaded
+from headwise.models.dit.config import DiTConfig
+from headwise.models.own import BalancesHeads
 from headwise.nn import MoHAttention
 from headwise.nn.routers import ScoreMap
-from headwise.ops import Routing
-from headwise.ops.balance import mean_balance_loss
 from headwise.ops.fields import check
 from headwise.ops.tensors import check_tensor
 
@@ -118,7 +116,7 @@ class FinalLayer(nn.Module):
         return self.linear(adaptive_norm(x, shift, scale))
 
 
-class DiT(PreTrainedModel):
+class DiT(StrictlyLoaded, BalancesHeads, PreTrainedModel):
     """Predicts the noise in images of a class, and how large its variance is.
 
         x = W patches + positions,  c = SiLU(time(t) + class(y))
@@ -134,6 +132,8 @@ class DiT(PreTrainedModel):
     output at 0. Sine and cosine positions are a parameter that is never trained.
     """
 
+    # Saved pipelines name this module. "….dit.model" diffusers would mistake for its own "dit".
+    __module__ = "headwise.models.dit"
     config_class = DiTConfig
     main_input_name = "x"
     supports_gradient_checkpointing = True
@@ -153,11 +153,11 @@ class DiT(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but a missing, unexpected or misshapen weight is an error."""
-        want_info = kwargs.pop("output_loading_info", False)
-        model, info = load_strictly(super().from_pretrained, path, *args, **kwargs)
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers makes every parameter that it loads a trained one.
         model.positions.requires_grad_(False)
-        return (model, info) if want_info else model
+        return loaded
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noise, and with learn_sigma its variance: [B, out_channels, H, W].
@@ -221,15 +221,6 @@ class DiT(PreTrainedModel):
         of_class, of_null = output[:, :count].chunk(2)
         guided = of_null + scale * (of_class - of_null)
         return torch.cat([torch.cat([guided, guided]), output[:, count:]], dim=1)
-
-    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
-        """The mean balance loss of the layers that route, times balance_coefficient.
-
-        Args:
-            routings: What `record_routing` or `collect_routings` saw in a forward. Where none of
-                them routes, the loss is 0.
-        """
-        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from headwise.analysis.generation import sample_quality
-from headwise.models.inception import Inception, load_inception, resize_like_tensorflow
+from headwise.quality.inception import Inception, load_inception, resize_like_tensorflow
+from headwise.quality.metrics import sample_quality
 
 # Of the published file.
 SHAPES = {

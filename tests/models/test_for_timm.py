@@ -13,16 +13,16 @@ from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 
 def test_without_timm_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.delitem(sys.modules, "headwise.models.timm", raising=False)
+    monkeypatch.delitem(sys.modules, "headwise.models.transnext.for_timm", raising=False)
     with pytest.raises(ValueError, match=r"registry needs timm, and torchvision.*pip install timm"):
-        importlib.import_module("headwise.models.timm")
+        importlib.import_module("headwise.models.transnext.for_timm")
 
 
 @pytest.fixture
 def timm():
     """timm, with our models in its registry."""
     found = pytest.importorskip("timm", reason="timm is not installed (it needs torchvision)")
-    importlib.import_module("headwise.models.timm")
+    importlib.import_module("headwise.models.transnext.for_timm")
     return found
 
 

@@ -1,0 +1,1 @@
+"""What drawn images are worth: features of a network, and measures of them."""

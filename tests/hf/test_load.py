@@ -1,0 +1,126 @@
+"""headwise.load: any directory of ours, of the class that was saved, in eval mode."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+
+import headwise
+from headwise import MHMoEConfig, MoHConfig, bitnet, convert
+from headwise.models import (
+    DiT,
+    DiTConfig,
+    MaskedConfig,
+    MaskedModel,
+    TransNeXtBackbone,
+    TransNeXtConfig,
+    TransNeXtForImageClassification,
+)
+
+HEADS = MoHConfig(shared=2, active=4, router="two_stage", router_std=0.5)
+EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
+IDS = {"input_ids": torch.randint(31, (2, 7))}
+IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=24, n_layer=2, n_head=6))
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **SMALL))
+
+
+def masked():
+    return MaskedModel(MaskedConfig(vocab_size=31, **SMALL))
+
+
+OF_MASKED = {"pixel_values": torch.randn(2, 1, 8, 8), "input_ids": torch.randint(31, (2, 5))}
+OF_DIT = {"x": torch.randn(2, 1, 8, 8), "t": torch.tensor([3, 700]), "y": torch.tensor([1, 10])}
+MODELS = {
+    "converted gpt2": (lambda: convert(gpt2(), attention=HEADS), IDS),
+    "ternary gpt2": (lambda: convert(vit(), attention=HEADS, ternary=True), IMAGES),
+    "packed vit": (lambda: bitnet.pack(convert(vit(), ternary=True)), IMAGES),
+    "converted masked": (lambda: convert(masked(), attention=HEADS), OF_MASKED),
+    "masked": (masked, OF_MASKED),
+    "moh vit": (
+        lambda: TransNeXtForImageClassification(TransNeXtConfig.preset("moh-test")),
+        IMAGES,
+    ),
+    "backbone": (lambda: TransNeXtBackbone(TransNeXtConfig.preset("moh-test")), IMAGES),
+    "dit": (lambda: DiT(DiTConfig.preset("moh-dit-test")), OF_DIT),
+    "dense gpt2": (gpt2, IDS),
+}
+
+
+def tensors(output):
+    values = output if isinstance(output, torch.Tensor) else list(output.values())
+    flat = [values] if isinstance(values, torch.Tensor) else values
+    return [x for v in flat for x in (v if isinstance(v, tuple) else [v]) if torch.is_tensor(x)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_what_was_saved_comes_back_in_eval_mode(name, tmp_path):
+    build, inputs = MODELS[name]
+    model = build().eval()
+    model.save_pretrained(tmp_path)
+    again = headwise.load(tmp_path)
+    assert type(again) is type(model)
+    assert not again.training
+    want, got = tensors(model(**inputs)), tensors(again(**inputs))
+    assert len(want) == len(got) > 0
+    assert all(map(torch.equal, want, got))
+
+
+def test_experts_and_options_come_back(tiny, tmp_path):
+    convert(tiny(), mlp=EXPERTS, every=2).save_pretrained(tmp_path)
+    model = headwise.load(str(tmp_path), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert type(model.model.layers[1].mlp.layer) is headwise.MHMoE
+
+
+def test_a_converted_model_of_diffusers_comes_back(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=2, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="DiTTransformer2DModel of diffusers; load it with that"):
+        headwise.load(tmp_path / "dense")
+    convert(model, attention=MoHConfig(shared=1, active=3)).save_pretrained(tmp_path / "routed")
+    again = headwise.load(tmp_path / "routed")
+    assert type(again) is type(model)
+    assert again.conversion == model.conversion
+
+
+def test_what_is_no_model_of_ours_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="path is 3; it must be a directory"):
+        headwise.load(3)
+    with pytest.raises(ValueError, match="where there is no directory"):
+        headwise.load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds no model \(no config.json\)"):
+        headwise.load(tmp_path)
+    gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NoModel"]}))
+    with pytest.raises(ValueError, match=r"holds no model that can be loaded: .*no class NoModel"):
+        headwise.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["converted gpt2", "dit"])
+def test_a_weight_too_many_or_too_few_is_refused(name, tmp_path):
+    MODELS[name][0]().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"surplus": torch.zeros(3)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="surplus"):
+        headwise.load(tmp_path)
+    lost = next(iter(weights))
+    save_file({k: v for k, v in weights.items() if k != lost}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=lost):
+        headwise.load(tmp_path)
