@@ -43,9 +43,13 @@ def main() -> None:
 
     Ctrl-C is a line and status 130 while libraries are loaded, too, which takes seconds.
     """
-    command, path, *_ = [*sys.argv[1:], "", ""]
-    if (len(sys.argv) < 2 or command in ("-h", "--help")) and sys.stdout.isatty():
-        print(USAGE, end="")
+    command, path, *_ = [*(x for x in sys.argv[1:] if x != "--debug"), "--help", ""]
+    if command in ("-h", "--help"):
+        try:
+            print(USAGE, end="", flush=True)
+        except BrokenPipeError:
+            # Python would flush again at its end, and say that it cannot.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     # Options may come before the directory, or a name be none that a line can show; then the
     # command finds out by itself.

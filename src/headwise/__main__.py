@@ -1,5 +1,5 @@
 """`python -m headwise` is the command `headwise`, also under `accelerate launch -m headwise`."""
 
-from headwise.cli import main
+from headwise_command import main
 
 main()

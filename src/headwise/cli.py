@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from headwise.data.text import is_text
 from headwise.errors import HeadwiseError, in_a_line, reason
 from headwise.ops.choice import look_up
-from headwise_command import USAGE
 
 # A command is the module of its name in headwise.commands, imported when it is called.
 _COMMANDS = {
@@ -30,13 +29,13 @@ _CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command.
+    """Run one command; `headwise_command`, which comes before, lists them.
 
     Whatever goes wrong is one line: wrong input with status 2, a failed run with 1, a bug of ours
     with 70. With `--debug` its traceback comes before.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = [argument for argument in given if argument != _DEBUG] or ["--help"]
+    arguments = [argument for argument in given if argument != _DEBUG] or [""]
     try:
         try:
             _run(*arguments)
@@ -74,9 +73,7 @@ def _run(command: str, *rest: str) -> None:
     for number, argument in enumerate((command, *rest), start=1):
         if not is_text(argument):
             raise ValueError(f"argument {number} is {argument!r}, which is no UTF-8 text")
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-    elif command == "--version":
+    if command == "--version":
         from headwise import __version__
 
         print(f"headwise {__version__}")

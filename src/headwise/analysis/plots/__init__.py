@@ -1,6 +1,5 @@
 """Numbers become matplotlib figures."""
 
-from headwise.analysis.plots.comparison import Panel, comparison
 from headwise.analysis.plots.curves import (
     final_losses,
     loss_curves,
@@ -21,6 +20,7 @@ from headwise.analysis.plots.maps import (
     last_routed_layer,
     patch_maps,
 )
+from headwise.analysis.plots.panels import Panel, comparison
 from headwise.analysis.plots.speed import time_against_share
 from headwise.analysis.plots.style import to_svg
 
