@@ -138,7 +138,7 @@ def collect_features(batches: Iterable[Tensor], network: FeatureNetwork) -> Feat
 
     Args:
         batches: Of images, as the network expects them; read once, one after the other.
-        network: Such as `ClassifierFeatures`, `headwise.quality.inception.Inception`, or a function
+        network: Such as `ClassifierFeatures`, or a function
             of one's own.
 
     Raises:

@@ -67,7 +67,7 @@ def sample_quality(real: Features, generated: Features) -> SampleQuality:
             measure refuses them.
 
     Example:
-        >>> network = load_inception("weights-inception-2015-12-05-6726825d.pth")
+        >>> network = ClassifierFeatures(classifier)
         >>> real = collect_features(batches_of_the_data, network)  # once for many models
         >>> sample_quality(real, collect_features(batches_of_samples, network)).fid
     """
