@@ -62,6 +62,18 @@ def test_the_converted_directory_loads_and_says_what_it_is(original, tmp_path, c
     assert str(tmp_path) not in card
 
 
+def test_layers_that_are_not_named_stay_as_they_are(original, tmp_path, capsys):
+    new, text = str(tmp_path / "new"), str(tmp_path / "text.txt")
+    main(["convert", str(original), "-o", new, "--layers", "1", "--calibrate", text])
+    assert "\nlayer 1: heads=6" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(new)
+    routed = [hasattr(layer.self_attn, "router") for layer in model.model.layers]
+    assert routed == [False, True]
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(original), "-o", str(tmp_path / "other"), "--layers", "2"])
+    assert "layers has 2; the model has 2 layers" in capsys.readouterr().err
+
+
 def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
     options = {"shared": 2, "active": 4, "calibrate": tmp_path / "text.txt"}
     for by in ("query_norm", "loss"):

@@ -48,6 +48,7 @@ class ConversionRun:
         router: query_norm (no parameters, ready at once), or two_stage or one_stage (learned; tune
             afterwards).
         route_groups: Query heads that share a key head are on or off together.
+        layers: Numbers of the layers to convert, counted from 0; all of them if empty.
         calibrate: Text file, or tokens that `headwise write-text` wrote (.parquet), by which to
             choose the shared heads of each layer; without it they are the first ones. It is read in
             pieces of up to 256 tokens, of which at most the first 64 are taken: three quarters to
@@ -62,6 +63,7 @@ class ConversionRun:
     active: Budget = 0.75
     router: HeadRouterName = "query_norm"
     route_groups: bool = False
+    layers: tuple[int, ...] = ()
     calibrate: Path | None = None
     by: Measure = "gradient"
 
@@ -98,14 +100,14 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         batches = _batches(pieces[:_MOST_PIECES], model)
         kept = -(-len(batches) // 4)
         attention = calibrate(model, batches[:-kept], attention, by=run.by)
-        perplexities = _comparison(model, run.attention(), attention, batches[-kept:])
+        perplexities = _comparison(run, model, attention, batches[-kept:])
         console.print(
             f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
             f"compared on the next {kept}"
         )
         console.print(_table(perplexities).for_terminal())
     try:
-        convert(model, attention=attention)
+        convert(model, attention=attention, layers=run.layers or None)
     except ValueError as error:
         raise ValueError(f"{run.path} cannot be converted: {error}") from error
     image_processor = cached_file(
@@ -176,12 +178,13 @@ def _batches(pieces: list[Tokens], model: PreTrainedModel) -> Batches:
 
 
 def _comparison(
-    model: PreTrainedModel, first: MoHConfig, named: MoHConfig, batches: Batches
+    run: ConversionRun, model: PreTrainedModel, calibrated: MoHConfig, batches: Batches
 ) -> dict[str, float]:
     """Perplexity on text that calibration has not seen."""
     perplexities = {"all on": _perplexity(model, batches)}
-    for name, attention in (("the first ones shared", first), ("calibrated", named)):
-        converted = convert(copy.deepcopy(model), attention=attention)
+    configs = {"the first ones shared": run.attention(), "calibrated": calibrated}
+    for name, attention in configs.items():
+        converted = convert(copy.deepcopy(model), attention=attention, layers=run.layers or None)
         perplexities[name] = _perplexity(converted, batches)
     return perplexities
 

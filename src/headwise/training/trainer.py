@@ -32,9 +32,24 @@ _PARTIAL = ".partial"
 class SafeTrainer(Trainer):
     """Trainer with checkpoints written beside and renamed, and a stop at a loss that is not finite.
 
-    A directory `checkpoint-N` is therefore always whole, whatever killed process or machine; what a
-    kill leaves lies under `.partial` and is swept before training goes on. A manifest in it has the
-    sums of its files, so that none that is missing or damaged is resumed from.
+    A directory `checkpoint-N` is therefore always whole, whatever killed process or machine. Its
+    manifest has the sums of its files, so that nothing missing or damaged is resumed from.
+
+    Example: what happens at step 200 of a run that saves every 100 steps and keeps two.
+
+        output/checkpoint-100/                  is whole
+        output/.partial/checkpoint-200/         transformers writes weights, optimizer, random state
+        output/.partial/checkpoint-200/manifest.json
+        output/checkpoint-200/                  by a rename: now it is whole, too
+        output/.partial/                        is removed; later checkpoint-300 ends checkpoint-100
+
+    A kill before the rename leaves `.partial`; `train` sweeps it and goes on from step 100.
+
+    Args:
+        title: What is trained, before each line of progress.
+        per_step: Units of a step (tokens, images), over all processes, for the speed.
+        unit: Their name.
+        args, kwargs: Of transformers' Trainer.
     """
 
     def __init__(self, *args: Any, title: str, per_step: int, unit: str = "token", **kwargs: Any):
