@@ -1,5 +1,6 @@
 """Write the tables of README.md and docs/ again, and figures of results/, from results/*.csv."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from headwise.analysis.plots import recovery_curves, time_against_share
@@ -8,14 +9,36 @@ from headwise.commands.eval import table as evaluation
 from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
 from headwise.results.rows import Row, read_csv
+from headwise.results.table import Table
 from headwise.training import table as training
 from headwise.training.figure import draw_comparison
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md", "docs/vision.md")
+# README.md shows whole models before layers, and these before the attention core alone.
+MODELS_FIRST = ("model", "layer", "experts", "vision", "attention")
+RIVALS = ("dense model", "dense layer", "dense twin", "sparse MoE", "SDPA")
+
+
+def costs(rows: Sequence[Row]) -> Table:
+    """README.md's table: what a user has against what headwise puts in its place.
+
+    Parts of our own layers, and options, are in docs/speed.md.
+    """
+    shown = [
+        row
+        for row in rows
+        if row["benchmark"] in MODELS_FIRST
+        and row["rival"].startswith(RIVALS)
+        and "whole key groups" not in row["case"]
+    ]
+    return bench.summary(sorted(shown, key=lambda row: MODELS_FIRST.index(row["benchmark"])))
+
+
 # Tables whose rows are in a file of another name.
-SOURCES = {"speed": "performance"}
+SOURCES = {"costs": "performance", "speed": "performance"}
 TABLES = {
+    "costs": costs,
     "performance": bench.performance,
     "speed": bench.summary,
     "gpu": bench.on_a_gpu,

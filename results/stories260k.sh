@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1 model runs samples
 
 mkdir -p "$runs"
 [ -e "$samples" ] ||
-    headwise samples "$model" -o "$samples" --count 10240 --length 200 --batch-size 1024
+    headwise write-text "$model" -o "$samples" --count 10240 --length 200 --batch-size 1024
 for budget in 4:6 3:5 2:4; do # shared:active, of 8
     [ -e "$runs/$budget" ] || headwise convert "$model" -o "$runs/$budget" \
         --shared "${budget%:*}" --active "${budget#*:}" --calibrate "$samples" --by loss

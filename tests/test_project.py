@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 
 import pytest
@@ -14,25 +15,13 @@ from transformers.utils import logging
 
 import headwise
 import headwise.parity
-from headwise.bench import table as bench
 from headwise.cli import main
-from headwise.commands.eval import table as evaluation
-from headwise.recipes import recovery
-from headwise.recipes.studies import STUDIES
-from headwise.results.rows import read_csv
-from headwise.training import table as training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-TABLES = dict(re.findall(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", PAGES, re.DOTALL))
-MAKERS = {
-    "performance": bench.performance,
-    "speed": bench.summary,
-    "gpu": bench.on_a_gpu,
-    "smollm2": evaluation.comparison,
-    "stories260k": recovery.comparison,
-} | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
+TABLES = re.findall(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", PAGES, re.DOTALL)
+MADE = run_path(str(ROOT / "docs" / "tables.py"))
 # torch itself imports triton where it is installed; our kernels are another matter.
 HEAVY = (
     "matplotlib", "headwise.ops.attention.triton", "diffusers", "kornia", "sklearn", "timm",
@@ -150,12 +139,10 @@ def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
     logging.enable_progress_bar()
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_equal_results(name):
-    results = ROOT / "results" / f"{'performance' if name == 'speed' else name}.csv"
-    if not results.exists():
-        pytest.skip(f"results/{name}.csv is not there yet")
-    assert TABLES[name].strip() == MAKERS[name](read_csv(results)).markdown().strip()
+@pytest.mark.parametrize(("name", "table"), TABLES, ids=[name for name, _ in TABLES])
+def test_tables_equal_results(name, table):
+    rows = MADE["rows_of"](MADE["SOURCES"].get(name, name))
+    assert table.strip() == MADE["TABLES"][name](rows).markdown().strip()
 
 
 def test_readmes_links_lead_to_files():
