@@ -29,12 +29,7 @@ _USES: dict[Kind, str] = {
 
 
 def load_causal_lm(path: str | Path, **options: Any) -> Any:
-    """The model; options are those of `from_pretrained`.
-
-    Raises:
-        ValueError: If there is none that can be loaded, a weight is missing or misshapen, or it is
-            none of language.
-    """
+    """The model; options are those of `from_pretrained`."""
     load_config(path, "language model")
     load = AutoModelForCausalLM.from_pretrained
     model, _ = load_strictly(load, path, surplus_allowed=True, **options)
@@ -42,11 +37,7 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
 
 
 def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
-    """The config of the model in a directory, or of that name on the Hugging Face hub.
-
-    Raises:
-        ValueError: If there is none, or the model is of another kind than the one given.
-    """
+    """The config of the model in a directory, or of that name on the Hugging Face hub."""
     # A name on the hub is no Path.
     if isinstance(path, Path) or Path(path).is_dir():
         check_holds_model(Path(path))

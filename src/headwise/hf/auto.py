@@ -67,9 +67,6 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
 
     Both are subclasses of the originals. The config's model_type is "headwise", so that a saved
     model is never taken for a plain one; the original's stands under `base_model_type`.
-
-    Raises:
-        ValueError: If no Auto class of transformers loads the model's class.
     """
     base_config = model_class.config_class
     autos = [auto for auto in _auto_classes() if model_class in _classes_of(auto, base_config)]
@@ -160,12 +157,7 @@ class RoutedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the class that `routed_classes` makes for the model's architecture.
-
-        Raises:
-            ValueError: If the format is newer than this version of headwise reads, or the model's
-                class is neither transformers' nor registered.
-        """
+        """A config of the class that `routed_classes` makes for the model's architecture."""
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
         base = architecture.removeprefix(_PREFIX)

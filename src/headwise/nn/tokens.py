@@ -33,9 +33,6 @@ def check_rows(
         sizes: As `check_tensor` has them.
         mask: True for tokens, [*sizes but the width], or None. Of x [B, T, H, C] it is [B, T].
         weight: On whose device x must be.
-
-    Raises:
-        ValueError: Naming the argument, what came and what would be right.
     """
     check_tensor(name, x, sizes, like=weight)
     if mask is not None:

@@ -17,9 +17,6 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
 
     Products of bfloat16 are exact in float32; sums and results would not be in bfloat16, where a
     quarter of the tokens tie. On CPUs a kernel (native/kernels/logits.h) reads bfloat16 as it is.
-
-    Raises:
-        ValueError: If one is no floating tensor, or the widths or devices differ.
     """
     check_tensor("weight", weight, ("K", "D"))
     check_tensor("x", x, ("...", weight.shape[1]), like=weight)

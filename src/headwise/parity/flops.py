@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MoE
-from headwise.nn.bitlinear import PackedLinear, PackedMatrices
-from headwise.nn.mh_moe import ExpertMatrices
+from headwise.nn.bitlinear import PackedExperts, PackedLinear
+from headwise.nn.mh_moe import Experts
 from headwise.nn.routers import ScoreMap
 from headwise.ops.fields import Count, checked
 
@@ -141,11 +141,11 @@ def _matrix_flops(name: str, module: Any) -> int:
         return 2 * module.weight.numel()
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
-    if isinstance(module, ExpertMatrices):
+    if isinstance(module, Experts):
         return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
     if isinstance(module, PackedLinear):
         return 2 * module.num_weights
-    if isinstance(module, PackedMatrices):
+    if isinstance(module, PackedExperts):
         return 2 * module.num_weights // module.num_experts
     if not isinstance(module, nn.Embedding):
         for parameter, shape in _matrices(module):

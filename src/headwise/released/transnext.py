@@ -54,11 +54,7 @@ def build(
     shared_head: Sequence[int] | None = None,
     routed_head: Sequence[int] | None = None,
 ) -> nn.Module:
-    """From the arguments of the released constructor.
-
-    Raises:
-        ValueError: If the stages have windows of several sizes, or the sizes do not fit.
-    """
+    """From the arguments of the released constructor."""
     # Global attention has no window.
     windows = {w for w, ratio in zip(window_size, sr_ratios, strict=False) if ratio > 1}
     if len(windows) > 1:

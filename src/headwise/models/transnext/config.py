@@ -145,11 +145,7 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
         )
 
     def check_image_size(self, field: str, *sides: int) -> None:
-        """Refuse images of which some stage would have no pooled key.
-
-        Raises:
-            ValueError: Naming the field and the least size.
-        """
+        """Refuse images of which some stage would have no pooled key."""
         pairs = zip(self.strides, self.sr_ratios, strict=True)
         least = 1 + max(stride * (ratio - 1) for stride, ratio in pairs)
         if min(sides) < least:
