@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
-from headwise.ops.attention.plan import Impl, Operands, Plan, choose
+from headwise.ops.attention.plan import Impl, Plan, choose
 from headwise.ops.choice import check_choice
 from headwise.ops.native.attention import largest_share, native_attention
 from headwise.ops.native.decode import native_decode
+from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import (
     Kind,
     check_operands,
