@@ -77,11 +77,7 @@ def _with_article(kind: Kind) -> str:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer; None where there is none.
-
-    Raises:
-        ValueError: If there is one that cannot be read.
-    """
+    """The tokenizer; None where there is none, but an error where it cannot be read."""
     try:
         with reading_model(path, "holds a tokenizer that cannot be read"):
             return AutoTokenizer.from_pretrained(path)

@@ -33,7 +33,9 @@ class Routed(Converted, PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         conversion = Conversion.from_dict(config.headwise)
         if conversion.attention is not None:
-            _check_attention_asked_for(config)
+            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+                if part is not None and part._attn_implementation is not None:
+                    check_implementation(part._attn_implementation)
         super().__init__(config, *args, **kwargs)
         install(self, conversion)
 
@@ -53,12 +55,6 @@ class Routed(Converted, PreTrainedModel):
         if self.conversion.attention is not None:
             check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-
-def _check_attention_asked_for(config: PreTrainedConfig) -> None:
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if part is not None and part._attn_implementation is not None:
-            check_implementation(part._attn_implementation)
 
 
 @functools.cache

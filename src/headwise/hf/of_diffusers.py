@@ -71,8 +71,6 @@ def convert_model(model: Any, conversion: Conversion) -> Any:
     kind = type(model).__name__
     if not isinstance(model, ModelMixin):
         raise ValueError(f"model_or_path is a {kind}; give a model of it, such as its transformer")
-    if isinstance(model, Routed):
-        raise ValueError(f"{kind} is converted already; load the original instead")
     if conversion.attention is None or conversion.mlp is not None or conversion.ternary != "no":
         raise ValueError(
             f"{kind} is a model of diffusers, of which attention alone can be converted; mlp must "

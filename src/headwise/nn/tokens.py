@@ -9,11 +9,9 @@ from headwise.ops.tensors import check_tensor
 
 
 def check_tokens(x: Any, mask: Any, *, dim: int, weight: Tensor) -> None:
-    """Refuse tokens or a padding mask that a layer of that width and with such weights cannot take.
+    """Refuse x unless it is [B, T, dim] on the weights' device, and a mask that is no bool [B, T].
 
-    Raises:
-        ValueError: If x is not [B, T, dim] in the weights' dtype (under autocast any float will do)
-            and on their device, or the mask not boolean [B, T].
+    x must have the weights' dtype; under autocast any float will do.
     """
     check_rows("x", x, ("B", "T", dim), mask, weight=weight)
     mixed = torch.is_autocast_enabled(x.device.type)

@@ -9,6 +9,7 @@ products and a softmax do.
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.dtypes import wide_dtype, widened
@@ -21,19 +22,13 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Operands(NamedTuple):
     """The arguments of `head_attention`, checked: every implementation computes these.
 
-    Attributes:
-        q: [B, T, H, C].
-        k, v: [B, S, Hkv, C].
-        gate: [B, T, H].
-        causal: Token t sees keys up to t + S - T.
-        mask, bias: [B|1, H|1, T|1, S|1], or None.
-        scale: Factor of the scores, above 0.
+    Mask and bias are [B|1, H|1, T|1, S|1]; the scale is above 0.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor
+    q: Float[Tensor, "B T H C"]
+    k: Float[Tensor, "B S Hkv C"]
+    v: Float[Tensor, "B S Hkv C"]
+    gate: Float[Tensor, "B T H"]
     causal: bool = False
     mask: Tensor | None = None
     bias: Tensor | None = None

@@ -161,7 +161,9 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
                 f"shared_heads is {self.shared_heads} and active_heads is {self.active_heads}; "
                 "give both, or neither for a dense model"
             )
-        for field in fields if self.shared_heads is None else [*fields, *_HEADS]:
+        if self.shared_heads is not None:
+            fields += ["shared_heads", "active_heads"]
+        for field in fields:
             values = getattr(self, field)
             if not values:
                 raise ValueError(f"{field} is {values!r}; it must have an entry for each stage")
@@ -179,6 +181,3 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
                     f"num_heads[{stage}] is {heads}; it must divide hidden_sizes[{stage}] = {dim}"
                 )
             self.budget(stage)
-
-
-_HEADS = ("shared_heads", "active_heads")

@@ -93,10 +93,7 @@ def head_attention(
         # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
-    return _compute(x, choose(x, share_on=share_on, impl=impl))
-
-
-def _compute(x: Operands, plan: Plan) -> Tensor:
+    plan = choose(x, share_on=share_on, impl=impl)
     if plan.impl == "native":
         gate = x.gate.float()
         if plan.decoding:
