@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.reading import StrictlyLoaded
-from headwise.hf.training_loss import routing_loss
-from headwise.ops import Routing
+from headwise.ops import HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.ops.fields import Count, Index, check_fields
 
 Ternary = Literal["no", "trained", "packed"]
@@ -149,9 +149,18 @@ class Converted(StrictlyLoaded):
         Args:
             routings: What `headwise.record_routing` saw in a forward.
         """
-        attention, mlp = self.conversion.attention, self.conversion.mlp
-        of_heads = 0.0 if attention is None else attention.balance_coefficient
-        return routing_loss(routings.values(), heads=of_heads, experts=mlp)
+        conversion: Any = self.conversion
+        mlp = conversion.mlp
+        heads, experts = [], []
+        for routing in routings.values():
+            if isinstance(routing, HeadRouting):
+                heads.append(conversion.attention.balance_coefficient * balance_loss(routing))
+            else:
+                z_loss = mlp.z_loss_coefficient * router_z_loss(routing)
+                balance = balance_loss(routing, form=mlp.balance_form, scope=mlp.balance_scope)
+                experts.append(mlp.balance_coefficient * balance + z_loss)
+        kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
+        return torch.stack(kinds).sum()
 
 
 # Of fields that the first saved models may lack.

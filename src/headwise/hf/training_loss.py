@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,36 +11,13 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from headwise.hf.expert_configs import MoEConfig
 from headwise.hf.recorder import collect_routings, is_collected
 from headwise.nn import Router
 from headwise.nn.expert_routers import keep_loads, move_biases
-from headwise.ops import HeadRouting, Routing, balance_loss, router_z_loss
+from headwise.ops import Routing
 
 # What makes a model of transformers compute its loss, beside what is called labels.
 _OTHER_TARGETS = ("start_positions", "bool_masked_pos", "return_loss", "future_values")
-
-
-def routing_loss(
-    routings: Iterable[Routing], *, heads: float = 1.0, experts: MoEConfig | None = None
-) -> Tensor:
-    """The mean loss of attentions, plus the mean loss of mixtures of experts.
-
-    Args:
-        routings: Of the layers that count, at least one.
-        heads: Factor of the balance loss of an attention.
-        experts: Has the factors of the losses of a mixture, and the form of its balance loss.
-    """
-    of_heads, of_experts = [], []
-    for routing in routings:
-        if isinstance(routing, HeadRouting):
-            of_heads.append(heads * balance_loss(routing))
-        elif experts is not None:
-            form, scope = experts.balance_form, experts.balance_scope
-            balance = experts.balance_coefficient * balance_loss(routing, form=form, scope=scope)
-            of_experts.append(balance + experts.z_loss_coefficient * router_z_loss(routing))
-    kinds = [torch.stack(losses).mean() for losses in (of_heads, of_experts) if losses]
-    return torch.stack(kinds).sum()
 
 
 def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:

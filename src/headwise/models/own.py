@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from headwise.hf.training_loss import routing_loss
 from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
 from headwise.ops.choice import look_up
 
 _CLASSES = 1000
@@ -28,9 +27,7 @@ class BalancesHeads:
             routings: What `headwise.record_routing` saw in a forward. Where none of them routes,
                 the loss is 0.
         """
-        choosing = [r for r in routings.values() if r.probabilities.shape[-1]]
-        loss = routing_loss(choosing) if choosing else torch.zeros(())
-        return self.config.balance_coefficient * loss
+        return self.config.balance_coefficient * mean_balance_loss(routings.values())
 
 
 class OwnConfig(PreTrainedConfig):

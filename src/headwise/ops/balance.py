@@ -1,5 +1,6 @@
 """Losses on a routing: keep the load even, keep the logits small."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -70,6 +71,12 @@ def load_and_probability(routing: Routing) -> tuple[Float[Tensor, " E"], Float[T
     real = routing.mask.flatten().to(probabilities.dtype)
     tokens = real.sum().clamp_min(1)
     return counts / tokens, (probabilities * real.unsqueeze(-1)).sum(0) / tokens
+
+
+def mean_balance_loss(routings: Iterable[Routing]) -> Float[Tensor, ""]:
+    """The mean of `balance_loss` over the layers that have a choice to make; 0 where none has."""
+    losses = [balance_loss(r) for r in routings if r.probabilities.shape[-1]]
+    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 def count_choices(routing: Routing) -> Float[Tensor, " E"]:
