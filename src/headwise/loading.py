@@ -29,12 +29,7 @@ _USES: dict[Kind, str] = {
 
 
 def load_causal_lm(path: str | Path, **options: Any) -> Any:
-    """The model; options are those of `from_pretrained`.
-
-    Raises:
-        ValueError: If there is none that can be loaded, a weight is missing or misshapen, or it is
-            none of language.
-    """
+    """The model; options are those of `from_pretrained`."""
     load_config(path, "language model")
     load = AutoModelForCausalLM.from_pretrained
     model, _ = load_strictly(load, path, surplus_allowed=True, **options)
@@ -42,11 +37,7 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
 
 
 def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
-    """The config of the model in a directory, or of that name on the Hugging Face hub.
-
-    Raises:
-        ValueError: If there is none, or the model is of another kind than the one given.
-    """
+    """The config of the model in a directory, or of that name on the Hugging Face hub."""
     # A name on the hub is no Path.
     if isinstance(path, Path) or Path(path).is_dir():
         check_holds_model(Path(path))
@@ -86,11 +77,7 @@ def _with_article(kind: Kind) -> str:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer; None where there is none.
-
-    Raises:
-        ValueError: If there is one that cannot be read.
-    """
+    """The tokenizer; None where there is none, but an error where it cannot be read."""
     try:
         with reading_model(path, "holds a tokenizer that cannot be read"):
             return AutoTokenizer.from_pretrained(path)

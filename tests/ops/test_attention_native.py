@@ -6,10 +6,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.attention import Operands, choose
+from headwise.ops.attention import choose
 from headwise.ops.native import attention as native
 from headwise.ops.native.decode import native_decode
-from headwise.ops.plain_attention import attend_all
+from headwise.ops.plain_attention import Operands, attend_all
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # The reference in plain PyTorch, dense, is compared with that of loops in other tests.
@@ -116,7 +116,7 @@ def test_processors_with_tiles_have_torch_compute_nearly_all_heads_in_bfloat16(m
     monkeypatch.setattr(native, "_HAS_TILES", True)
     tensors = arguments(T=31, S=31, on=1, dtype=torch.bfloat16)
     q, k, v, gate = tensors.values()
-    want, _ = attend_all(q, k, v, gate, True, None, None, 22**-0.5)
+    want, _ = attend_all(Operands(q, k, v, gate, causal=True, scale=22**-0.5))
     with torch.no_grad():
         assert torch.equal(head_attention(**tensors, causal=True, impl="native"), want)
 

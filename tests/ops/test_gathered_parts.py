@@ -7,6 +7,7 @@ import torch
 from headwise.ops.attention import pieces, ragged
 from headwise.ops.attention.pieces import causal_pieces, edge_pieces, full_pieces, staircase
 from headwise.ops.attention.ragged import cut_into_tiles
+from headwise.ops.plain_attention import Operands
 
 KEYS = 131
 
@@ -97,7 +98,8 @@ def test_heads_that_nobody_selected_are_in_no_tile():
 def test_places_of_rows_by_hand():
     """The example of `ragged`."""
     gate = torch.tensor([[[1, 0], [1, 1], [0, 0], [1, 1]]])
-    rows = ragged.Rows(gate, torch.zeros(1, 4, 2, 1), True, None, None, largest_share=1.0)
+    x = torch.zeros(1, 4, 2, 1)
+    rows = ragged.Rows(Operands(x, x, x, gate, causal=True), largest_share=1.0)
     assert [tile.shape for tile in rows.tiles] == [(1, 2, 3)]
     assert rows._numbers.tolist() == [0, 1, 3, 1, 3, 3]
     assert rows._index.tolist() == [0, 2, 6, 3, 7, 0]

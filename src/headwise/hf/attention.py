@@ -68,10 +68,6 @@ def attend(
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
     multiplied by its gate.
-
-    Raises:
-        ValueError: For what SDPA does not compute (soft caps and sinks), for a module with some of
-            the heads only, or whose forward lost the routing on the way.
     """
     router: Any = getattr(module, "router", None)
     if router is not None:
@@ -148,9 +144,6 @@ def check_passes_routing(model: nn.Module, name: str) -> None:
 
     The routing of a learned router goes with them, from `_before_attention` to `attend`. A forward
     that takes none, or never reads them, loses it.
-
-    Raises:
-        ValueError: Naming the model's class, the module and its class.
     """
     attention = model.get_submodule(name)
     if not all(map(_reads_its_kwargs, forwards_to_interface(attention))):

@@ -33,7 +33,9 @@ class Routed(Converted, PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         conversion = Conversion.from_dict(config.headwise)
         if conversion.attention is not None:
-            _check_attention_asked_for(config)
+            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+                if part is not None and part._attn_implementation is not None:
+                    check_implementation(part._attn_implementation)
         super().__init__(config, *args, **kwargs)
         install(self, conversion)
 
@@ -55,21 +57,12 @@ class Routed(Converted, PreTrainedModel):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def _check_attention_asked_for(config: PreTrainedConfig) -> None:
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if part is not None and part._attn_implementation is not None:
-            check_implementation(part._attn_implementation)
-
-
 @functools.cache
 def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
     """The classes of a converted model and of its config, made from transformers' own.
 
     Both are subclasses of the originals. The config's model_type is "headwise", so that a saved
     model is never taken for a plain one; the original's stands under `base_model_type`.
-
-    Raises:
-        ValueError: If no Auto class of transformers loads the model's class.
     """
     base_config = model_class.config_class
     autos = [auto for auto in _auto_classes() if model_class in _classes_of(auto, base_config)]
@@ -160,12 +153,7 @@ class RoutedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the class that `routed_classes` makes for the model's architecture.
-
-        Raises:
-            ValueError: If the format is newer than this version of headwise reads, or the model's
-                class is neither transformers' nor registered.
-        """
+        """A config of the class that `routed_classes` makes for the model's architecture."""
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
         base = architecture.removeprefix(_PREFIX)

@@ -74,11 +74,12 @@ def calibrate(
     config = config.resolve(num_layers)
     routers = build_routers(model, config, range(num_layers))
     budgets = [router.budget for router in routers.values()]
+    weights = [torch.zeros(budget.num_heads, dtype=torch.float64) for budget in budgets]
     training = model.training
     model.eval()
     try:
         with torch.set_grad_enabled(by == "gradient"):
-            weights = _MEASURES[by](model, batches, budgets)
+            _MEASURES[by](model, batches, weights)
     finally:
         model.train(training)
     shared = tuple(_heaviest(w, budget) for w, budget in zip(weights, budgets, strict=True))
@@ -93,52 +94,45 @@ def _heaviest(weights: Tensor, budget: HeadBudget) -> tuple[int, ...]:
     return tuple(size * group + i for group in chosen for i in range(size))
 
 
-def _query_norms(
-    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
-) -> list[Tensor]:
-    all_on = [HeadBudget.resolve(b.num_heads, shared=0, active=b.num_heads) for b in budgets]
+# Each of these adds to `weights`, one for every head of a layer, layer by layer.
+def _add_query_norms(model: PreTrainedModel, batches: Batches, weights: list[Tensor]) -> None:
+    all_on = [HeadBudget.resolve(len(w), shared=0, active=len(w)) for w in weights]
     routers = [QueryNormRouter(budget, scale_by_std=False) for budget in all_on]
-    sums = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     with _routed_by(model, routers), record_routing(model) as routings:
         for batch in followed(batches, "query norms", total=len(batches)):
             model(**batch)
-            for total, routing in zip(sums, routings.values(), strict=True):
+            for total, routing in zip(weights, routings.values(), strict=True):
                 norms = routing.logits if routing.mask is None else routing.logits[routing.mask]
                 total += norms.flatten(end_dim=-2).sum(0, dtype=torch.float64).cpu()
-    return sums
 
 
-def _rises_of_loss(
-    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
-) -> list[Tensor]:
+def _add_rises_of_loss(model: PreTrainedModel, batches: Batches, weights: list[Tensor]) -> None:
     """Without the loss of the whole model: a constant does not change the order."""
-    routers = [_Gated(budget.num_heads) for budget in budgets]
-    losses = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
-    heads = [(layer, head) for layer, b in enumerate(budgets) for head in range(b.num_heads)]
+    routers = [_Gated(len(w)) for w in weights]
+    heads = [(layer, head) for layer, w in enumerate(weights) for head in range(len(w))]
     with _routed_by(model, routers):
         for layer, head in followed(heads, "loss without each head", total=len(heads)):
             routers[layer].gates[head] = 0
-            losses[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
+            weights[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
             routers[layer].gates[head] = 1
-    return losses
 
 
-def _slopes_of_loss(
-    model: PreTrainedModel, batches: Batches, budgets: Sequence[HeadBudget]
-) -> list[Tensor]:
-    routers = [_Gated(budget.num_heads) for budget in budgets]
+def _add_slopes_of_loss(model: PreTrainedModel, batches: Batches, weights: list[Tensor]) -> None:
+    routers = [_Gated(len(w)) for w in weights]
     gates = [router.gates.requires_grad_() for router in routers]
-    slopes = [torch.zeros(b.num_heads, dtype=torch.float64) for b in budgets]
     with _routed_by(model, routers):
         for batch in followed(batches, "gradient of each head", total=len(batches)):
             # Only the gates: the gradients of the model's weights stay as they were.
             gradients = torch.autograd.grad(model(**batch).loss, gates)
-            for total, gradient in zip(slopes, gradients, strict=True):
+            for total, gradient in zip(weights, gradients, strict=True):
                 total += gradient.abs()
-    return slopes
 
 
-_MEASURES = {"gradient": _slopes_of_loss, "loss": _rises_of_loss, "query_norm": _query_norms}
+_MEASURES = {
+    "gradient": _add_slopes_of_loss,
+    "loss": _add_rises_of_loss,
+    "query_norm": _add_query_norms,
+}
 
 
 class _Gated(QueryNormRouter):

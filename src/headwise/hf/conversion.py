@@ -87,11 +87,12 @@ class Conversion:
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON can keep; the mlp's type stands under "kind"."""
         # A reader of an older format would not see that a model is ternary, or converted in part.
+        kind = "mh_moe" if isinstance(self.mlp, MHMoEConfig) else "moe"
         in_part = {} if self.layers is None else {"format": 3, "layers": list(self.layers)}
         return {
             "format": 1 if self.ternary == "no" else 2,
             "attention": self.attention and dataclasses.asdict(self.attention),
-            "mlp": self.mlp and {"kind": _kind(self.mlp), **dataclasses.asdict(self.mlp)},
+            "mlp": self.mlp and {"kind": kind, **dataclasses.asdict(self.mlp)},
             "every": self.every,
             "ternary": self.ternary,
             **in_part,
@@ -114,7 +115,7 @@ class Conversion:
             attention, mlp = fields["attention"], fields["mlp"]
             return cls(
                 attention=attention and MoHConfig(**_FIRST_DEFAULTS | attention),
-                mlp=mlp and _mlp_from_dict(**mlp),
+                mlp=mlp and _MLPS[mlp["kind"]](**{k: x for k, x in mlp.items() if k != "kind"}),
                 layers=fields.get("layers"),
                 every=fields["every"],
                 ternary=fields.get("ternary", "no"),
@@ -164,11 +165,4 @@ class Converted(StrictlyLoaded):
 
 # Of fields that the first saved models may lack.
 _FIRST_DEFAULTS = {"router": "two_stage", "router_std": 0.02}
-
-
-def _kind(mlp: MoEConfig) -> str:
-    return "mh_moe" if isinstance(mlp, MHMoEConfig) else "moe"
-
-
-def _mlp_from_dict(kind: str, **fields: Any) -> MoEConfig:
-    return {"moe": MoEConfig, "mh_moe": MHMoEConfig}[kind](**fields)
+_MLPS = {"moe": MoEConfig, "mh_moe": MHMoEConfig}

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from headwise.hf.auto import Routed, routed_classes
+from headwise.hf.auto import routed_classes
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.expert_configs import MoEConfig
 from headwise.hf.head_configs import MoHConfig
@@ -85,7 +85,9 @@ def convert(
         ternary="trained" if ternary else "no",
     )
     model: Any = model_or_path
-    if _is_of_diffusers(model):
+    if isinstance(model, Converted):
+        raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
+    if any(kind.__module__.split(".")[0] == "diffusers" for kind in type(model).__mro__):
         # Imported here because diffusers needs seconds for it, and is an extra.
         from headwise.hf.of_diffusers import convert_model
 
@@ -97,8 +99,6 @@ def convert(
         )
     if not isinstance(model, PreTrainedModel):
         model = load_original(model)
-    if isinstance(model, Routed):
-        raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
     refuse_tensor_parallel(model)
     original: Any = type(model)
     model_class, config_class = routed_classes(original)
@@ -179,7 +179,3 @@ def _own_config(model: PreTrainedModel) -> Iterator[None]:
         for module, name, value in references:
             setattr(module, name, value)
         raise
-
-
-def _is_of_diffusers(model: Any) -> bool:
-    return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(model).__mro__)

@@ -86,10 +86,6 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
 
     Args:
         path: A directory as transformers saves it, or a name on the Hugging Face hub.
-
-    Raises:
-        ValueError: If there is no model, it is converted already, or a weight is missing or
-            misshapen.
     """
     with _opened(path, "holds no model that can be converted") as name:
         if (kind := _diffusers_class(name)) is not None:

@@ -20,11 +20,7 @@ _PREFIX = "Routed"
 
 
 class RoutedAttnProcessor:
-    """What diffusers' AttnProcessor2_0 computes, of the heads that the attention's router lets on.
-
-    Raises:
-        ValueError: If it is given another sequence to attend to.
-    """
+    """What diffusers' AttnProcessor2_0 computes, of the heads that the router switches on."""
 
     def __call__(
         self,
@@ -71,17 +67,10 @@ def convert_model(model: Any, conversion: Conversion) -> Any:
     """`headwise.convert` for a model of diffusers, whose self-attention gets routers.
 
     Cross attention stays as it is.
-
-    Raises:
-        ValueError: If the model is converted already, is none whose self-attention is plain, more
-            than the attention is to be converted, or a budget does not fit. The model is then as it
-            was.
     """
     kind = type(model).__name__
     if not isinstance(model, ModelMixin):
         raise ValueError(f"model_or_path is a {kind}; give a model of it, such as its transformer")
-    if isinstance(model, Routed):
-        raise ValueError(f"{kind} is converted already; load the original instead")
     if conversion.attention is None or conversion.mlp is not None or conversion.ternary != "no":
         raise ValueError(
             f"{kind} is a model of diffusers, of which attention alone can be converted; mlp must "
@@ -96,11 +85,7 @@ def convert_model(model: Any, conversion: Conversion) -> Any:
 
 @functools.cache
 def routed_class(original: Any) -> Any:
-    """The class of a converted model, a subclass of diffusers' own: Routed and its name.
-
-    Raises:
-        ValueError: If diffusers could not load it again.
-    """
+    """The class of a converted model, a subclass of diffusers' own: Routed and its name."""
     name = original.__name__
     if getattr(diffusers, name, None) != original:
         raise ValueError(
@@ -148,11 +133,7 @@ def _install(model: Any, conversion: Conversion) -> None:
 
 
 def self_attentions(model: nn.Module) -> list[Any]:
-    """The modules in which heads can be routed, in the model's order; none of cross attention.
-
-    Raises:
-        ValueError: If there are none, or some self-attention is of another kind.
-    """
+    """The modules in which heads can be routed, in the model's order; none of cross attention."""
     kind, found = type(model).__name__, []
     for name, module in model.named_modules():
         if not hasattr(module, "get_processor") or getattr(module, "is_cross_attention", False):

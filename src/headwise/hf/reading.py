@@ -102,11 +102,7 @@ class StrictlyLoaded:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The library's own, whose missing and surplus weights would only be warned of.
-
-        Raises:
-            ValueError: For such a weight, or a model that cannot be read.
-        """
+        """The library's own, whose missing and surplus weights would only be warned of."""
         want_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained  # type: ignore[misc]
         model, info = load_strictly(load, path, *args, **kwargs)

@@ -23,10 +23,6 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     Experts start with the deviation of the MLPs that they replace (`config.initializer_range`), or
     with `keep_mlps` as slices of these where the conversion says so. When weights are loaded
     afterwards, there is nothing to keep.
-
-    Raises:
-        ValueError: If the model lacks a layer that is named, its layers have no place for them, or
-            a budget does not fit its heads.
     """
     attentions = attention_modules(model)
     of_attention, of_mlp = conversion.layers_of(len(attentions))
@@ -64,13 +60,7 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
 def build_routers(
     model: PreTrainedModel, attention: MoHConfig, layers: Collection[int]
 ) -> dict[str, HeadRouter]:
-    """A router for the attention of each of the layers, by its name; the model is left alone.
-
-    Raises:
-        ValueError: If a budget does not fit the heads of its layer, or its attention does something
-            that ours does not or does not pass a routing on, or another attention function than the
-            usual ones was asked for.
-    """
+    """A router for the attention of each of the layers, by its name; the model is left alone."""
     routers = {}
     for layer, (name, module) in enumerate(attention_modules(model).items()):
         if layer not in layers:
@@ -117,11 +107,7 @@ def _config_of(model: PreTrainedModel, attention: str) -> Any:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that call transformers' AttentionInterface, by name, first layer first.
-
-    Raises:
-        ValueError: If there are none, or one attends to another sequence than its own.
-    """
+    """The modules that call transformers' AttentionInterface, by name, first layer first."""
     modules = model.named_modules()
     found = {name: m for name, m in modules if headwise_attention.forwards_to_interface(m)}
     kind = type(model).__name__
@@ -140,12 +126,7 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def layers(model: PreTrainedModel) -> list[str]:
-    """The names of the layers: what holds an attention module, and stands in a list of its like.
-
-    Raises:
-        ValueError: If the model has no attention that `attention_modules` finds, or it stands in
-            no list.
-    """
+    """The names of the layers: what holds an attention module, and stands in a list of its like."""
     found = []
     for attention in attention_modules(model):
         parts = attention.split(".")

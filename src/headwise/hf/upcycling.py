@@ -26,9 +26,6 @@ def start_as_slices(layer: MoE, mlp: Any) -> None:
 
     **Source**: LLaMA-MoE, arXiv 2406.16554, section 3 (slices of neighbours, scaled outputs);
     sparse upcycling, arXiv 2212.05055. The parts are ours.
-
-    Raises:
-        ValueError: If the MLP is of another layout, width or activation.
     """
     _check(layer, mlp)
     heads = layer.num_heads

@@ -72,11 +72,7 @@ class OwnConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """transformers' own: the fields in config.json, and the arguments that are left.
-
-        Raises:
-            ValueError: If they are those of another model.
-        """
+        """transformers' own: the fields in config.json, and the arguments that are left."""
         fields, rest = super().get_config_dict(path, **kwargs)
         if (kind := fields.get("model_type")) != cls.model_type:
             raise ValueError(f"{path} holds a model of model_type {kind!r}, not {cls.model_type!r}")

@@ -12,13 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headwise.nn.buffers import KeepsBuffers
-from headwise.nn.mh_moe import ExpertMatrices
+from headwise.nn.mh_moe import Experts
 from headwise.ops.activations import Activation
 from headwise.ops.experts import Impl
 from headwise.ops.ternary import Quantized, pack, quantize_weight, ternary_linear, unpack
 from headwise.ops.ternary_mlp import quantize_experts, ternary_mlp
-
-Matrices = tuple[Quantized, Quantized]
 
 
 class BitLinear(nn.Linear):
@@ -32,14 +30,6 @@ class BitLinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
         """y of x."""
         return ternary_linear(x, quantize_weight(self.weight), self.bias)
-
-
-class TernaryMatrices(ExpertMatrices):
-    """`ExpertMatrices` that are made ternary whenever they are read."""
-
-    def matrices(self, dtype: torch.dtype) -> Matrices:
-        """Both of them, ternary; they have the model's dtype."""
-        return quantize_experts(self.up_proj, self.down_proj)
 
 
 class PackedLinear(KeepsBuffers):
@@ -78,8 +68,40 @@ class PackedLinear(KeepsBuffers):
         )
 
 
-class PackedMatrices(KeepsBuffers):
-    """The matrices of ternary experts for inference.
+class _TernaryMix(nn.Module):
+    """What `Experts` computes, with ternary matrices and activations of 8 bits."""
+
+    matrices: Any
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        weights: Float[Tensor, "N K"] | None = None,
+        indices: Int[Tensor, "N K"] | None = None,
+        *,
+        activation: Activation,
+        impl: Impl = "auto",
+    ) -> Float[Tensor, "*batch D"]:
+        """`ops.ternary_mlp` by its own matrices; without weights expert 0, for every row."""
+        if impl != "auto":
+            raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
+        rows = x.flatten(end_dim=-2)
+        if weights is None or indices is None:
+            weights, indices = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1).long()
+        matrices = self.matrices(x.dtype)
+        return ternary_mlp(rows, weights, indices, *matrices, activation=activation).view(x.shape)
+
+
+class TernaryExperts(_TernaryMix, Experts):
+    """`Experts` whose matrices are made ternary whenever they are read: for training."""
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
+        """Both of them, ternary; they have the model's dtype."""
+        return quantize_experts(self.up_proj, self.down_proj)
+
+
+class PackedExperts(_TernaryMix, KeepsBuffers):
+    """TernaryExperts for inference; raises ValueError in a forward in training mode.
 
     up_proj uint8 [E, U, D / 4] with up_scale [E, 2] (gate first) or [E, 1], down_proj uint8
     [E, D, F / 4] with down_scale [E].
@@ -90,7 +112,7 @@ class PackedMatrices(KeepsBuffers):
     down_proj: Tensor
     down_scale: Tensor
 
-    def __init__(self, experts: ExpertMatrices):
+    def __init__(self, experts: TernaryExperts):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = experts.down_proj.shape
         up, down = quantize_experts(experts.up_proj.detach(), experts.down_proj.detach())
@@ -105,7 +127,7 @@ class PackedMatrices(KeepsBuffers):
         matrices = self.up_scale.shape[1] + 1
         return self.num_experts * matrices * self.dim * self.hidden_dim
 
-    def matrices(self, dtype: torch.dtype) -> Matrices:
+    def matrices(self, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
         """As `quantize_experts` gave them."""
         _refuse_training(self)
         up = unpack(self.up_proj, self.dim, dtype=dtype).unflatten(1, (-1, self.hidden_dim))
@@ -117,57 +139,6 @@ class PackedMatrices(KeepsBuffers):
             f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, "
             f"glu={self.up_scale.shape[1] == 2}"
         )
-
-
-class _Mixes(nn.Module):
-    """What `Experts` computes, with ternary matrices and activations of 8 bits."""
-
-    matrices: Any
-
-    def forward(
-        self,
-        x: Float[Tensor, "N D"],
-        weights: Float[Tensor, "N K"],
-        indices: Int[Tensor, "N K"],
-        *,
-        activation: Activation,
-        impl: Impl,
-    ) -> Float[Tensor, "N D"]:
-        """`ops.ternary_mlp` with its own matrices."""
-        if impl != "auto":
-            raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
-        return ternary_mlp(x, weights, indices, *self.matrices(x.dtype), activation=activation)
-
-
-class _Shares(nn.Module):
-    """What `SharedExpert` computes, with the same matrices and activations."""
-
-    matrices: Any
-
-    def forward(
-        self, x: Float[Tensor, "*batch D"], activation: Activation
-    ) -> Float[Tensor, "*batch D"]:
-        """What it says of every token."""
-        rows = x.flatten(end_dim=-2)
-        one, first = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1, dtype=torch.long)
-        matrices = self.matrices(x.dtype)
-        return ternary_mlp(rows, one, first, *matrices, activation=activation).view(x.shape)
-
-
-class TernaryExperts(_Mixes, TernaryMatrices):
-    """`Experts` with ternary matrices, trained."""
-
-
-class TernarySharedExpert(_Shares, TernaryMatrices):
-    """`SharedExpert` with ternary matrices, trained."""
-
-
-class PackedExperts(_Mixes, PackedMatrices):
-    """TernaryExperts for inference; raises ValueError in a forward in training mode."""
-
-
-class PackedSharedExpert(_Shares, PackedMatrices):
-    """TernarySharedExpert for inference; raises ValueError in a forward in training mode."""
 
 
 def _refuse_training(module: nn.Module) -> None:

@@ -88,7 +88,7 @@ class MoE(nn.Module):
         )
         self.experts = Experts(num_experts, width, expert_dim, glu=glu)
         self.shared_expert = (
-            SharedExpert(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
+            Experts(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
         )
 
     def _add_projections(self) -> None:
@@ -138,7 +138,7 @@ class MoE(nn.Module):
         out = flat + out if self.inner_residual else out
         y = self.merge(out.reshape(x.shape))
         if self.shared_expert is not None:
-            y = y + self.shared_expert(x, self.activation)
+            y = y + self.shared_expert(x, activation=self.activation)
         return y, mark_first_pass(routing)
 
     def split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T h s"]:
@@ -218,8 +218,8 @@ class MHMoE(MoE):
         return parts if self.merge_proj is None else self.merge_proj(parts)
 
 
-class ExpertMatrices(nn.Module):
-    """The stacked matrices of E two-layer MLPs.
+class Experts(nn.Module):
+    """The stacked matrices of E two-layer MLPs, and what these say of rows.
 
     up_proj [E, 2F, D] holds the gate rows first (glu) or is [E, F, D]; down_proj is [E, D, F].
     """
@@ -233,35 +233,22 @@ class ExpertMatrices(nn.Module):
         for weight in (self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        weights: Float[Tensor, "N K"] | None = None,
+        indices: Int[Tensor, "N K"] | None = None,
+        *,
+        activation: Activation,
+        impl: Impl = "auto",
+    ) -> Float[Tensor, "*batch D"]:
+        """`ops.expert_mlp` by its own matrices; without weights expert 0, for every row."""
+        up, down = self.up_proj, self.down_proj
+        if weights is None or indices is None:
+            return linear(activate(linear(x, up[0]), activation, down.shape[2]), down[0])
+        return expert_mlp(x, weights, indices, up, down, activation=activation, impl=impl)
+
     def extra_repr(self) -> str:
         num_experts, dim, hidden = self.down_proj.shape
         glu = self.up_proj.shape[1] != hidden
         return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden}, glu={glu}"
-
-
-class Experts(ExpertMatrices):
-    """Experts of which each row goes to those that its routing names."""
-
-    def forward(
-        self,
-        x: Float[Tensor, "N D"],
-        weights: Float[Tensor, "N K"],
-        indices: Int[Tensor, "N K"],
-        *,
-        activation: Activation,
-        impl: Impl,
-    ) -> Float[Tensor, "N D"]:
-        """`ops.expert_mlp` with its own matrices."""
-        up, down = self.up_proj, self.down_proj
-        return expert_mlp(x, weights, indices, up, down, activation=activation, impl=impl)
-
-
-class SharedExpert(ExpertMatrices):
-    """One expert that every token goes to, whole."""
-
-    def forward(
-        self, x: Float[Tensor, "*batch D"], activation: Activation
-    ) -> Float[Tensor, "*batch D"]:
-        """What it says of every token."""
-        up, down = self.up_proj[0], self.down_proj[0]
-        return linear(activate(linear(x, up), activation, down.shape[1]), down)

@@ -21,11 +21,7 @@ HeadRouterName = Literal["two_stage", "one_stage", "query_norm"]
 
 
 def check_head_router(router: HeadRouterName, *, scores: HeadScores) -> None:
-    """Refuse scores that the router has no use for.
-
-    Raises:
-        ValueError: Naming the field.
-    """
+    """Refuse scores that the router has no use for."""
     if router == "query_norm" and scores != "softmax":
         raise ValueError(
             f"scores is {scores!r}; with router 'query_norm', whose gates are 0 and 1, it must be "

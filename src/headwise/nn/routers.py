@@ -121,28 +121,24 @@ class TwoStageRouter(LearnedRouter):
         self.stage = ScoreMap(self.dim, 2) if shared and routed else None
 
     def _route(self, x: Tensor) -> HeadRouting:
-        shared, routed, stage = self._scores(x)
+        # Scores of shared groups are even where there is no choice to make.
+        even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=wide_dtype(x))
+        logits = iter(())
+        if maps := [m() for m in (self.shared, self.routed, self.stage) if m is not None]:
+            # One product for all maps: reading x costs more than the scores. Without the rows of
+            # zeros, it would take up to twice as long.
+            rows = [len(m) for m in maps]
+            weight = pad(torch.cat(maps), (0, 0, 0, -sum(rows) % _FAST_MULTIPLE))
+            logits = iter(router_logits(x, weight)[..., : sum(rows)].split(rows, dim=-1))
+        shared = even if self.shared is None else next(logits)
+        routed = even[..., :0] if self.routed is None else next(logits)
+        stage = None if self.stage is None else next(logits)
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
         if not self.budget.named_shared:
             return routing
         gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
         return routing.with_weights(arrange_gates(self.budget.shared_groups, *gates))
-
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of shared groups, routed ones and the stages; even where there is no choice to make."""
-        maps = [m() for m in (self.shared, self.routed, self.stage) if m is not None]
-        even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=wide_dtype(x))
-        if not maps:
-            return even, even[..., :0], None
-        # One product for all maps: reading x costs more than the scores. Without the rows of zeros,
-        # it would take up to twice as long.
-        rows = [len(m) for m in maps]
-        weight = pad(torch.cat(maps), (0, 0, 0, -sum(rows) % _FAST_MULTIPLE))
-        scores = iter(router_logits(x, weight)[..., : sum(rows)].split(rows, dim=-1))
-        shared = even if self.shared is None else next(scores)
-        routed = even[..., :0] if self.routed is None else next(scores)
-        return shared, routed, None if self.stage is None else next(scores)
 
 
 class OneStageRouter(LearnedRouter):

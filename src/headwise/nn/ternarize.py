@@ -4,27 +4,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from headwise.nn.bitlinear import (
-    BitLinear,
-    PackedExperts,
-    PackedLinear,
-    PackedSharedExpert,
-    TernaryExperts,
-    TernarySharedExpert,
-)
-from headwise.nn.mh_moe import Experts, SharedExpert
+from headwise.nn.bitlinear import BitLinear, PackedExperts, PackedLinear, TernaryExperts
+from headwise.nn.mh_moe import Experts
 from headwise.nn.routers import Router, ScoreMap
 
-TERNARY: dict[type, type] = {
-    nn.Linear: BitLinear,
-    Experts: TernaryExperts,
-    SharedExpert: TernarySharedExpert,
-}
-PACKED: dict[type, type] = {
-    BitLinear: PackedLinear,
-    TernaryExperts: PackedExperts,
-    TernarySharedExpert: PackedSharedExpert,
-}
+TERNARY: dict[type, type] = {nn.Linear: BitLinear, Experts: TernaryExperts}
+PACKED: dict[type, type] = {BitLinear: PackedLinear, TernaryExperts: PackedExperts}
 _IN_FULL_PRECISION = (Router, ScoreMap, nn.Embedding)
 
 
@@ -32,10 +17,6 @@ def ternary_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, t
     """Those of the named modules that can become ternary, and the type that each becomes.
 
     Routers and embeddings stay in full precision; vectors (norms, biases) do too.
-
-    Raises:
-        ValueError: If a module has a matrix of its own and is of a type that is not known, or if
-            its forward was replaced.
     """
     kinds: dict[nn.Module, type] = {}
     for name, module in modules:
@@ -55,11 +36,7 @@ def become(kinds: dict[nn.Module, type]) -> None:
 
 
 def pack_inside(module: nn.Module) -> nn.Module:
-    """The module with all ternary layers inside packed, in place; of a ternary layer, a new one.
-
-    Raises:
-        ValueError: If no layer inside is ternary, or the forward of one was replaced.
-    """
+    """The module with all ternary layers inside packed, in place; of a ternary layer, a new one."""
     places = [
         (name, m) for name, m in module.named_modules(remove_duplicate=False) if type(m) in PACKED
     ]

@@ -9,11 +9,9 @@ from headwise.ops.tensors import check_tensor
 
 
 def check_tokens(x: Any, mask: Any, *, dim: int, weight: Tensor) -> None:
-    """Refuse tokens or a padding mask that a layer of that width and with such weights cannot take.
+    """Refuse x unless it is [B, T, dim] on the weights' device, and a mask that is no bool [B, T].
 
-    Raises:
-        ValueError: If x is not [B, T, dim] in the weights' dtype (under autocast any float will do)
-            and on their device, or the mask not boolean [B, T].
+    x must have the weights' dtype; under autocast any float will do.
     """
     check_rows("x", x, ("B", "T", dim), mask, weight=weight)
     mixed = torch.is_autocast_enabled(x.device.type)
@@ -33,9 +31,6 @@ def check_rows(
         sizes: As `check_tensor` has them.
         mask: True for tokens, [*sizes but the width], or None. Of x [B, T, H, C] it is [B, T].
         weight: On whose device x must be.
-
-    Raises:
-        ValueError: Naming the argument, what came and what would be right.
     """
     check_tensor(name, x, sizes, like=weight)
     if mask is not None:

@@ -8,11 +8,7 @@ T = TypeVar("T")
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
-    """Refuse a value that the Literal `choices` does not hold.
-
-    Raises:
-        ValueError: Naming the field, the value and the choices.
-    """
+    """Refuse a value that the Literal `choices` does not hold."""
     if value not in get_args(choices):
         known = ", ".join(map(repr, get_args(choices)))
         raise ValueError(f"{field} is {value!r}; it must be one of {known}")

@@ -8,6 +8,7 @@
         def __post_init__(self) -> None:
             check_fields(self)
 
+A misfit is a ValueError that names the field, the value and what would be right.
 What no annotation says, such as that one field divides another, is checked by hand, afterwards.
 What torch.compile traces is not checked: it cannot follow annotations.
 
@@ -91,9 +92,6 @@ def check_fields(config: Any) -> None:
     """Refuse a dataclass with a field that is not what its annotation says.
 
     Of a class that transformers made a dataclass, only the fields of its own are looked at.
-
-    Raises:
-        ValueError: Naming the field, the value and what would be right.
     """
     kind: Any = type(config)
     hints = {} if is_compiling() else _hints_of_class(kind)
@@ -103,11 +101,7 @@ def check_fields(config: Any) -> None:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which refuses an argument that is not what its annotation says.
-
-    Raises:
-        ValueError: From its calls: naming the argument, the value and what would be right.
-    """
+    """The function, which refuses an argument that is not what its annotation says."""
     signature = inspect.signature(function)
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -123,11 +117,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(field: str, value: object, hint: Any) -> None:
-    """Refuse a value that is not what the annotation says.
-
-    Raises:
-        ValueError: Naming the field, the value and what would be right.
-    """
+    """Refuse a value that is not what the annotation says."""
     if not is_compiling() and (misfit := next(_misfits(field, value, hint), None)):
         name, wrong, right = misfit
         shown = " ".join(repr(wrong).split())

@@ -48,11 +48,7 @@ def project_heads(
     bias: Float[Tensor, " HC"] | None,
     gate: Float[Tensor, "B T H"],
 ) -> Float[Tensor, "B T H C"]:
-    """W_h x + b_h for the heads whose gate is not 0, and 0 for the others.
-
-    Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not compute them.
-    """
+    """W_h x + b_h for the heads whose gate is not 0, and 0 for the others."""
     _check({"x": (x, "B T D"), "weight": (weight, "HC D")}, bias, "HC", gate)
     heads = native_project(x.flatten(0, 1), weight, bias, gate.flatten(0, 1).float())
     return heads.view(*gate.shape, -1)
@@ -64,11 +60,7 @@ def merge_heads(
     bias: Float[Tensor, " D"] | None,
     gate: Float[Tensor, "B T H"],
 ) -> Float[Tensor, "B T D"]:
-    """The sum of W_h heads_h over the heads whose gate is not 0, plus b.
-
-    Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the kernels do not compute them.
-    """
+    """The sum of W_h heads_h over the heads whose gate is not 0, plus b."""
     _check({"heads": (heads, "B T H C"), "weight": (weight, "D HC")}, bias, "D", gate)
     rows = heads.flatten(2).flatten(0, 1)
     y = native_merge(rows, weight, bias, gate.flatten(0, 1).float())

@@ -17,21 +17,14 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
 
     Products of bfloat16 are exact in float32; sums and results would not be in bfloat16, where a
     quarter of the tokens tie. On CPUs a kernel (native/kernels/logits.h) reads bfloat16 as it is.
-
-    Raises:
-        ValueError: If one is no floating tensor, or the widths or devices differ.
     """
     check_tensor("weight", weight, ("K", "D"))
     check_tensor("x", x, ("...", weight.shape[1]), like=weight)
-    if _has_kernel(x, weight):
+    narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
+    if narrow and x.device.type == "cpu" and not learns(x, weight) and is_ready():
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
     dtype = wide_dtype(x)
     # Autocast would bring the logits back to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(dtype), weight.to(dtype))
-
-
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
-    return narrow and x.device.type == "cpu" and not learns(x, weight) and is_ready()

@@ -1,13 +1,15 @@
 """Plain attention with the log-sum-exp of the scores, by which results over more keys are merged.
 
-`attend` takes some rows [b, h, n, C] to some keys [b, h, s, C], `attend_all` all heads of all
-tokens, [B, T, H, C], times their gates. On CPUs torch's own flash kernels do the work (bfloat16
-products, float32 sums); elsewhere matrix products and a softmax do.
+`Operands` are what every implementation of `head_attention` computes. `attend` takes some rows
+[b, h, n, C] to some keys [b, h, s, C], `attend_all` all heads of all tokens, times their gates. On
+CPUs torch's own flash kernels do the work (bfloat16 products, float32 sums); elsewhere matrix
+products and a softmax do.
 """
 
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.dtypes import wide_dtype, widened
@@ -15,6 +17,29 @@ from headwise.ops.tensors import adjacent
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Operands(NamedTuple):
+    """The arguments of `head_attention`, checked: every implementation computes these.
+
+    Mask and bias are [B|1, H|1, T|1, S|1]; the scale is above 0.
+    """
+
+    q: Float[Tensor, "B T H C"]
+    k: Float[Tensor, "B S Hkv C"]
+    v: Float[Tensor, "B S Hkv C"]
+    gate: Float[Tensor, "B T H"]
+    causal: bool = False
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+
+
+# The same, as the schema of a custom operator has them.
+OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? mask, Tensor? bias, "
+    "float scale"
+)
 
 
 class Gradients(NamedTuple):
@@ -34,12 +59,12 @@ def attend(
     added: Tensor | None,
     causal: bool = False,
     scale: float,
-    blind: bool,
+    blind: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and log-sum-exp [b, h, n]; 0 and -inf for a row that sees no key.
 
-    Such rows exist only if `blind`. `added` [b, h, n, s] is added to the scores; `causal` lets row
-    i see keys 0..i.
+    Such rows exist only if `blind` and something is added: `added` [b, h, n, s], to the scores.
+    `causal` lets row i see keys 0..i.
     """
     if q.device.type == "cpu":
         # torch's kernel takes channels to lie side by side, and does not check it.
@@ -82,10 +107,9 @@ def attend_backward(
     return Gradients(down @ k, down.mT @ q, p.to(q.dtype).mT @ dout, ds)
 
 
-def added_to_scores(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
-    """Mask, bias and causality of q [B, T, H, C] and k [B, S, Hkv, C] as one tensor to add."""
+def added_to_scores(x: Operands) -> Tensor | None:
+    """Mask, bias and causality as one tensor to add."""
+    q, k, _, _, causal, mask, bias, _ = x
     # One query sees every key.
     if causal and q.shape[1] > 1:
         lower = lower_triangle(q, k)
@@ -115,70 +139,34 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == float("-inf"), 0)
 
 
-def attend_all(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend_all(x: Operands) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C] and the log-sum-exp of the scores [B, T, H], of heads that are off, too."""
-    added, square = _added(q, k, causal, mask, bias)
-    per_key_head = q.shape[2] // k.shape[2]
-    out, lse = attend(
-        q.transpose(1, 2),
-        _per_query_head(k, per_key_head),
-        _per_query_head(v, per_key_head),
-        added=added,
-        causal=square,
-        scale=scale,
-        blind=added is not None,
-    )
-    y = out.transpose(1, 2) * gate.to(q.dtype).unsqueeze(-1)
+    q, k, v, added, square = _all_heads(x)
+    out, lse = attend(q, k, v, added=added, causal=square, scale=x.scale)
+    y = out.transpose(1, 2) * x.gate.to(q.dtype).unsqueeze(-1)
     return y, lse.transpose(1, 2).contiguous()
 
 
 def attend_all_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    needs_bias: bool,
+    dy: Tensor, x: Operands, y: Tensor, lse: Tensor, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
-    added, square = _added(q, k, causal, mask, bias)
-    per_key_head = q.shape[2] // k.shape[2]
-    dout, out, dgate = before_the_gates(dy, y, gate.to(wide_dtype(q)))
+    q, k, v, added, square = _all_heads(x)
+    dout, out, dgate = before_the_gates(dy, y, x.gate.to(wide_dtype(q)))
+    dout, out, lse = (of_rows.transpose(1, 2) for of_rows in (dout, out, lse))
     part = attend_backward(
-        dout.transpose(1, 2),
-        q.transpose(1, 2),
-        _per_query_head(k, per_key_head),
-        _per_query_head(v, per_key_head),
-        out.transpose(1, 2),
-        lse.transpose(1, 2),
-        added=added,
-        causal=square,
-        scale=scale,
-        scores_gradient=needs_bias,
-    )
+        dout, q, k, v, out, lse,
+        added=added, causal=square, scale=x.scale, scores_gradient=needs_bias,
+    )  # fmt: skip
     dq = part.q.transpose(1, 2).contiguous()
     dk, dv = (
-        x.unflatten(1, (-1, per_key_head)).sum(2).transpose(1, 2).contiguous() for x in part[1:3]
+        of_heads.unflatten(1, (x.k.shape[2], -1)).sum(2).transpose(1, 2).contiguous()
+        for of_heads in part[1:3]
     )
     dbias = q.new_empty(0)
-    if needs_bias and bias is not None and part.scores is not None:
-        dbias = part.scores.sum_to_size(bias.shape)
-    return dq, dk, dv, dgate.to(gate.dtype), dbias
+    if needs_bias and x.bias is not None and part.scores is not None:
+        dbias = part.scores.sum_to_size(x.bias.shape)
+    return dq, dk, dv, dgate.to(x.gate.dtype), dbias
 
 
 def before_the_gates(dy: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,19 +182,18 @@ def before_the_gates(dy: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tens
     return dout, out, (dout * out).sum(-1, dtype=gates.dtype) / safe.squeeze(-1)
 
 
-def _added(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, bool]:
-    """What is added to the scores, and whether the kernel uses its own causal mask instead."""
-    if mask is None and bias is None and (not causal or q.shape[1] == k.shape[1]):
-        return None, causal
-    added = added_to_scores(q, k, causal, mask, bias)
+def _all_heads(x: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+    """q, k and v [B, H, ...], what is added to the scores, and whether those are a causal square.
+
+    Such a square needs no mask: torch's kernel has one of its own.
+    """
+    per_key_head = x.q.shape[2] // x.k.shape[2]
+    q, k, v = (heads.transpose(1, 2) for heads in x[:3])
+    if per_key_head > 1:
+        k, v = (heads.repeat_interleave(per_key_head, dim=1) for heads in (k, v))
+    if x.mask is None and x.bias is None and (not x.causal or q.shape[2] == k.shape[2]):
+        return q, k, v, None, x.causal
+    added = added_to_scores(x)
     if added is not None:
-        added = added.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    return added, False
-
-
-def _per_query_head(x: Tensor, per_key_head: int) -> Tensor:
-    """[B, S, Hkv, C] to [B, H, S, C]."""
-    x = x.transpose(1, 2)
-    return x.repeat_interleave(per_key_head, dim=1) if per_key_head > 1 else x
+        added = added.expand(*q.shape[:3], k.shape[2])
+    return q, k, v, added, False

@@ -20,9 +20,6 @@ def affinities(
     """The scores by which candidates are chosen and weighed, and the same divided by their sum.
 
     softmax and sparsemax sum to 1 already; sigmoids lie in 0..1 each for itself.
-
-    Raises:
-        ValueError: If there are no such scores, or the logits are no floating tensor.
     """
     check_choice("scores", scores, HeadScores)
     check_tensor("logits", logits, ("...", "E"))

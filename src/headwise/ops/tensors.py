@@ -1,4 +1,7 @@
-"""Checks of tensors, made before a kernel or torch fails on them with a poorer message."""
+"""Checks of tensors, made before a kernel or torch fails on them with a poorer message.
+
+Each raises a ValueError that names the argument, what it is and what it must be.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,9 +29,6 @@ def check_tensor(
             "any".
         like: A tensor on whose device x must be. A device "meta" is not compared: such weights
             are elsewhere until they are needed.
-
-    Raises:
-        ValueError: Naming the argument, its shape or kind, and what would be right.
     """
     wanted = f"[{', '.join(map(str, sizes))}]"
     if not isinstance(x, Tensor):
@@ -75,9 +75,6 @@ def check_operands(
 
     Returns:
         The size of each axis.
-
-    Raises:
-        ValueError: Naming the tensor, what it is and what it must be.
     """
     sizes = dict(sizes or {})
     batch: tuple[int, ...] | None = None
@@ -119,11 +116,7 @@ def _misfit(
 
 
 def check_same_device(**operands: Tensor) -> None:
-    """Refuse tensors on several devices; "meta" counts as a device, too.
-
-    Raises:
-        ValueError: Naming the first that differs, and the device that it must be on.
-    """
+    """Refuse tensors on several devices; "meta" counts as a device, too."""
     first, device = next((name, x.device) for name, x in operands.items())
     for name, x in operands.items():
         if x.device != device:
@@ -131,11 +124,7 @@ def check_same_device(**operands: Tensor) -> None:
 
 
 def check_same_dtype(**operands: Tensor) -> None:
-    """Refuse tensors of several dtypes.
-
-    Raises:
-        ValueError: Naming the first that differs, and the dtype that it must have.
-    """
+    """Refuse tensors of several dtypes."""
     first, dtype = next((name, x.dtype) for name, x in operands.items())
     for name, x in operands.items():
         if x.dtype != dtype:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MoE
-from headwise.nn.bitlinear import PackedLinear, PackedMatrices
-from headwise.nn.mh_moe import ExpertMatrices
+from headwise.nn.bitlinear import PackedExperts, PackedLinear
+from headwise.nn.mh_moe import Experts
 from headwise.nn.routers import ScoreMap
 from headwise.ops.fields import Count, checked
 
@@ -94,7 +94,8 @@ def count_flops(
             rows[name] = 1 / sequence_length
         cost = _matrix_flops(name, module) * rows.get(name, 1)
         if _is_attention(module):
-            cost += _attention_flops(name, module, sequence_length, causal)
+            keys = _keys_seen(name, module, sequence_length) if causal else sequence_length
+            cost += _flops_of_pair(name, module) * keys
         if cost:
             flops[name] = cost
     return flops
@@ -137,15 +138,17 @@ def _matrix_flops(name: str, module: Any) -> int:
     """FLOPs of the module's own matrices for one row."""
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * module.out_features
-    if isinstance(module, LinearRouter | ScoreMap) or _is_conv1d(module) or _is_patches(module):
+    # The linear layer of GPT-2 is known by its name, because transformers is not imported here.
+    conv1d = type(module).__name__ == "Conv1D"
+    if isinstance(module, LinearRouter | ScoreMap) or conv1d or _is_patches(module):
         return 2 * module.weight.numel()
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
-    if isinstance(module, ExpertMatrices):
+    if isinstance(module, Experts):
         return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
     if isinstance(module, PackedLinear):
         return 2 * module.num_weights
-    if isinstance(module, PackedMatrices):
+    if isinstance(module, PackedExperts):
         return 2 * module.num_weights // module.num_experts
     if not isinstance(module, nn.Embedding):
         for parameter, shape in _matrices(module):
@@ -164,11 +167,6 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, parameter.shape
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' linear layer of GPT-2, which is not imported here."""
-    return type(module).__name__ == "Conv1D"
-
-
 def _is_patches(module: nn.Module) -> bool:
     """A convolution that cuts its input into pieces, one for each token."""
     kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -178,11 +176,6 @@ def _is_patches(module: nn.Module) -> bool:
 def _is_attention(module: nn.Module) -> bool:
     named = "Attention" in type(module).__name__ and _head_width(module) is not None
     return named or hasattr(module, "is_causal")
-
-
-def _attention_flops(name: str, module: Any, length: int, causal: bool) -> float:
-    keys = _keys_seen(name, module, length) if causal else length
-    return _flops_of_pair(name, module) * keys
 
 
 def _flops_of_pair(name: str, module: Any) -> int:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from headwise.nn import MoE
-from headwise.nn.bitlinear import PackedLinear, PackedMatrices
+from headwise.nn.bitlinear import PackedExperts, PackedLinear
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -24,5 +24,5 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _weights(module: nn.Module) -> int:
-    packed = [m for m in module.modules() if isinstance(m, PackedLinear | PackedMatrices)]
+    packed = [m for m in module.modules() if isinstance(m, PackedExperts | PackedLinear)]
     return sum(p.numel() for p in module.parameters()) + sum(m.num_weights for m in packed)

@@ -1,4 +1,4 @@
-"""Reading weights under the names of the released code. Nowhere else do those names occur."""
+"""Reading weights under the names of the released code, of which `names` has the tables."""
 
 import argparse
 import inspect
@@ -18,7 +18,7 @@ from headwise.hf.reading import load_strictly
 from headwise.models import DiT, TransNeXtForImageClassification
 from headwise.nn import MHMoE, MoHAttention
 from headwise.ops.fields import check
-from headwise.released import dit, transnext
+from headwise.released import constructors, names
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -199,22 +199,11 @@ def _route_llama(model: Any) -> Any:
     return convert(model, attention=released).eval()
 
 
-def _mh_moe(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = dict(tensors)
-    gate, up = renamed.pop("experts.gate_proj"), renamed.pop("experts.up_proj")
-    renamed["experts.up_proj"] = torch.cat([gate, up], dim=1)
-    if "shared.gate_proj.weight" in renamed:
-        gate, up, down = (renamed.pop(f"shared.{p}_proj.weight") for p in ("gate", "up", "down"))
-        renamed["shared_expert.up_proj"] = torch.cat([gate, up]).unsqueeze(0)
-        renamed["shared_expert.down_proj"] = down.unsqueeze(0)
-    return renamed
-
-
 _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Tensor]]]] = {
-    "moh_attention": (MoHAttention, dit.rename_attention),
-    "mh_moe": (MHMoE, _mh_moe),
+    "moh_attention": (MoHAttention, names.moh_attention),
+    "mh_moe": (MHMoE, names.mh_moe),
     "moh_llama": (_llama, dict),
-    "moh_transnext": (transnext.build, transnext.rename),
-    "moh_dit": (dit.build, dit.rename),
+    "moh_transnext": (constructors.transnext, names.transnext),
+    "moh_dit": (constructors.dit, names.dit),
 }
 _PRESETS: dict[str, Any] = {"moh_transnext": TransNeXtForImageClassification, "moh_dit": DiT}

@@ -145,11 +145,7 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
         )
 
     def check_image_size(self, field: str, *sides: int) -> None:
-        """Refuse images of which some stage would have no pooled key.
-
-        Raises:
-            ValueError: Naming the field and the least size.
-        """
+        """Refuse images of which some stage would have no pooled key."""
         pairs = zip(self.strides, self.sr_ratios, strict=True)
         least = 1 + max(stride * (ratio - 1) for stride, ratio in pairs)
         if min(sides) < least:
@@ -165,7 +161,9 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
                 f"shared_heads is {self.shared_heads} and active_heads is {self.active_heads}; "
                 "give both, or neither for a dense model"
             )
-        for field in fields if self.shared_heads is None else [*fields, *_HEADS]:
+        if self.shared_heads is not None:
+            fields += ["shared_heads", "active_heads"]
+        for field in fields:
             values = getattr(self, field)
             if not values:
                 raise ValueError(f"{field} is {values!r}; it must have an entry for each stage")
@@ -183,6 +181,3 @@ class TransNeXtConfig(BackboneConfigMixin, OwnConfig):
                     f"num_heads[{stage}] is {heads}; it must divide hidden_sizes[{stage}] = {dim}"
                 )
             self.budget(stage)
-
-
-_HEADS = ("shared_heads", "active_heads")

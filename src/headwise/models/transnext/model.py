@@ -253,11 +253,7 @@ class TransNeXtForImageClassification(BalancesHeads, TransNeXtPreTrainedModel):
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Refuse what are neither classes nor probabilities of them.
-
-    Raises:
-        ValueError: Naming what is wrong.
-    """
+    """Refuse what are neither classes nor probabilities of them."""
     batch, classes = logits.shape
     if not isinstance(labels, Tensor) or labels.device != logits.device:
         where = labels.device if isinstance(labels, Tensor) else type(labels).__name__

@@ -113,11 +113,7 @@ def aggregated_attention(
 
 
 def choose(q: Tensor, impl: Impl = "auto") -> Impl:
-    """The named implementation; for "auto" native where it is built for q, else dense.
-
-    Raises:
-        ValueError: If impl is "native", which does not compute such queries.
-    """
+    """The named implementation; for "auto" native where it is built for q, else dense."""
     native_computes = q.device.type == "cpu" and q.dtype in DTYPES and q.shape[3] % 2 == 0
     if impl == "auto":
         return "native" if native_computes and is_ready() else "dense"

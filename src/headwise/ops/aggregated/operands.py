@@ -2,33 +2,23 @@
 
 from typing import NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """The arguments of `aggregated_attention`, checked. The map has T tokens.
+    """The arguments of `aggregated_attention`, checked: near are the w² positions of a window."""
 
-    Attributes:
-        q, k, v, unit_q: [B, T, H, C], tokens row by row.
-        k_pool, v_pool: [B, P, H, C].
-        gate: [B, T, H].
-        local_bias, learned_bias: [H, w²].
-        pool_bias: [H, T, P].
-        learned_tokens: [H, C, w²].
-        size: Height and width of the map.
-        window: w.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_pool: Tensor
-    v_pool: Tensor
-    gate: Tensor
-    local_bias: Tensor
-    pool_bias: Tensor
-    unit_q: Tensor
-    learned_tokens: Tensor
-    learned_bias: Tensor
+    q: Float[Tensor, "B T H C"]
+    k: Float[Tensor, "B T H C"]
+    v: Float[Tensor, "B T H C"]
+    k_pool: Float[Tensor, "B P H C"]
+    v_pool: Float[Tensor, "B P H C"]
+    gate: Float[Tensor, "B T H"]
+    local_bias: Float[Tensor, "H near"]
+    pool_bias: Float[Tensor, "H T P"]
+    unit_q: Float[Tensor, "B T H C"]
+    learned_tokens: Float[Tensor, "H C near"]
+    learned_bias: Float[Tensor, "H near"]
     size: tuple[int, int]
     window: int

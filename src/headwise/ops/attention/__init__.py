@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
-from headwise.ops.attention.plan import Impl, Operands, Plan, choose
+from headwise.ops.attention.plan import Impl, Plan, choose
 from headwise.ops.choice import check_choice
 from headwise.ops.native.attention import largest_share, native_attention
 from headwise.ops.native.decode import native_decode
+from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import (
     Kind,
     check_operands,
@@ -92,10 +93,7 @@ def head_attention(
         # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
-    return _compute(x, choose(x, share_on=share_on, impl=impl))
-
-
-def _compute(x: Operands, plan: Plan) -> Tensor:
+    plan = choose(x, share_on=share_on, impl=impl)
     if plan.impl == "native":
         gate = x.gate.float()
         if plan.decoding:

@@ -16,13 +16,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.plan import Operands
-from headwise.ops.plain_attention import added_to_scores, attend
+from headwise.ops.plain_attention import Operands, added_to_scores, attend
 
 
 def head_attention(x: Operands) -> Tensor:
-    added = _added(x.q, x.k, x.causal, x.mask, x.bias)
-    return decode_attention(x.q, x.k, x.v, x.gate, added, x.scale)
+    return decode_attention(x.q, x.k, x.v, x.gate, _added(x), x.scale)
 
 
 @torch.library.custom_op("headwise::decode_attention", mutates_args=())
@@ -67,28 +65,22 @@ def _attend_split(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: 
     heads, keys = k.shape[:2]
     splits = min(math.lcm(heads, torch.get_num_threads()) // heads, keys)
     if splits == 1:
-        return _attend(q, k[None], v[None], added, scale)[0][0]
+        return attend(q, k[None], v[None], added=added, scale=scale)[0][0]
     length = keys // splits
 
     def split(x: Tensor) -> Tensor:
         return x[:, : splits * length].unflatten(1, (splits, length)).transpose(0, 1)
 
     part = None if added is None else split(added[0].transpose(1, 2)).transpose(2, 3)
-    out, lse = _attend(q.expand(splits, -1, -1, -1), split(k), split(v), part, scale)
+    out, lse = attend(q.expand(splits, -1, -1, -1), split(k), split(v), added=part, scale=scale)
     if splits * length < keys:
         rest = slice(splits * length, keys)
         part = None if added is None else added[..., rest]
-        more = _attend(q, k[None, :, rest], v[None, :, rest], part, scale)
+        more = attend(q, k[None, :, rest], v[None, :, rest], added=part, scale=scale)
         out, lse = torch.cat([out, more[0]]), torch.cat([lse, more[1]])
     # The weights of a row that sees no key at all are 0/0.
     weights = lse.softmax(0).nan_to_num(0).unsqueeze(-1)
     return (out * weights).sum(0)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, added=added, scale=scale, blind=added is not None)
 
 
 def _runs(heads: list[int]) -> Iterator[slice]:
@@ -104,18 +96,16 @@ def _runs(heads: list[int]) -> Iterator[slice]:
         yield slice(run[0], run[-1] + 1, step)
 
 
-def _added(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
-    """Mask, bias and causality as one tensor to add, its query heads folded into rows."""
-    added = added_to_scores(q, k, causal, mask, bias)
+def _added(x: Operands) -> Tensor | None:
+    """What is added to the scores, its query heads folded into rows."""
+    added = added_to_scores(x)
     if added is None:
         return None
-    queries, keys = q.shape[1], k.shape[1]
+    queries, heads, keys, groups = *x.q.shape[1:3], *x.k.shape[1:3]
     if added.shape[1] == 1 and added.shape[2] == 1:
         return added.expand(-1, -1, -1, keys)
-    added = added.expand(-1, q.shape[2], queries, keys)
-    return rearrange(added, "b (g r) t s -> b g (t r) s", g=k.shape[2])
+    added = added.expand(-1, heads, queries, keys)
+    return rearrange(added, "b (g r) t s -> b g (t r) s", g=groups)
 
 
 def _part(added: Tensor, batch: slice, heads: slice) -> Tensor:

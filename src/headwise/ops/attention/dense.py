@@ -5,8 +5,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.ops.attention.plan import Operands
-from headwise.ops.plain_attention import lower_triangle
+from headwise.ops.plain_attention import Operands, lower_triangle
 
 
 def head_attention(x: Operands) -> Tensor:

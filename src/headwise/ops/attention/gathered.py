@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.attention.pieces import Piece
-from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.ragged import Rows
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gates import attention_flops, share_on
 from headwise.ops.plain_attention import (
+    OPERANDS,
+    Operands,
     attend,
     attend_all,
     attend_all_backward,
@@ -50,26 +51,21 @@ def head_attention(x: Operands) -> Tensor:
     return gathered_attention(*x)[0]
 
 
-@torch.library.custom_op("headwise::gathered_attention", mutates_args=())
-def gathered_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "headwise::gathered_attention", mutates_args=(), schema=f"({OPERANDS}) -> (Tensor, Tensor)"
+)
+def gathered_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C], and the log-sum-exp of the scores [B, T, H], 0 where a head is off."""
-    limit = largest_share(q.dtype, causal, k.shape[1])
-    if share_on(gate) >= limit:
-        return attend_all(q, k, v, gate, causal, mask, bias, scale)
-    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
+    x = Operands(*operands)
+    q, k, v = x[:3]
+    limit = largest_share(q.dtype, x.causal, k.shape[1])
+    if share_on(x.gate) >= limit:
+        return attend_all(x)
+    rows = Rows(x, largest_share=limit)
     wide = wide_dtype(q)
     q_rows, out, lse = rows.gather(q), rows.empty(q), rows.empty(q[..., 0], wide)
     for tile in rows.tiles:
-        tile_q, tile_out, tile_lse = (tile.of(x) for x in (q_rows, out, lse))
+        tile_q, tile_out, tile_lse = map(tile.of, (q_rows, out, lse))
         pieces = rows.pieces(tile)
         # Sums of several pieces are kept in float32 or wider.
         merged = tile_out if len(pieces) == 1 else torch.empty_like(tile_out, dtype=wide)
@@ -81,13 +77,13 @@ def gathered_attention(
                 tile.keys(v)[:, :, piece.keys],
                 added=rows.added(tile, piece, q.dtype),
                 causal=piece.kind == "square",
-                scale=scale,
-                blind=mask is not None,
+                scale=x.scale,
+                blind=x.mask is not None,
             )
             _merge(merged[:, :, piece.rows], tile_lse[:, :, piece.rows], part, part_lse, piece)
         if merged is not tile_out:
             tile_out.copy_(merged)
-    out[:-1] *= rows.gather(gate.to(q.dtype)).unsqueeze(-1)
+    out[:-1] *= rows.gather(x.gate.to(q.dtype)).unsqueeze(-1)
     return rows.scatter(out), rows.scatter(lse)
 
 
@@ -102,26 +98,23 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, piece: Piec
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-@torch.library.custom_op("headwise::gathered_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "headwise::gathered_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {OPERANDS}, Tensor y, Tensor lse, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def gathered_attention_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    needs_bias: bool,
+    dy: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate and bias (empty unless `needs_bias`)."""
+    *operands, y, lse, needs_bias = args
+    x = Operands(*operands)
+    q, k, v, gate, causal, _, bias, scale = x
     limit = largest_share(q.dtype, causal, k.shape[1])
     if share_on(gate) >= limit:
-        return attend_all_backward(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias)
-    rows = Rows(gate, k, causal, mask, bias, largest_share=limit)
+        return attend_all_backward(dy, x, y, lse, needs_bias)
+    rows = Rows(x, largest_share=limit)
     wide = wide_dtype(q)
     # Rows that only fill up a tile have gate 0 here: nothing flows back through them.
     gates = rows.gather_once(gate.to(wide))
@@ -134,9 +127,8 @@ def gathered_attention_backward(
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     dbias = q.new_zeros(bias.shape if needs_bias and bias is not None else 0, dtype=wide)
     for tile in rows.tiles:
-        tile_q, tile_dq, tile_dout, tile_out, tile_lse = (
-            tile.of(x) for x in (q_rows, dq, dout, out, lse)
-        )
+        of_tile = map(tile.of, (q_rows, dq, dout, out, lse))
+        tile_q, tile_dq, tile_dout, tile_out, tile_lse = of_tile
         for piece in rows.pieces(tile):
             part = attend_backward(
                 *(x[:, :, piece.rows] for x in (tile_dout, tile_q)),
@@ -163,22 +155,25 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @gathered_attention_backward.register_fake
-def _(dy, q, k, v, gate, y, lse, causal, mask, bias, scale, needs_bias):  # type: ignore[no-untyped-def]
-    dbias = bias.new_empty(bias.shape, dtype=lse.dtype) if needs_bias else q.new_empty(0)
-    return *(x.new_empty(x.shape) for x in (q, k, v, gate)), dbias
+def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *operands, _, lse, needs_bias = args
+    x = Operands(*operands)
+    bias_shape = x.bias.shape if needs_bias and x.bias is not None else (0,)
+    dbias = lse.new_empty(bias_shape) if needs_bias else dy.new_empty(0)
+    return *(like.new_empty(like.shape) for like in x[:4]), dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, gate, ctx.causal, mask, bias, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, gate, *output, mask, bias)
+    ctx.save_for_backward(q, k, v, gate, mask, bias, *output)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, gate, y, lse, mask, bias = ctx.saved_tensors
+    q, k, v, gate, mask, bias, y, lse = ctx.saved_tensors
     needs_bias = ctx.needs_input_grad[6]
     *gradients, dbias = gathered_attention_backward(
-        dy, q, k, v, gate, y, lse, ctx.causal, mask, bias, ctx.scale, needs_bias
+        dy, q, k, v, gate, ctx.causal, mask, bias, ctx.scale, y, lse, needs_bias
     )
     return *gradients, None, None, dbias.to(bias.dtype) if needs_bias else None, None
 
@@ -196,4 +191,4 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, *_: Any,
 
 @register_flop_formula(torch.ops.headwise.gathered_attention_backward, get_raw=True)
 def _backward_flops(dy: Tensor, *args: Any, **options: Any) -> int:
-    return _flops(*args[:4], args[6]) * 5 // 2
+    return _flops(*args) * 5 // 2

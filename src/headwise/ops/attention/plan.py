@@ -1,12 +1,12 @@
-"""What a call of `head_attention` gives to an implementation, and which implementation it gets."""
+"""Which implementation a call of `head_attention` gets."""
 
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from headwise.ops.gradients import learns
 from headwise.ops.native import DTYPES, is_built, is_ready
+from headwise.ops.plain_attention import Operands
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
@@ -22,28 +22,6 @@ _MOST_CHANNELS = 1024  # of impl "native"
 # On an H100 the kernels are as fast as cuDNN's for all heads of up to 64 channels, and for three in
 # four of wider ones (results/gpu.csv).
 _NARROW, _MOST_ON_A_GPU = 64, 0.75
-
-
-class Operands(NamedTuple):
-    """The arguments of `head_attention`, checked: every implementation computes these.
-
-    Attributes:
-        q: [B, T, H, C].
-        k, v: [B, S, Hkv, C].
-        gate: [B, T, H].
-        causal: Token t sees keys up to t + S - T.
-        mask, bias: [B|1, H|1, T|1, S|1], or None.
-        scale: Factor of the scores, above 0.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor
-    causal: bool = False
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    scale: float = 1.0
 
 
 class Plan(NamedTuple):
@@ -69,9 +47,6 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
     where it is built and computes these operands; else decode for a few queries without gradients,
     gathered otherwise; dense for short inputs. Where too few heads are off, gathered computes all
     (`gathered.largest_share`). Other devices: dense.
-
-    Raises:
-        ValueError: If impl names an implementation that does not compute these operands.
     """
     learning = learns(x.q, x.k, x.v, x.gate)
     _, queries, heads, _ = x.q.shape

@@ -40,6 +40,7 @@ from headwise.ops.attention.pieces import (
     full_pieces,
     staircase,
 )
+from headwise.ops.plain_attention import Operands
 
 Numbers = NDArray[np.int64]
 
@@ -89,16 +90,8 @@ class Tile(NamedTuple):
 class Rows:
     """The rows of one call, in tiles, with the way there and back."""
 
-    def __init__(
-        self,
-        gate: Tensor,
-        k: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        *,
-        largest_share: float,
-    ):
+    def __init__(self, x: Operands, *, largest_share: float):
+        _, k, _, gate, causal, mask, bias, _ = x
         self.shape, self.causal, self.mask, self.bias = gate.shape, causal, mask, bias
         (batch, queries, heads), (self.keys, kv_heads) = gate.shape, k.shape[1:3]
         self.per_key_head = heads // kv_heads

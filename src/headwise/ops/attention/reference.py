@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headwise.ops.attention.plan import Operands
+from headwise.ops.plain_attention import Operands
 
 
 def head_attention(x: Operands) -> Tensor:

@@ -12,17 +12,13 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.triton_backward import keys_kernel, queries_kernel
 from headwise.ops.attention.triton_decode import decode_attention
 from headwise.ops.attention.triton_forward import forward_kernel
 from headwise.ops.attention.triton_ranks import ranked
-from headwise.ops.attention.triton_tiles import (
-    FUSION,
-    described,
-    expanded,
-)
+from headwise.ops.attention.triton_tiles import FUSION, described, expanded
 from headwise.ops.gates import flops_of_what_is_on
+from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import adjacent
 
 __all__ = ["decode_attention", "head_attention"]

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headwise.ops.attention.plan import Operands
 from headwise.ops.attention.triton_tiles import (
     FUSION,
     LOG2E,
@@ -24,6 +23,7 @@ from headwise.ops.attention.triton_tiles import (
     whole_blocks,
 )
 from headwise.ops.gates import flops_of_what_is_on
+from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import adjacent
 
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.

@@ -17,11 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_queries(q: Tensor) -> None:
-    """Refuse what the kernels cannot compute.
-
-    Raises:
-        ValueError: If q's device, dtype or number of channels is not one of the kernels'.
-    """
+    """Refuse what the kernels cannot compute."""
     if q.dtype not in DTYPES:
         raise ValueError(
             f"q has dtype {q.dtype}; impl='triton' takes float32, float16 or bfloat16, "

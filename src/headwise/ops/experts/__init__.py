@@ -92,9 +92,6 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "a
         x, down_proj: As `expert_mlp` has them, in the dtype of autocast where that is on.
         activation: "silu", "gelu" or "relu".
         impl: "auto" or a name.
-
-    Raises:
-        ValueError: If impl names an implementation that does not compute these.
     """
     if impl == "auto":
         if x.device.type == "cuda" and grouped_mm.computes(x, down_proj):

@@ -55,11 +55,7 @@ def forget() -> None:
 
 
 def kernels() -> Any:
-    """The kernels, as operators of torch.
-
-    Raises:
-        ValueError: If there are none to load.
-    """
+    """The kernels, as operators of torch."""
     if not is_built():
         raise ValueError(f'impl is "native", but the kernels are missing: {what_is_missing()}')
     if not hasattr(torch.ops.headwise_native, "attention"):

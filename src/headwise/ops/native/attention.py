@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.gates import attention_flops, flops_of_what_is_on, share_on
 from headwise.ops.native import kernels
-from headwise.ops.plain_attention import attend_all
+from headwise.ops.plain_attention import Operands, attend_all
 from headwise.ops.tensors import adjacent
 
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
@@ -39,7 +39,7 @@ def native_attention(
     then.
     """
     if limit <= 1 and share_on(gate) >= limit:
-        y, lse = attend_all(q, k, v, gate, causal, None, None, scale)
+        y, lse = attend_all(Operands(q, k, v, gate, causal, scale=scale))
         return y, lse.double()
     return kernels().attention(
         q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale

@@ -36,11 +36,7 @@ class NoKernelsError(HeadwiseError, RuntimeError):
 
 
 def find() -> Path:
-    """The library of kernels for this source, torch and processor.
-
-    Raises:
-        NoKernelsError: If there is none, or it must not be loaded.
-    """
+    """The library of kernels for this source, torch and processor."""
     directory = cache_directory()
     built = sorted(directory.glob(f"native-{key()}-*.so"))
     if not built:
@@ -65,11 +61,7 @@ def cache_directory() -> Path:
 
 
 def refuse_what_others_may_write(path: Path) -> None:
-    """Code is loaded out of files that nobody but this user and root may write to.
-
-    Raises:
-        NoKernelsError: If that is another file or directory.
-    """
+    """Code is loaded out of files that nobody but this user and root may write to."""
     about = path.stat()
     if about.st_uid not in (0, os.geteuid()):
         raise NoKernelsError(
