@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from headwise.analysis import (
+from headwise.analysis.measure import (
     LoadMeter,
     count_experts,
     count_heads,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headwise.data.pixels import stacked
-from headwise.data.text import held_out, hugging_face_rows
+from headwise.data.text import held_out, hugging_face_rows, visible_files
 from headwise.errors import reading
 from headwise.memory import check_memory
 
@@ -143,12 +143,7 @@ def _folders(root: Path, image_size: int | None) -> ImageSet:
     if not entries:
         raise ValueError(f"{root} is empty; it must hold directories, each with images of a class")
     classes = tuple(p.name for p in entries)
-    files = [
-        (label, file)
-        for label, directory in enumerate(entries)
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and not any(p[0] == "." for p in file.relative_to(root).parts)
-    ]
+    files = [(label, file) for label, x in enumerate(entries) for file in visible_files(x)]
     _check_memory(len(files), image_size)
     labels = np.array([label for label, _ in files], dtype=np.int64)
     opened = ((str(file), _open(file)) for _, file in files)

@@ -1,4 +1,4 @@
-"""What only a GPU has: attention backends to choose from, and FlexAttention."""
+"""Rivals by torch: plain attention, on a GPU by its fastest backend, and FlexAttention there."""
 
 import warnings
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from headwise.training.timing import interleaved
 
@@ -19,9 +20,22 @@ _BACKENDS = {
 }
 
 
-def best_backend(run: Callable[[], Any], device: torch.device) -> tuple[str, Callable[[], Any]]:
-    """Of torch's attention backends that take these inputs, the fastest: "SDPA (name)", and `run`
-    with it."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """Attention of q, k, v [B, T, H, C]."""
+    with torch.set_grad_enabled(q.requires_grad):
+        heads = scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2],
+        )  # fmt: skip
+    return heads.transpose(1, 2)
+
+
+def fastest(run: Callable[[], Any], device: torch.device) -> tuple[str, Callable[[], Any]]:
+    """torch's attention, and its name: on a GPU by the fastest backend that takes these inputs."""
+    if device.type != "cuda":
+        return "SDPA", run
     candidates = {
         f"SDPA ({name})": partial(_with_backend, backend, run)
         for name, backend in _BACKENDS.items()
