@@ -2,17 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from headwise.analysis import plots
-from headwise.analysis.expert_table import LEGEND, expert_table
 from headwise.analysis.records import ModelRecord, RunRecord
-from headwise.analysis.speeds import speed_table, verdict
 from headwise.analysis.summary import headline, representatives, tiles
+from headwise.analysis.tables import EXPERT_LEGEND, expert_table, speed_table, verdict
 from headwise.results.files import write_whole
 from headwise.results.html import escaped, printable, table
 from headwise.results.table import Table
@@ -111,15 +110,15 @@ def _drawn(record: RunRecord) -> str:
 def _losses(record: RunRecord) -> str:
     if not any(model.training.losses or model.validation.losses for model in record.models):
         return ""
-    drawn = [("loss", plots.loss_curves(record))]
+    drawn = [plots.loss_curves(record)]
     if any(model.validation.losses for model in record.models):
-        drawn.append(("final", plots.final_losses(record)))
+        drawn.append(plots.final_losses(record))
     intro = (
         "Thin lines are the training loss, with balance losses where heads or experts are "
         "routed; markers are the validation loss without them; both are averaged over the "
         "seeds of a variant; a band is their range. The other chart shows every run by itself."
     )
-    return _section("Losses", intro, _charts(drawn, "pair"))
+    return _section("Losses", intro, _charts("losses", drawn, "pair"))
 
 
 def _viewer(record: RunRecord) -> str:
@@ -148,7 +147,7 @@ def _head_loads(record: RunRecord) -> str:
         if model.images or len(heads.by_domain) > plots.MANY_DOMAINS:
             if (last := plots.last_routed_layer(heads)) is not None:
                 maps = [plots.head_load_map(heads, layer) for layer in (last, None)]
-                groups.append(_charts_of(model, name, maps, "wide"))
+                groups.append(_heading(model) + _charts(name, maps, "wide"))
             continue
         loads = next(iter(heads.by_domain.values()))
         drawn = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
@@ -169,7 +168,7 @@ def _patch_maps(record: RunRecord) -> str:
             continue
         maps = range(len(model.images[0].maps))
         drawn = [plots.patch_maps(model.images, i, model.heads) for i in maps]
-        groups.append(_charts_of(model, f"patches{len(groups)}", drawn, "pair"))
+        groups.append(_heading(model) + _charts(f"patches{len(groups)}", drawn, "pair"))
     intro = (
         "The same held-out images once for each routed head, blue where the head is off; for each "
         "size of patches in the last layer that routes."
@@ -182,12 +181,12 @@ def _expert_use(record: RunRecord) -> str:
     if not shown.rows:
         return ""
     body = table("Use of the experts", shown)
-    chart = _charts([("effective", plots.effective_chart(record))], "single")
+    chart = _charts("effective", [plots.effective_chart(record)], "single")
     intro = (
         "Means over layers, domains and seeds, on the held-out texts. They do not say whether a "
         "model is good; the losses above do."
     )
-    return _section("How the experts are used", intro, body + _sentences(LEGEND) + chart)
+    return _section("How the experts are used", intro, body + _sentences(EXPERT_LEGEND) + chart)
 
 
 def _expert_loads(record: RunRecord) -> str:
@@ -202,7 +201,7 @@ def _expert_loads(record: RunRecord) -> str:
         groups.append(_load_charts(f"experts{len(groups)}", model, drawn, loads))
     if not groups:
         return ""
-    unused = _charts([("unused", plots.unused_chart(shown))], "single")
+    unused = _charts("unused", [plots.unused_chart(shown)], "single")
     intro = (
         "How the work spreads over the experts, the busiest first; the dashed line is a perfectly "
         "even load."
@@ -269,12 +268,7 @@ def _load_charts(
     name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
 ) -> str:
     crowded = max(map(len, loads), default=0) > plots.CROWDED
-    return _charts_of(model, name, figures, "pair" if crowded else "grid")
-
-
-def _charts_of(model: ModelRecord, name: str, figures: Sequence[Any], layout: str) -> str:
-    named = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
-    return _heading(model) + _charts(named, layout)
+    return _heading(model) + _charts(name, figures, "pair" if crowded else "grid")
 
 
 def _heading(model: ModelRecord) -> str:
@@ -287,10 +281,10 @@ def _section(title: str, intro: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{paragraph}{body}</section>"
 
 
-def _charts(figures: Iterable[tuple[str, Any]], layout: str) -> str:
-    """Figures, each with a name that no other of the page has, as the style sheet lays them out."""
-    drawn = (f"<figure>{plots.to_svg(figure, name)}</figure>" for name, figure in figures)
-    return f'<div class="charts {layout}">{"".join(drawn)}</div>'
+def _charts(name: str, figures: Sequence[Any], layout: str) -> str:
+    """Figures, under a name that no others of the page have, as the style sheet lays them out."""
+    drawn = (plots.to_svg(figure, f"{name}-{index}") for index, figure in enumerate(figures))
+    return f'<div class="charts {layout}">{"".join(f"<figure>{x}</figure>" for x in drawn)}</div>'
 
 
 def _sentences(notes: Sequence[str]) -> str:

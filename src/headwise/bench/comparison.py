@@ -84,18 +84,12 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
     passed = error <= LARGEST_ERROR_RATIO
     rivals = {name: rival.run for name, rival in comparison.rivals.items()}
     candidates = {"ours": comparison.ours, **rivals}
-    times = (
-        interleaved(
-            candidates,
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            warmups=effort.warmups,
-            device=effort.device,
-            launches=comparison.launches,
-        )
-        if passed
-        else dict.fromkeys(candidates, None)
-    )
+    times: Mapping[str, float | None] = dict.fromkeys(candidates)
+    if passed:
+        times = interleaved(
+            candidates, rounds=effort.rounds, seconds=effort.seconds, warmups=effort.warmups,
+            device=effort.device, launches=comparison.launches,
+        )  # fmt: skip
     for name, (_, ideal, target) in comparison.rivals.items():
         ours, theirs = times["ours"], times[name]
         ratio = None if ours is None or theirs is None else ours / theirs

@@ -47,12 +47,8 @@ def layers(effort: Effort, dtype: torch.dtype, tokens: int, *, backward: bool) -
 
     flops = [sum(count_flops(m, sequence_length=1).values()) for m in (ours, sparse)]
     on_gpu = effort.device.type == "cuda"
-    target: float | None = 1.25 if dtype == torch.bfloat16 else 1.05
-    if on_gpu:
-        target = 1.15
-    elif backward:
-        target = None
-    rival = Rival(lambda: run(sparse), flops[0] / flops[1], target)
+    on_cpus = None if backward else 1.25 if dtype == torch.bfloat16 else 1.05
+    rival = Rival(lambda: run(sparse), flops[0] / flops[1], 1.15 if on_gpu else on_cpus)
     return Comparison(
         f"MH-MoE layer{', forward and backward' if backward else ''}",
         f"{tokens} tokens, d={DIM}; h=3, E=96, k=3, f=512",

@@ -30,10 +30,6 @@ class _Kind:
         kv = "" if self.kv_heads == self.heads else f", {self.kv_heads} kv"
         return f"Llama d={self.dim}, {self.heads} heads{kv}, 2 layers"
 
-    @property
-    def suffix(self) -> str:
-        return ", whole key groups" if self.route_groups else ""
-
 
 _PLAIN = _Kind(768, 12, 12, shared=2, active=6)
 _GROUPED = (
@@ -75,7 +71,7 @@ def reading(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind, what: 
         return read_token(model, next(turn), cache)
 
     return Comparison(
-        f"{what}{kind.suffix}",
+        f"{what}, whole key groups" if kind.route_groups else what,
         f"{'T' if prompt else 'S'}={length}, {kind}",
         dtype,
         kind.active / kind.heads,

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +35,11 @@ def fastest(run: Callable[[], Any], device: torch.device) -> tuple[str, Callable
     """torch's attention, and its name: on a GPU by the fastest backend that takes these inputs."""
     if device.type != "cuda":
         return "SDPA", run
-    candidates = {
-        f"SDPA ({name})": partial(_with_backend, backend, run)
-        for name, backend in _BACKENDS.items()
-    }
+    candidates = {f"SDPA ({name})": sdpa_kernel(x)(run) for name, x in _BACKENDS.items()}
     usable = {name: candidate for name, candidate in candidates.items() if _runs(candidate)}
     times = interleaved(usable, rounds=5, seconds=0, warmups=2, device=device, launches=False)
     name = min(times, key=times.__getitem__)
     return name, usable[name]
-
-
-def _with_backend(backend: SDPBackend, run: Callable[[], Any]) -> Any:
-    with sdpa_kernel(backend):
-        return run()
 
 
 def _runs(candidate: Callable[[], Any]) -> bool:
@@ -64,7 +55,9 @@ def _runs(candidate: Callable[[], Any]) -> bool:
 
 def causal_flex_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
     """FlexAttention of q, k, v [B, T, H, C], compiled for causal attention over `length` tokens."""
-    mask = create_block_mask(_sees, None, None, length, length, device=device)
+    mask = create_block_mask(
+        lambda b, h, query, key: query >= key, None, None, length, length, device=device
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +68,3 @@ def causal_flex_attention(length: int, device: torch.device) -> Callable[..., Te
         return heads.transpose(1, 2)
 
     return attend
-
-
-def _sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key

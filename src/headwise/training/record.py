@@ -11,7 +11,7 @@ from rich.console import Console
 from headwise.analysis.experts import expert_use
 from headwise.analysis.plain_data import from_plain
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, to_json
-from headwise.analysis.speeds import speed_table, verdict
+from headwise.analysis.tables import speed_table, verdict
 from headwise.errors import reading
 from headwise.parity import count_parameters, measure_flops
 from headwise.progress import plain_console
