@@ -70,9 +70,9 @@ def tiles(record: RunRecord) -> list[Tile]:
         for layer in zip(*model.experts.by_domain.values(), strict=True)
         for of_domains in zip(*layer, strict=True)
     ]
-    if any(model.experts for model in shown):
-        value_of = f"{sum(never_used)} of {len(never_used)}"
-        found.append(Tile(value_of, "experts of all layers and models never used"))
+    if never_used:
+        counted = f"{sum(never_used)} of {len(never_used)}"
+        found.append(Tile(counted, "experts of all layers and models never used"))
     return found
 
 

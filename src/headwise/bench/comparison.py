@@ -82,8 +82,7 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
     """A row for each rival. Correctness first: where it fails, no time is taken."""
     error = error_ratio(*comparison.tensors())
     passed = error <= LARGEST_ERROR_RATIO
-    rivals = {name: rival.run for name, rival in comparison.rivals.items()}
-    candidates = {"ours": comparison.ours, **rivals}
+    candidates = {"ours": comparison.ours} | {k: x.run for k, x in comparison.rivals.items()}
     times: Mapping[str, float | None] = dict.fromkeys(candidates)
     if passed:
         times = interleaved(

@@ -127,11 +127,9 @@ def _write(directory: Path, rows: list[Row], console: Console) -> None:
     written = [directory / "performance.csv"]
     if any(row["benchmark"] == "attention" for row in rows):
         figure = time_against_share(rows)
-        write_whole(
-            directory / "performance.png",
-            lambda path: figure.savefig(path, format="png", dpi=150),
-        )
-        page = table.page(rows, to_svg(figure, "shares"))
-        write_whole(directory / "performance.html", lambda path: path.write_text(page))
-        written += [directory / "performance.png", directory / "performance.html"]
+        chart, page = directory / "performance.png", directory / "performance.html"
+        write_whole(chart, lambda path: figure.savefig(path, format="png", dpi=150))
+        text = table.page(rows, to_svg(figure, "shares"))
+        write_whole(page, lambda path: path.write_text(text))
+        written += [chart, page]
     console.print("\n".join(str(path) for path in written))

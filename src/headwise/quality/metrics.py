@@ -198,12 +198,9 @@ def precision_and_recall(
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
     """Squared distance to the k-th nearest other point; the nearest of all is the point itself."""
-    return torch.cat(
-        [
-            _squared_distances(some, points).kthvalue(neighbours + 1, dim=1).values
-            for some in points.split(_rows(len(points)))
-        ]
-    )
+    parts = points.split(_rows(len(points)))
+    distances = (_squared_distances(some, points) for some in parts)
+    return torch.cat([x.kthvalue(neighbours + 1, dim=1).values for x in distances])
 
 
 def _rows(columns: int) -> int:
