@@ -6,7 +6,7 @@ import time
 import pytest
 
 from headwise.bench import BENCHMARKS, BenchRun, bench
-from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, measure
+from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, Rival, measure
 from headwise.training.timing import interleaved
 
 
@@ -31,7 +31,7 @@ def test_no_speed_without_correctness():
         raise AssertionError("a wrong result was timed")
 
     comparison = Comparison(
-        "attention", "core", "T=3", torch.float32, 0.5, never, {"SDPA": never},
+        "core", "T=3", torch.float32, 0.5, never, {"SDPA": Rival(never)},
         lambda: ([wrong], [right.float()], [right]),
     )  # fmt: skip
     effort = Effort(torch.device("cpu"), rounds=1, seconds=0.0, warmups=0, quick=True)

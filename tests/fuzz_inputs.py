@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 
-from headwise.analysis import Curve, ModelRecord, RunRecord, to_json
+from headwise.analysis.records import Curve, ModelRecord, RunRecord, to_json
 from headwise.data.text import END_OF_TEXT, Domain, train_tokenizer
 from headwise.hf import MoHConfig, convert
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification

@@ -12,7 +12,7 @@ from transformers.utils import logging
 import headwise
 import headwise_command
 from headwise import cli
-from headwise.analysis import Curve, ExpertLoads, ModelRecord, RunRecord, to_json
+from headwise.analysis.records import Curve, ExpertLoads, ModelRecord, RunRecord, to_json
 from headwise.cli import main
 from headwise.errors import DivergedError, UnreadableError
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification

@@ -60,7 +60,8 @@ def followed(
     console = plain_console()
     if not shown:
         yield from items
-    elif console.is_terminal:
+        return
+    if console.is_terminal:
         left = [TimeRemainingColumn()] if alike else []
         with bar(console, *left, transient=True) as drawn:
             task = drawn.add_task(title, total=total)
@@ -68,20 +69,14 @@ def followed(
                 drawn.update(task, description=_joined(title, describe(item)))
                 yield item
                 drawn.advance(task)
-    else:
-        yield from _with_lines(items, title, total, describe, alike)
-
-
-def _with_lines(
-    items: Iterable[T], title: str, total: int, describe: Callable[[T], str], alike: bool
-) -> Iterator[T]:
-    """Steps that end before the first line is due print nothing."""
+        return
+    # Steps that end before the first line is due print nothing.
     began = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:
-            last, left = now, (now - began) / done * (total - done)
-            line = f"{title}  {done}/{total}" + (f"  {left:.0f} s left" if alike else "")
+            last, left_over = now, (now - began) / done * (total - done)
+            line = f"{title}  {done}/{total}" + (f"  {left_over:.0f} s left" if alike else "")
             print(_joined(line, describe(item)), flush=True)
         yield item
 

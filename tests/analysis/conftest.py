@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headwise.analysis import (
+from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
+from headwise.analysis.records import (
     Curve,
     ExpertLoads,
     HeadLoads,
@@ -12,7 +13,6 @@ from headwise.analysis import (
     RoutedText,
     RunRecord,
 )
-from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
 from headwise.results.table import Number, mean
 
 HOSTILE = "<script>alert('&')</script>"

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from headwise.analysis import ExpertLoads
-from headwise.analysis.expert_table import expert_table
+from headwise.analysis.records import ExpertLoads
+from headwise.analysis.tables import expert_table
 
 
 def test_table_is_a_mean_over_layers_and_domains_and_the_spread_over_seeds(record):

@@ -5,16 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from headwise.analysis import (
-    ExpertLoads,
-    LoadMeter,
+from headwise.analysis.experts import (
     count_overlap,
     effective_experts,
     expert_use,
-    load_entropy,
     specialisation,
     specialisation_by_chance,
 )
+from headwise.analysis.measure import LoadMeter, load_entropy
+from headwise.analysis.records import ExpertLoads
 from headwise.ops import ExpertRouting, route_tokens
 
 

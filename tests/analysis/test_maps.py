@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from headwise.analysis import HeadLoads, LoadMeter, count_heads, plots
+from headwise.analysis import plots
 from headwise.analysis.image_records import PatchMap, RoutedImage, to_png
+from headwise.analysis.measure import LoadMeter, count_heads
+from headwise.analysis.records import HeadLoads
 from headwise.analysis.report import render_report
 from headwise.ops import HeadRouting
 

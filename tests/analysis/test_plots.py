@@ -4,7 +4,8 @@ from dataclasses import replace
 import matplotlib
 import pytest
 
-from headwise.analysis import Curve, ExpertLoads, HeadLoads, RunRecord, plots
+from headwise.analysis import plots
+from headwise.analysis.records import Curve, ExpertLoads, HeadLoads, RunRecord
 
 FIGURES = {
     "loss": plots.loss_curves,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headwise.analysis import (
+from headwise.analysis.image_records import PatchMap, from_png, to_png
+from headwise.analysis.records import (
     Curve,
     ExpertLoads,
     HeadLoads,
@@ -16,7 +17,6 @@ from headwise.analysis import (
     from_json,
     to_json,
 )
-from headwise.analysis.image_records import PatchMap, from_png, to_png
 from headwise.results.table import Table
 
 

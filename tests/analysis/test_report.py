@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headwise.analysis import Curve, ModelRecord, RunRecord, from_json, to_json
+from headwise.analysis.records import Curve, ModelRecord, RunRecord, from_json, to_json
 from headwise.analysis.report import render_report, write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -167,7 +167,7 @@ def test_broken_characters_are_written(record, tmp_path):
 
 def test_numbers_need_no_matplotlib_and_figures_no_pyplot():
     code = (
-        "import sys, headwise.analysis; assert 'matplotlib' not in sys.modules;"
+        "import sys, headwise.analysis.experts; assert 'matplotlib' not in sys.modules;"
         "import headwise.analysis.report; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,7 @@
 import json
 
 from headwise.analysis.records import RunRecord, Speed, from_json, to_json
-from headwise.analysis.speeds import speed_table, verdict
+from headwise.analysis.tables import speed_table, verdict
 
 SPEEDS = [Speed("next token", 4096, 2.0, 2.1), Speed("prompt", 16384, 4000.0, 3000.0)]
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from headwise.analysis import Curve, HeadLoads, ModelRecord, RunRecord
+from headwise.analysis.records import Curve, HeadLoads, ModelRecord, RunRecord
 from headwise.analysis.summary import head_distance, headline, tiles
 
 

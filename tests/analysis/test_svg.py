@@ -38,3 +38,16 @@ z
         '<use href="#a-m" transform="matrix(0.012346 0 0 1 0 0)"/>'
         '<text style="font-size:10px;fill:red" x="1">0.123456  L 2</text></g></svg>'
     )
+
+
+def test_markers_of_one_style_have_it_from_their_group():
+    file = """<svg viewBox="0 0 10 5"><path id="m"/>
+ <g clip-path="url(#p)"><use href="#m" x="1" style="fill: red"/>
+  <use href="#m" x="2" style="fill: red"/></g>
+ <g clip-path="url(#p)"><use href="#m" style="fill: red"/><use href="#m" style="fill: blue"/></g>
+</svg>"""
+    assert inline_svg(file, "a", "", 7).partition("/>")[2] == (
+        '<g clip-path="url(#a-p)" style="fill:red"><use href="#a-m" x="1"/>'
+        '<use href="#a-m" x="2"/></g><g clip-path="url(#a-p)">'
+        '<use href="#a-m" style="fill:red"/><use href="#a-m" style="fill:blue"/></g></svg>'
+    )

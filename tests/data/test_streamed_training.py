@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 from headwise.data.sources import Source
-from headwise.data.streams import stream_blocks
+from headwise.data.streams import BlockStream
 from headwise.training.trainer import SafeTrainer
 
 files, output, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -50,7 +50,7 @@ trainer = Listing(
         gradient_accumulation_steps=2, report_to="none", use_cpu=True, seed=0,
         dataloader_pin_memory=False, disable_tqdm=True, ddp_find_unused_parameters=False,
     ),
-    train_dataset=stream_blocks(sources, tokenizer, sequence_length=7, seed=0, end=0, buffer=5),
+    train_dataset=BlockStream(sources, tokenizer, sequence_length=7, seed=0, end=0, buffer=5),
     data_collator=default_data_collator,
     title="stream",
     per_step=56,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from headwise.data.mixtures import MOH_LLM, RED_PAJAMA
 from headwise.data.sources import Source, sample_domains
-from headwise.data.streams import BlockStream, stream_blocks
+from headwise.data.streams import BlockStream
 from headwise.data.text import Domain
 
 END = 0
@@ -51,7 +51,7 @@ def ranges(first: int, last: int, length: int) -> list[str]:
 
 def stream(sources: list[Source], tokenizer: Tokenizer, **arguments) -> BlockStream:
     defaults = {"sequence_length": 5, "seed": 0, "end": END, "buffer": 7}
-    return stream_blocks(sources, tokenizer, **defaults | arguments)
+    return BlockStream(sources, tokenizer, **defaults | arguments)
 
 
 def take(blocks: BlockStream | Iterator, count: int) -> list[tuple[int, ...]]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from headwise.analysis import from_json
 from headwise.analysis.image_records import from_png
+from headwise.analysis.records import from_json
 from headwise.data.images import load_images
 from headwise.models import DiT
 from headwise.recipes import train

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from headwise.analysis import from_json
 from headwise.analysis.image_records import from_png
+from headwise.analysis.records import from_json
 from headwise.data.images import load_images
 from headwise.recipes import train
 from headwise.recipes.vit import VisionRun, read

@@ -2,38 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from headwise.analysis.measure import Load, as_distribution, load_entropy
+from headwise.analysis.measure import Load, LoadCount, as_distribution, load_entropy
 from headwise.analysis.records import ExpertLoads
 from headwise.ops import ExpertRouting
 from headwise.ops.fields import check
 
 
-@dataclass(frozen=True)
-class OverlapCount:
-    """Experts that sub-tokens of a token have in common; both are exact integers.
-
-    Attributes:
-        common: Sum over tokens and pairs of sub-tokens of the experts that both go to.
-        possible: What it would be if all sub-tokens of a token went to the same experts.
-    """
-
-    common: int
-    possible: int
-
-    def __add__(self, other: "OverlapCount") -> "OverlapCount":
-        return OverlapCount(self.common + other.common, self.possible + other.possible)
-
-    def share(self) -> float | None:
-        """Their ratio in 0..1; None where no token has two sub-tokens."""
-        return self.common / self.possible if self.possible else None
-
-
-def count_overlap(routing: ExpertRouting) -> OverlapCount:
+def count_overlap(routing: ExpertRouting) -> LoadCount:
     """Overlap of the experts of a token's sub-tokens, padding left out.
 
         overlap = mean over tokens and pairs a < b of |A ∩ B| / K,   A, B: their K experts
@@ -44,6 +23,10 @@ def count_overlap(routing: ExpertRouting) -> OverlapCount:
 
     Args:
         routing: Of a MoE or MH-MoE layer: indices [B, T, h, K] with h sub-tokens of a token.
+
+    Returns:
+        [1] experts in common, out of what it would be if all sub-tokens of a token went to the same
+        experts; `share` is the overlap.
 
     Raises:
         ValueError: If the routing is of heads, or its indices have no dimension of sub-tokens.
@@ -64,7 +47,8 @@ def count_overlap(routing: ExpertRouting) -> OverlapCount:
     # A sub-token's own experts differ, so of all pairs of choices that agree, those of a choice
     # with itself are h·K a token, and the others are counted in both orders.
     agree = int((chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).sum())
-    return OverlapCount((agree - chosen.numel()) // 2, len(chosen) * math.comb(h, 2) * k)
+    common = torch.tensor([(agree - chosen.numel()) // 2])
+    return LoadCount(common, len(chosen) * math.comb(h, 2) * k)
 
 
 def effective_experts(load: Load) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,9 @@ class LoadCount:
     """How often each candidate worked, and out of how many occasions; both are exact integers.
 
     Attributes:
-        counts: [H] tokens per head, or [E] assignments per expert, int64 on the CPU.
-        total: Real tokens (heads) or assignments (experts).
+        counts: [H] tokens per head, [E] assignments per expert, or [1] experts that sub-tokens
+            have in common; int64 on the CPU.
+        total: Real tokens (heads), assignments (experts), or experts that could be in common.
     """
 
     counts: Int[Tensor, " E"]
@@ -36,6 +37,10 @@ class LoadCount:
     def load(self) -> Float[Tensor, " E"]:
         """Counts as shares of the total, float64 in 0..1; all 0 where nothing was counted."""
         return self.counts.double() / max(self.total, 1)
+
+    def share(self) -> float | None:
+        """All counts over the total; None where nothing was counted."""
+        return int(self.counts.sum()) / self.total if self.total else None
 
 
 def count_heads(routing: HeadRouting) -> LoadCount:
@@ -147,16 +152,7 @@ def unused_share(load: Load) -> float:
     return float((values == 0).double().mean()) if len(values) else 0.0
 
 
-class Count(Protocol):
-    """Exact integers that add up."""
-
-    def __add__(self, other: Self) -> Self: ...
-
-
-C = TypeVar("C", bound=Count)
-
-
-class LoadMeter(Generic[C]):
+class LoadMeter:
     """Adds up counts over many forwards, by domain and layer.
 
     Tokens are counted and divided once at the end, so a short batch weighs less than a long one.
@@ -173,9 +169,9 @@ class LoadMeter(Generic[C]):
         >>> HeadLoads(shared_heads=[[0, 1, 2]] * num_layers, by_domain=meter.by_domain())
     """
 
-    def __init__(self, count: Callable[[Any], C]):
+    def __init__(self, count: Callable[[Any], LoadCount]):
         self._count = count
-        self._sums: dict[str, list[C]] = {}
+        self._sums: dict[str, list[LoadCount]] = {}
 
     def add(self, domain: str, routings: Iterable[Routing]) -> None:
         """Count one forward: the routings of the layers, in the model's order.
@@ -189,11 +185,11 @@ class LoadMeter(Generic[C]):
             raise ValueError(f"domain {domain!r} had {len(old)} layers and now has {len(new)}")
         self._sums[domain] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
-    def counts(self) -> dict[str, list[C]]:
+    def counts(self) -> dict[str, list[LoadCount]]:
         """Counts so far, [layer] for each domain."""
         return {domain: list(counts) for domain, counts in self._sums.items()}
 
-    def by_domain(self: "LoadMeter[LoadCount]") -> dict[str, list[list[float]]]:
+    def by_domain(self) -> dict[str, list[list[float]]]:
         """Loads so far, [layer][head or expert] for each domain, as the records hold them."""
         return {
             domain: [count.load().tolist() for count in counts]

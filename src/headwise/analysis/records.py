@@ -1,6 +1,7 @@
 """What a comparison of models leaves behind: everything the report shows, as plain data."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -177,6 +178,11 @@ class ModelRecord:
         if len(layers) != 1:
             raise ValueError(f"heads and texts of {self.name} differ in layers: {sorted(layers)}")
 
+    def final_loss(self) -> float | None:
+        """The last validation loss; None where there is none, or it is not finite."""
+        last = self.validation.losses[-1:]
+        return last[0] if last and math.isfinite(last[0]) else None
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -287,15 +293,6 @@ def from_json(text: str) -> RunRecord:
             inconsistent.
     """
     return from_plain(RunRecord, json.loads(text))
-
-
-def model_from_dict(fields: dict) -> ModelRecord:
-    """The inverse of `dataclasses.asdict`.
-
-    Raises:
-        ValueError: As `from_json`.
-    """
-    return from_plain(ModelRecord, fields)
 
 
 def _check_same_shape(name: str, by_domain: dict[str, Layers]) -> None:

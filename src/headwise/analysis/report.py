@@ -2,17 +2,16 @@
 
 import json
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from headwise.analysis import image_sections, plots
-from headwise.analysis.elements import charts, model_heading, section, sentences
-from headwise.analysis.expert_table import LEGEND, expert_table
+from headwise.analysis import plots
 from headwise.analysis.records import ModelRecord, RunRecord
-from headwise.analysis.speeds import speed_table, verdict
 from headwise.analysis.summary import headline, representatives, tiles
+from headwise.analysis.tables import EXPERT_LEGEND, expert_table, speed_table, verdict
 from headwise.results.files import write_whole
 from headwise.results.html import escaped, printable, table
 from headwise.results.table import Table
@@ -45,11 +44,11 @@ def render_report(record: RunRecord) -> str:
     sections = (
         _table(record),
         _speed(record),
-        image_sections.samples(record),
+        _drawn(record),
         _losses(record),
         _viewer(record),
         _head_loads(record),
-        image_sections.patch_maps(record),
+        _patch_maps(record),
         _expert_use(record),
         _expert_loads(record),
         _sample(record),
@@ -80,7 +79,7 @@ def _table(record: RunRecord) -> str:
         else ""
     )
     body = table("Comparison", shown)
-    return section("Comparison", "", body + legend + sentences(record.notes))
+    return _section("Comparison", "", body + legend + _sentences(record.notes))
 
 
 def _speed(record: RunRecord) -> str:
@@ -88,22 +87,38 @@ def _speed(record: RunRecord) -> str:
         return ""
     body = ""
     if record.speeds:
-        body = table("Speed", speed_table(record.speeds)) + sentences([verdict(record.speeds)])
-    return section("Speed at long contexts", escaped(record.speed_note), body)
+        body = table("Speed", speed_table(record.speeds)) + _sentences([verdict(record.speeds)])
+    return _section("Speed at long contexts", escaped(record.speed_note), body)
+
+
+def _drawn(record: RunRecord) -> str:
+    """The images that each model drew, from the same noise, side by side."""
+    grids = []
+    for model in representatives(record):
+        if model.samples:
+            names = "".join(f"<li>{escaped(name)}</li>" for name in model.samples.rows)
+            alt = escaped(f"Images that {model.label} drew, a row a class")
+            grids.append(
+                f'<div>{_heading(model)}<figure class="drawn"><ol>{names}</ol>'
+                f'<img alt="{alt}" src="data:image/png;base64,{model.samples.png}"></figure></div>'
+            )
+    intro = "A row for each class. All models start from the same noise."
+    body = f'<div class="charts pair">{"".join(grids)}</div>'
+    return _section("What they draw", intro, body) if grids else ""
 
 
 def _losses(record: RunRecord) -> str:
     if not any(model.training.losses or model.validation.losses for model in record.models):
         return ""
-    drawn = [("loss", plots.loss_curves(record))]
+    drawn = [plots.loss_curves(record)]
     if any(model.validation.losses for model in record.models):
-        drawn.append(("final", plots.final_losses(record)))
+        drawn.append(plots.final_losses(record))
     intro = (
         "Thin lines are the training loss, with balance losses where heads or experts are "
         "routed; markers are the validation loss without them; both are averaged over the "
         "seeds of a variant; a band is their range. The other chart shows every run by itself."
     )
-    return section("Losses", intro, charts(drawn, "pair"))
+    return _section("Losses", intro, _charts("losses", drawn, "pair"))
 
 
 def _viewer(record: RunRecord) -> str:
@@ -118,7 +133,7 @@ def _viewer(record: RunRecord) -> str:
         '<div id="viewer"><noscript>This part needs JavaScript; the charts below do not.</noscript>'
         "</div>"
     )
-    return section("Which heads light up", intro, body)
+    return _section("Which heads light up", intro, body)
 
 
 def _head_loads(record: RunRecord) -> str:
@@ -128,8 +143,11 @@ def _head_loads(record: RunRecord) -> str:
         if heads is None or not heads.by_domain:
             continue
         name = f"heads{len(groups)}"
-        if image_sections.are_mapped(model):
-            groups.append(image_sections.load_maps(name, model, heads))
+        # Of classes, or of many domains: the last layer that routes, and all layers.
+        if model.images or len(heads.by_domain) > plots.MANY_DOMAINS:
+            if (last := plots.last_routed_layer(heads)) is not None:
+                maps = [plots.head_load_map(heads, layer) for layer in (last, None)]
+                groups.append(_heading(model) + _charts(name, maps, "wide"))
             continue
         loads = next(iter(heads.by_domain.values()))
         drawn = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
@@ -139,7 +157,23 @@ def _head_loads(record: RunRecord) -> str:
         "head, or the colours of its column, differ, the more it depends on the domain, or the "
         "class. Shared heads are always on and left out."
     )
-    return section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+    return _section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+
+
+def _patch_maps(record: RunRecord) -> str:
+    """On which patches of some images the routed heads are on."""
+    groups: list[str] = []
+    for model in representatives(record):
+        if not model.images or model.heads is None:
+            continue
+        maps = range(len(model.images[0].maps))
+        drawn = [plots.patch_maps(model.images, i, model.heads) for i in maps]
+        groups.append(_heading(model) + _charts(f"patches{len(groups)}", drawn, "pair"))
+    intro = (
+        "The same held-out images once for each routed head, blue where the head is off; for each "
+        "size of patches in the last layer that routes."
+    )
+    return _section("Which patches switch a head on", intro, "".join(groups)) if groups else ""
 
 
 def _expert_use(record: RunRecord) -> str:
@@ -147,12 +181,12 @@ def _expert_use(record: RunRecord) -> str:
     if not shown.rows:
         return ""
     body = table("Use of the experts", shown)
-    chart = charts([("effective", plots.effective_chart(record))], "single")
+    chart = _charts("effective", [plots.effective_chart(record)], "single")
     intro = (
         "Means over layers, domains and seeds, on the held-out texts. They do not say whether a "
         "model is good; the losses above do."
     )
-    return section("How the experts are used", intro, body + sentences(LEGEND) + chart)
+    return _section("How the experts are used", intro, body + _sentences(EXPERT_LEGEND) + chart)
 
 
 def _expert_loads(record: RunRecord) -> str:
@@ -167,12 +201,14 @@ def _expert_loads(record: RunRecord) -> str:
         groups.append(_load_charts(f"experts{len(groups)}", model, drawn, loads))
     if not groups:
         return ""
-    unused = charts([("unused", plots.unused_chart(shown))], "single")
+    unused = _charts("unused", [plots.unused_chart(shown)], "single")
     intro = (
         "How the work spreads over the experts, the busiest first; the dashed line is a perfectly "
         "even load."
     )
-    return section("Load of the experts", intro, "".join(groups) + f"<h3>Idle experts</h3>{unused}")
+    return _section(
+        "Load of the experts", intro, "".join(groups) + f"<h3>Idle experts</h3>{unused}"
+    )
 
 
 def _sample(record: RunRecord) -> str:
@@ -183,7 +219,7 @@ def _sample(record: RunRecord) -> str:
         f"{escaped(record.sample_text)}</pre>"
     )
     who = f"Written by {escaped(record.sample_model)}; the prompt is underlined."
-    return section("A sample", who, body)
+    return _section("A sample", who, body)
 
 
 def _facts(record: RunRecord) -> str:
@@ -191,7 +227,7 @@ def _facts(record: RunRecord) -> str:
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
         for name, value in record.facts.items()
     )
-    return section("How it was run", "", f'<dl class="facts">{rows}</dl>') if rows else ""
+    return _section("How it was run", "", f'<dl class="facts">{rows}</dl>') if rows else ""
 
 
 def _passages(record: RunRecord) -> str:
@@ -231,9 +267,30 @@ def _passages(record: RunRecord) -> str:
 def _load_charts(
     name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
 ) -> str:
-    drawn = [(f"{name}-{index}", figure) for index, figure in enumerate(figures)]
     crowded = max(map(len, loads), default=0) > plots.CROWDED
-    return model_heading(model) + charts(drawn, "pair" if crowded else "grid")
+    return _heading(model) + _charts(name, figures, "pair" if crowded else "grid")
+
+
+def _heading(model: ModelRecord) -> str:
+    return f"<h3>{escaped(model.label)} <small>seed {model.seed}</small></h3>"
+
+
+def _section(title: str, intro: str, body: str) -> str:
+    """A part of the page with its heading; title, intro and body are HTML."""
+    paragraph = f'<p class="intro">{intro}</p>' if intro else ""
+    return f"<section><h2>{title}</h2>{paragraph}{body}</section>"
+
+
+def _charts(name: str, figures: Sequence[Any], layout: str) -> str:
+    """Figures, under a name that no others of the page have, as the style sheet lays them out."""
+    drawn = (plots.to_svg(figure, f"{name}-{index}") for index, figure in enumerate(figures))
+    return f'<div class="charts {layout}">{"".join(f"<figure>{x}</figure>" for x in drawn)}</div>'
+
+
+def _sentences(notes: Sequence[str]) -> str:
+    """A list of sentences."""
+    items = "".join(f"<li>{escaped(note)}</li>" for note in notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def _resource(name: str) -> str:

@@ -1,10 +1,10 @@
 """A record in a few numbers and sentences; none says more than the runs support."""
 
-import math
+from operator import itemgetter
 from typing import NamedTuple
 
-from headwise.analysis.measure import load_distance, unused_share
-from headwise.analysis.records import ExpertLoads, HeadLoads, ModelRecord, RunRecord
+from headwise.analysis.measure import load_distance
+from headwise.analysis.records import HeadLoads, ModelRecord, RunRecord
 
 
 class Tile(NamedTuple):
@@ -14,63 +14,42 @@ class Tile(NamedTuple):
     caption: str
 
 
-class FinalLoss(NamedTuple):
-    """Last validation losses of one variant's runs."""
-
-    label: str
-    mean: float
-    lowest: float
-    highest: float
-    runs: int
-
-
-def final_losses(record: RunRecord) -> list[FinalLoss]:
-    """One entry for each variant with a finite last validation loss, the lowest mean first."""
-    entries = []
-    for runs in record.variants().values():
-        last = [run.validation.losses[-1] for run in runs if run.validation.losses]
-        last = [loss for loss in last if math.isfinite(loss)]
-        if last:
-            mean = sum(last) / len(last)
-            entries.append(FinalLoss(runs[0].label, mean, min(last), max(last), len(last)))
-    return sorted(entries, key=lambda entry: entry.mean)
-
-
 def headline(record: RunRecord) -> str:
     """One sentence on the losses: the range, and whether the first two differ beyond the seeds.
 
     Runs that diverged (their last validation loss is not finite) are counted in a second one.
     """
-    ends = [run.validation.losses[-1] for run in record.models if run.validation.losses]
-    diverged = sum(not math.isfinite(loss) for loss in ends)
+    diverged = sum(bool(x.validation.losses) and x.final_loss() is None for x in record.models)
     return _order(record) + (f" {_count(diverged, 'run')} diverged." if diverged else "")
 
 
 def _order(record: RunRecord) -> str:
-    losses = final_losses(record)
-    if not losses:
+    ends = [
+        (runs[0].label, [loss for run in runs if (loss := run.final_loss()) is not None])
+        for runs in record.variants().values()
+    ]
+    ranked = sorted(((sum(x) / len(x), label, x) for label, x in ends if x), key=itemgetter(0))
+    if not ranked:
         return f"{_count(len(record.models), 'run')}, none with a validation loss."
-    best, last = losses[0], losses[-1]
-    if len(losses) == 1:
-        return f"{best.label} ends at a validation loss of {best.mean:.3f} {record.loss_unit}."
+    lowest, best, losses = ranked[0]
+    if len(ranked) == 1:
+        return f"{best} ends at a validation loss of {lowest:.3f} {record.loss_unit}."
+    highest, last, _ = ranked[-1]
     text = (
-        f"Validation loss at the end lies between {best.mean:.3f} ({best.label}) and "
-        f"{last.mean:.3f} ({last.label}) {record.loss_unit}"
+        f"Validation loss at the end lies between {lowest:.3f} ({best}) and "
+        f"{highest:.3f} ({last}) {record.loss_unit}"
     )
-    second = losses[1]
-    lowest = f"{best.label} and {second.label}"
-    gap = second.mean - best.mean
-    spread = max(best.highest - best.lowest, second.highest - second.lowest)
-    if best.runs == 1 and second.runs == 1:
-        return text + f"; with one seed each, the order of {lowest} is not a finding."
-    if best.runs == 1 or second.runs == 1 or gap <= spread:
+    next_lowest, second, others = ranked[1]
+    gap = next_lowest - lowest
+    spread = max(max(x) - min(x) for x in (losses, others))
+    if len(losses) == len(others) == 1:
+        return text + f"; with one seed each, the order of {best} and {second} is not a finding."
+    if len(losses) == 1 or len(others) == 1 or gap <= spread:
         return (
-            text + f"; {lowest} are {gap:.3f} apart, seeds of a variant up to {spread:.3f}, "
-            "so their order is not a finding."
+            text + f"; {best} and {second} are {gap:.3f} apart, seeds of a variant up to "
+            f"{spread:.3f}, so their order is not a finding."
         )
-    return (
-        text + f"; the lead over {second.label} is {gap:.3f}, seeds differ by up to {spread:.3f}."
-    )
+    return text + f"; the lead over {second} is {gap:.3f}, seeds differ by up to {spread:.3f}."
 
 
 def tiles(record: RunRecord) -> list[Tile]:
@@ -78,26 +57,22 @@ def tiles(record: RunRecord) -> list[Tile]:
     runs, variants = len(record.models), _count(len(record.variants()), "variant")
     found = [Tile(str(runs), f"run{'' if runs == 1 else 's'} of {variants}")]
     shown = representatives(record)
-    with_heads = [model for model in shown if model.heads]
-    if with_heads:
-        model = with_heads[0]
+    for model in [model for model in shown if model.heads][:1]:
         found.append(Tile(_heads_on(model.heads), f"heads on per token, {model.label}"))
-        distance = head_distance(model.heads)
-        if distance:
+        if distance := head_distance(model.heads):
             first, second, value = distance
-            found.append(
-                Tile(
-                    f"{value:.0%}",
-                    f"of routed head choices differ between {first} and {second}, {model.label}",
-                )
-            )
-    with_experts = [model.experts for model in shown if model.experts]
-    if with_experts:
-        unused = total = 0
-        for experts in with_experts:
-            unused += sum(_never_used(experts))
-            total += sum(len(layer) for layer in next(iter(experts.by_domain.values())))
-        found.append(Tile(f"{unused} of {total}", "experts of all layers and models never used"))
+            what = f"of routed head choices differ between {first} and {second}, {model.label}"
+            found.append(Tile(f"{value:.0%}", what))
+    never_used = [
+        not any(of_domains)
+        for model in shown
+        if model.experts
+        for layer in zip(*model.experts.by_domain.values(), strict=True)
+        for of_domains in zip(*layer, strict=True)
+    ]
+    if never_used:
+        counted = f"{sum(never_used)} of {len(never_used)}"
+        found.append(Tile(counted, "experts of all layers and models never used"))
     return found
 
 
@@ -128,13 +103,6 @@ def _heads_on(heads: HeadLoads | None) -> str:
     if len(set(map(len, layers))) > 1:
         return f"{on / total:.0%}"
     return f"{on / len(layers):.3g} of {total / len(layers):.3g}"
-
-
-def _never_used(experts: ExpertLoads) -> list[int]:
-    """For each layer the experts without a single assignment in any domain."""
-    by_layer = zip(*experts.by_domain.values(), strict=True)
-    merged = [[sum(loads) for loads in zip(*layers, strict=True)] for layers in by_layer]
-    return [round(unused_share(layer) * len(layer)) for layer in merged]
 
 
 def _count(number: int, noun: str) -> str:

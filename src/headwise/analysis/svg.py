@@ -37,6 +37,7 @@ def _smaller(svg: str) -> str:
 
     Ids that nothing refers to go, as do fonts, which are the page's, turns by 0 degrees and white
     space. Numbers keep five digits: of a drawing 900 points wide that is a hundredth of a point.
+    Markers of one style have it from their group; no figure gives a marker an opacity as a whole.
 
     Example: `<path d="M 0 208.8` `L 43.088521 2 "/>` becomes `<path d="M0 208.8L43.089 2"/>`.
     """
@@ -53,4 +54,8 @@ def _smaller(svg: str) -> str:
         )
         return re.sub(r'(?<= style=")[^"]*', lambda x: re.sub(r"([:;]) ", r"\1", x.group()), text)
 
-    return re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", smaller, svg))
+    svg = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", smaller, svg))
+    of_one_style = (
+        r'(<g clip-path="[^"]*")>(<use [^>]*( style="[^"]*")/>(?:<use [^>]*\3/>)*)(?=</g>)'
+    )
+    return re.sub(of_one_style, lambda x: f"{x[1]}{x[3]}>{x[2].replace(x[3], '')}", svg)

@@ -7,14 +7,12 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.bench import gpu
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
+from headwise.bench.rivals import causal_flex_attention, fastest, plain_attention
+from headwise.bench.tensors import random_gates, value_and_gradients
 from headwise.ops import head_attention
 
-# Routings to draw from: a kernel must not win by having seen a shape before.
-_ROUTINGS = 3
 DTYPES = (torch.float32, torch.bfloat16)
 # Of longer inputs the exact result is computed for some of the queries only.
 _EXACT_ROWS, _EXACT_LENGTH = 128, 4096
@@ -85,99 +83,90 @@ def _on_gpus(effort: Effort) -> Iterator[Builder]:
 def forward(effort: Effort, core: Core) -> Comparison:
     """Attention without gradients."""
     q, k, v = _inputs(effort.device, core)
-    gates = _gates(effort.device, core)
+    gates = _gates(effort, core)
     turn = cycle(gates)
 
-    def ours() -> Tensor:
+    def ours(gate: Tensor) -> Tensor:
         with torch.no_grad():
-            return head_attention(q, k, v, next(turn), causal=core.causal, share_on=core.share)
+            return head_attention(q, k, v, gate, causal=core.causal, share_on=core.share)
 
-    def mask_only() -> Tensor:
-        return plain() * next(turn).to(core.dtype).unsqueeze(-1)
+    def mask_only(gate: Tensor) -> Tensor:
+        return plain() * gate.to(core.dtype).unsqueeze(-1)
 
-    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def tensors() -> Tensors:
         gate = gates[0]
         rows = _rows_to_check(core, effort.device)
-        with torch.no_grad():
-            got = head_attention(q, k, v, gate, causal=core.causal, share_on=core.share)[:, rows]
-            usual = (plain() * gate.to(core.dtype).unsqueeze(-1))[:, rows]
-            exact = _exact(q, k, v, rows, core.causal) * gate[:, rows].double().unsqueeze(-1)
-        return [got], [usual], [exact]
+        exact = _exact(q, k, v, rows, core.causal) * gate[:, rows].double().unsqueeze(-1)
+        return [ours(gate)[:, rows]], [mask_only(gate)[:, rows]], [exact]
 
-    sdpa, plain = _fastest(lambda: _plain(q, k, v, core.causal), effort)
-    rivals = {sdpa: plain, "mask-only MoH": mask_only}
+    sdpa, plain = fastest(lambda: plain_attention(q, k, v, core.causal), effort.device)
+    rivals = {
+        sdpa: Rival(plain, core.share, _target(effort, core)),
+        "mask-only MoH": Rival(lambda: mask_only(next(turn)), core.share),
+    }
     if _has_flex(effort, core):
-        flex = gpu.causal_flex_attention(core.length, effort.device)
-        rivals["FlexAttention"] = lambda: flex(q, k, v)
-    target = _target(effort, core)
+        flex = causal_flex_attention(core.length, effort.device)
+        rivals["FlexAttention"] = Rival(lambda: flex(q, k, v), core.share)
     return Comparison(
-        "attention",
         core.name,
         str(core),
         core.dtype,
         core.share,
-        ours,
+        lambda: ours(next(turn)),
         rivals,
         tensors,
-        ideal=dict.fromkeys(rivals, core.share),
-        targets={} if target is None else {sdpa: target},
     )
 
 
 def step(effort: Effort, core: Core) -> Comparison:
     """Attention and the gradients of q, k, v and gate."""
-    leaves = [x.requires_grad_() for x in _inputs(effort.device, core)]
-    gates = [g.requires_grad_() for g in _gates(effort.device, core)]
+    leaves = _inputs(effort.device, core)
+    gates = _gates(effort, core)
     upstream = torch.randn_like(leaves[0])
     turn = cycle(gates)
-
-    def gradients(compute: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-        y = compute(*inputs)
-        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return head_attention(q, k, v, gate, causal=core.causal, share_on=core.share)
 
-    def masked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        return _plain(q, k, v, core.causal) * gate.to(q.dtype).unsqueeze(-1)
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q, k, v, core.causal)
 
-    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def masked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return plain(q, k, v) * gate.to(q.dtype).unsqueeze(-1)
+
+    def gradients(compute: Callable[..., Tensor], *more: Tensor) -> list[Tensor]:
+        return value_and_gradients(compute, [*leaves, *more], upstream=upstream)
+
+    def tensors() -> Tensors:
         part = slice(0, min(core.length, _EXACT_LENGTH))
-        inputs = [x.detach()[:, part].requires_grad_() for x in (*leaves, gates[0])]
-        wide = [x.detach().double().requires_grad_() for x in inputs]
+        inputs = [x[:, part] for x in (*leaves, gates[0])]
         dy = upstream[:, part]
-        got, usual = gradients(gathered, inputs, dy), gradients(masked, inputs, dy)
-        exact = gradients(masked, wide, dy.double())
+        got, usual = (value_and_gradients(f, inputs, upstream=dy) for f in (gathered, masked))
+        exact = value_and_gradients(masked, [x.double() for x in inputs], upstream=dy.double())
         # Of a gate that is off the mask-only gradient is not 0; ours is, by definition.
         on = inputs[3] != 0
         return tuple([*x[:4], x[4][on]] for x in (got, usual, exact))  # type: ignore[return-value]
 
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _plain(q, k, v, core.causal)
-
-    sdpa, dense = _fastest(lambda: gradients(plain, leaves, upstream), effort)
+    sdpa, dense = fastest(lambda: gradients(plain), effort.device)
+    targets: tuple[float | None, float | None]
+    targets = (0.65, None) if core.dtype == torch.bfloat16 else (0.75, 0.75)
+    if effort.device.type == "cuda":
+        targets = (0.75 if core.share == 0.5 else None, None)
     rivals = {
-        sdpa: dense,
-        "mask-only MoH": lambda: gradients(masked, [*leaves, next(turn)], upstream),
+        sdpa: Rival(dense, core.share, targets[0]),
+        "mask-only MoH": Rival(lambda: gradients(masked, next(turn)), core.share, targets[1]),
     }
     if _has_flex(effort, core):
-        flex = gpu.causal_flex_attention(core.length, effort.device)
-        rivals["FlexAttention"] = lambda: gradients(flex, leaves, upstream)
-    half = core.dtype == torch.bfloat16
-    targets = {sdpa: 0.65 if half else 0.75} | ({} if half else {"mask-only MoH": 0.75})
-    if effort.device.type == "cuda":
-        targets = {sdpa: 0.75} if core.share == 0.5 else {}
+        flex = causal_flex_attention(core.length, effort.device)
+        rivals["FlexAttention"] = Rival(lambda: gradients(flex), core.share)
     return Comparison(
-        "attention",
         f"{core.name}, forward and backward",
         str(core),
         core.dtype,
         core.share,
-        lambda: gradients(gathered, [*leaves, next(turn)], upstream),
+        lambda: gradients(gathered, next(turn)),
         rivals,
         tensors,
-        ideal=dict.fromkeys(rivals, core.share),
-        targets=targets,
     )
 
 
@@ -195,33 +184,11 @@ def _has_flex(effort: Effort, core: Core) -> bool:
     return effort.device.type == "cuda" and plain and core.length == _FLEX_LENGTH
 
 
-def _fastest(run: Callable[[], object], effort: Effort) -> tuple[str, Callable[[], Tensor]]:
-    """torch's attention: on a GPU by its fastest backend."""
-    if effort.device.type == "cuda":
-        return gpu.best_backend(run, effort.device)
-    return "SDPA", run  # type: ignore[return-value]
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    with torch.set_grad_enabled(q.requires_grad):
-        heads = scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=causal,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-    return heads.transpose(1, 2)
-
-
 def _exact(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, causal: bool) -> Tensor:
     """Attention of some of the queries in float64."""
     keys = torch.arange(k.shape[1], device=q.device)
     mask = keys <= rows.unsqueeze(1) if causal else None
-    q, k, v = (x.double().transpose(1, 2) for x in (q[:, rows], k, v))
-    grouped = q.shape[1] != k.shape[1]
-    heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return heads.transpose(1, 2)
+    return plain_attention(q[:, rows].double(), k.double(), v.double(), mask=mask)
 
 
 def _rows_to_check(core: Core, device: torch.device) -> Tensor:
@@ -240,13 +207,6 @@ def _inputs(device: torch.device, core: Core) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _gates(device: torch.device, core: Core) -> list[Tensor]:
-    """Gates of about 1 for a share of the heads; skewed: the first is nearly always on."""
-    tilt = torch.linspace(3 if core.skewed else 0, 0, core.heads)
-    gates = []
-    for _ in range(_ROUTINGS):
-        noise = -torch.log(-torch.log(torch.rand(1, core.length, core.heads)))
-        best = (noise + tilt).topk(round(core.share * core.heads), dim=-1).indices
-        gate = torch.zeros(1, core.length, core.heads).scatter_(2, best, 1.0)
-        gates.append((gate * (0.5 + torch.rand_like(gate))).to(device))
-    return gates
+def _gates(effort: Effort, core: Core) -> list[Tensor]:
+    shape = (1, core.length, core.heads)
+    return random_gates(shape, core.share, effort.device, skewed=core.skewed)

@@ -1,14 +1,18 @@
 """What is compared with what, and the row that comes out."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from headwise.results import rows
 from headwise.results.rows import Row
 from headwise.training.timing import LARGEST_ERROR_RATIO, error_ratio, interleaved
+
+# Ours, plain PyTorch's in the same dtype and the exact ones.
+Tensors = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 # Builds a comparison, tensors and all, when its turn comes.
 Builder = Callable[[], "Comparison"]
@@ -30,34 +34,42 @@ class Effort:
     toy: bool = False
 
 
+class Rival(NamedTuple):
+    """What a user would pick instead of ours.
+
+    Attributes:
+        run: What is timed.
+        ideal: The time that the arithmetic left over would take, as a share of the rival's.
+        target: The ratio to reach; at toy size there is none.
+    """
+
+    run: Callable[[], Any]
+    ideal: float | None = None
+    target: float | None = None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Ours against its rivals on one shape.
 
     Attributes:
-        benchmark: attention, aggregated, decode, experts, layer, model or vision.
         case: What is timed.
         shape: Sizes, for people.
         dtype: Of the activations.
         share: Of the heads that are on; 1 where heads have no part in it.
         ours: What is timed; each call may draw other routings, so that nothing fits by chance.
-        rivals: What a user would pick instead.
+        rivals: By name.
         tensors: Ours, plain PyTorch's in the same dtype and the exact ones, to compare.
-        ideal: The time that the arithmetic left over would take, as a share of each rival's.
-        targets: The ratio to reach, by rival.
         launches: Whether launching counts on a GPU, as in a loop of Python; else kernels alone do.
     """
 
-    benchmark: str
     case: str
     shape: str
     dtype: torch.dtype
     share: float
     ours: Callable[[], Any]
-    rivals: Mapping[str, Callable[[], Any]]
-    tensors: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]]
-    ideal: Mapping[str, float] = field(default_factory=dict)
-    targets: Mapping[str, float] = field(default_factory=dict)
+    rivals: Mapping[str, Rival]
+    tensors: Callable[[], Tensors]
     launches: bool = False
 
     @property
@@ -70,36 +82,28 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
     """A row for each rival. Correctness first: where it fails, no time is taken."""
     error = error_ratio(*comparison.tensors())
     passed = error <= LARGEST_ERROR_RATIO
-    candidates = {"ours": comparison.ours, **comparison.rivals}
-    times = (
-        interleaved(
-            candidates,
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            warmups=effort.warmups,
-            device=effort.device,
-            launches=comparison.launches,
-        )
-        if passed
-        else dict.fromkeys(candidates, None)
-    )
-    for rival in comparison.rivals:
-        ours, theirs = times["ours"], times[rival]
+    candidates = {"ours": comparison.ours} | {k: x.run for k, x in comparison.rivals.items()}
+    times: Mapping[str, float | None] = dict.fromkeys(candidates)
+    if passed:
+        times = interleaved(
+            candidates, rounds=effort.rounds, seconds=effort.seconds, warmups=effort.warmups,
+            device=effort.device, launches=comparison.launches,
+        )  # fmt: skip
+    for name, (_, ideal, target) in comparison.rivals.items():
+        ours, theirs = times["ours"], times[name]
         ratio = None if ours is None or theirs is None else ours / theirs
-        ideal, target = comparison.ideal.get(rival), comparison.targets.get(rival)
         yield {
-            "benchmark": comparison.benchmark,
             "case": comparison.case,
             "shape": comparison.shape,
             "dtype": comparison.kind,
             "share": comparison.share,
-            "rival": rival,
+            "rival": name,
             "ours_ms": _rounded(ours),
             "rival_ms": _rounded(theirs),
             "ratio": _rounded(ratio),
             "ideal": _rounded(ideal),
             "share_of_ideal": _rounded(ideal / ratio if ideal and ratio else None),
-            "target": target,
+            "target": None if effort.toy else target,
             "error_ratio": round(error, 2),
             "correct": passed,
             **environment(effort.device),

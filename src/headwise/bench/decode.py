@@ -6,14 +6,13 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.bench import gpu
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
+from headwise.bench.rivals import fastest, plain_attention
+from headwise.bench.tensors import random_gates
 from headwise.ops import head_attention
 
 HEADS, CHANNELS = 16, 128
-_ROUTINGS = 3
 
 
 def comparisons(effort: Effort) -> Iterator[Builder]:
@@ -42,52 +41,33 @@ def one_token(
     q = torch.randn(batch, 1, HEADS, CHANNELS, device=effort.device).to(dtype)
     cache = (batch, kv_heads, context, CHANNELS)
     k, v = (torch.randn(cache, device=effort.device).to(dtype).transpose(1, 2) for _ in range(2))
-    gates = [_gate(effort.device, batch, kv_heads) for _ in range(_ROUTINGS)]
+    on = random_gates((batch, 1, kv_heads), 0.5, effort.device)
+    gates = [groups.repeat_interleave(HEADS // kv_heads, dim=2) for groups in on]
     turn = cycle(gates)
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            enable_gqa=kv_heads != HEADS,
-        )
-        return heads.transpose(1, 2)
 
     def ours(gate: Tensor) -> Tensor:
         with torch.no_grad():
             return head_attention(q, k, v, gate, causal=True)
 
-    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def tensors() -> Tensors:
         # In float64 for the first and the last sequence: of 64 long ones it would not fit.
         some, gate = [0, batch - 1], gates[0]
-        usual = (plain(q, k, v) * gate.to(dtype).unsqueeze(-1))[some]
-        exact = plain(*(x[some].double() for x in (q, k, v))) * gate[some].double().unsqueeze(-1)
-        return [ours(gate)[some]], [usual], [exact]
+        usual = (plain_attention(q, k, v) * gate.to(dtype).unsqueeze(-1))[some]
+        exact = plain_attention(q[some].double(), k[some].double(), v[some].double())
+        return [ours(gate)[some]], [usual], [exact * gate[some].double().unsqueeze(-1)]
 
-    sdpa, dense = "SDPA", lambda: plain(q, k, v)
+    sdpa, dense = fastest(lambda: plain_attention(q, k, v), effort.device)
+    target: float | None = 0.25 if dtype == torch.bfloat16 else 0.6
     if effort.device.type == "cuda":
-        sdpa, dense = gpu.best_backend(dense, effort.device)
-    on_cpus = 0.25 if dtype == torch.bfloat16 else 0.6
-    target = 0.6 if effort.device.type == "cuda" else on_cpus
-    # One sequence does not fill a GPU: no target was set for it.
-    alone = effort.device.type == "cuda" and batch == 1
+        # One sequence does not fill a GPU: no target was set for it.
+        target = None if batch == 1 else 0.6
     kv = "" if kv_heads == HEADS else f", {kv_heads} kv"
     return Comparison(
-        "decode",
         "one token, whole key groups" if kv else "one token",
         f"B={batch}, S={context}, {HEADS}×{CHANNELS}{kv}",
         dtype,
         0.5,
         lambda: ours(next(turn)),
-        {sdpa: dense},
+        {sdpa: Rival(dense, 0.5, target)},
         tensors,
-        ideal={sdpa: 0.5},
-        targets={} if effort.toy or alone else {sdpa: target},
     )
-
-
-def _gate(device: torch.device, batch: int, kv_heads: int) -> Tensor:
-    best = torch.rand(batch, 1, kv_heads).topk(kv_heads // 2, dim=-1).indices
-    groups = torch.zeros(batch, 1, kv_heads).scatter_(2, best, 1.0)
-    return groups.repeat_interleave(HEADS // kv_heads, dim=2).to(device)

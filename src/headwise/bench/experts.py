@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,13 @@ from torch.nn.functional import linear, silu
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
+from headwise.bench.tensors import random_inputs, value_and_gradients
 from headwise.nn import MHMoE, MoE
 from headwise.ops import expert_mlp
 from headwise.parity import count_flops
 
 DIM = 768
-_INPUTS = 3
 
 
 def comparisons(effort: Effort) -> Iterator[Builder]:
@@ -37,31 +36,33 @@ def layers(effort: Effort, dtype: torch.dtype, tokens: int, *, backward: bool) -
     sparse = MoE(DIM, num_experts=8, top_k=1, expert_dim=2048)
     for layer in (ours, sparse):
         layer.to(effort.device, dtype)
-    inputs = [torch.randn(1, tokens, DIM, device=effort.device).to(dtype) for _ in range(_INPUTS)]
+    inputs = random_inputs((1, tokens, DIM), dtype, effort.device)
     turn = cycle(inputs)
 
-    def run(layer: nn.Module) -> Callable[[], Any]:
-        return lambda: _value_and_gradients(layer, next(turn), backward)
+    def run(layer: nn.Module) -> list[Tensor]:
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        return value_and_gradients(
+            lambda x: layer(x)[0], [next(turn)], backward=backward, parameters=parameters
+        )
 
     flops = [sum(count_flops(m, sequence_length=1).values()) for m in (ours, sparse)]
     on_gpu = effort.device.type == "cuda"
-    target = 1.15 if on_gpu else 1.25 if dtype == torch.bfloat16 else 1.05
+    on_cpus = None if backward else 1.25 if dtype == torch.bfloat16 else 1.05
+    rival = Rival(lambda: run(sparse), flops[0] / flops[1], 1.15 if on_gpu else on_cpus)
     return Comparison(
-        "experts",
         f"MH-MoE layer{', forward and backward' if backward else ''}",
         f"{tokens} tokens, d={DIM}; h=3, E=96, k=3, f=512",
         dtype,
         1.0,
-        run(ours),
-        {"sparse MoE (E=8, k=1, f=2048)": run(sparse)},
+        lambda: run(ours),
+        {"sparse MoE (E=8, k=1, f=2048)": rival},
         lambda: _compared(ours, inputs[0], backward),
-        ideal={"sparse MoE (E=8, k=1, f=2048)": flops[0] / flops[1]},
-        targets={} if backward and not on_gpu else {"sparse MoE (E=8, k=1, f=2048)": target},
     )
 
 
 def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
     """The same experts, weights and choices, by transformers' function."""
+    on_gpu = effort.device.type == "cuda"
     torch.manual_seed(0)
     layer = MHMoE(DIM, num_heads=3, num_experts=96, top_k=3, expert_dim=512)
     layer = layer.to(effort.device, dtype)
@@ -78,21 +79,19 @@ def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
         with torch.no_grad():
             return module(x, indices, weights)
 
-    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def tensors() -> Tensors:
         wide = x.double(), weights.double(), indices, up.double(), down.double()
         exact = expert_mlp(*wide, impl="grouped")
         return [ours()], [theirs()], [exact]
 
     return Comparison(
-        "experts",
         "experts alone",
         f"{3 * tokens} sub-tokens, d={DIM // 3}; E=96, k=3, f=512",
         dtype,
         1.0,
         ours,
-        {"transformers grouped_mm": theirs},
+        {"transformers grouped_mm": Rival(theirs, None, 1.0 if on_gpu else 0.75)},
         tensors,
-        targets={"transformers grouped_mm": 1.0 if effort.device.type == "cuda" else 0.75},
     )
 
 
@@ -109,19 +108,7 @@ def _transformers_experts(up: Tensor, down: Tensor) -> nn.Module:
     return module
 
 
-def _value_and_gradients(layer: nn.Module, x: Tensor, backward: bool) -> list[Tensor]:
-    with torch.set_grad_enabled(backward):
-        x = x.detach().requires_grad_(backward)
-        y, _ = layer(x)
-        if not backward:
-            return [y]
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))]
-
-
-def _compared(
-    layer: MHMoE, x: Tensor, backward: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _compared(layer: MHMoE, x: Tensor, backward: bool) -> Tensors:
     """The layer's experts, the same by plain products in its dtype, and those in float64.
 
     The choices are those of the layer's own dtype: rounding may change one, which is no error.
@@ -131,12 +118,13 @@ def _compared(
         routing = layer.router(flat)
 
     def compute(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        tensors = (flat, layer.experts.up_proj, layer.experts.down_proj)
-        rows, up, down = (t.detach().to(dtype).requires_grad_() for t in tensors)
-        y = function(rows, routing.weights.to(dtype), routing.indices, up, down)
-        if not backward:
-            return [y.detach()]
-        return [y.detach(), *torch.autograd.grad(y, [rows, up, down], torch.ones_like(y))]
+        weights = routing.weights.to(dtype)
+        tensors = [x.to(dtype) for x in (flat, layer.experts.up_proj, layer.experts.down_proj)]
+        return value_and_gradients(
+            lambda rows, up, down: function(rows, weights, routing.indices, up, down),
+            tensors,
+            backward=backward,
+        )
 
     wide = compute(_plain_experts, torch.float64)
     return compute(expert_mlp, x.dtype), compute(_plain_experts, x.dtype), wide

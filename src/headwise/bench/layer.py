@@ -13,14 +13,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
+from headwise.bench.tensors import random_inputs, value_and_gradients
 from headwise.nn import MoHAttention
 from headwise.nn.routers import Router
 from headwise.ops import HeadRouting
 from headwise.parity import count_flops
 
 DIM, HEADS = 768, 12
-_INPUTS = 3
 _PROCESSES = 5
 
 
@@ -65,23 +65,21 @@ def against_dense(effort: Effort, dtype: torch.dtype, length: int, share: float)
     """A forward of the layer."""
     torch.manual_seed(0)
     ours, dense = moh(share).to(effort.device, dtype), DenseAttention().to(effort.device, dtype)
-    inputs, turn = _inputs(effort, dtype, length)
+    inputs = random_inputs((1, length, DIM), dtype, effort.device)
+    turn = cycle(inputs)
     flops = [sum(count_flops(m, sequence_length=length).values()) for m in (ours, dense)]
     target = 1.05 if share == 1 else 0.85 if dtype == torch.float32 else None
     # Of heads that are off attention, queries and outputs are left out; keys and values are not.
     core, queries_and_outputs = 2 * DIM * (length + 1), 4 * DIM**2
     ideal = (flops[1] - (1 - share) * (core + queries_and_outputs)) / flops[1]
     return Comparison(
-        "layer",
         "MoH layer, causal",
         f"T={length}, d={DIM}, {HEADS} heads",
         dtype,
         share,
         lambda: _run(ours, next(turn), False),
-        {"dense layer": lambda: _run(dense, next(turn), False)},
+        {"dense layer": Rival(lambda: _run(dense, next(turn), False), ideal, target)},
         lambda: _compared(ours, inputs[0], False),
-        ideal={"dense layer": ideal},
-        targets={} if target is None or effort.toy else {"dense layer": target},
     )
 
 
@@ -93,20 +91,20 @@ def against_mask_only(
     ours = moh(0.5).to(effort.device, dtype)
     masked = moh(0.5, "dense").to(effort.device, dtype)
     masked.load_state_dict(ours.state_dict())
-    inputs, turn = _inputs(effort, dtype, length)
+    inputs = random_inputs((1, length, DIM), dtype, effort.device)
+    turn = cycle(inputs)
     flops = sum(count_flops(DenseAttention(), sequence_length=length).values())
     # Half of the queries and outputs; with gradients all are computed.
     saved = 0 if backward else 2 * DIM**2
+    ideal = (flops - DIM * (length + 1) - saved) / flops
     return Comparison(
-        "layer",
         f"MoH layer, causal{', forward and backward' if backward else ''}",
         f"T={length}, d={DIM}, {HEADS} heads",
         dtype,
         0.5,
         lambda: _run(ours, next(turn), backward),
-        {"mask-only MoH layer": lambda: _run(masked, next(turn), backward)},
+        {"mask-only MoH layer": Rival(lambda: _run(masked, next(turn), backward), ideal)},
         lambda: _compared(ours, inputs[0], backward),
-        ideal={"mask-only MoH layer": (flops - DIM * (length + 1) - saved) / flops},
     )
 
 
@@ -114,44 +112,31 @@ def router_alone(effort: Effort, dtype: torch.dtype, length: int) -> Comparison:
     """Routing as a share of the layer."""
     torch.manual_seed(0)
     layer = moh(0.5).to(effort.device, dtype)
-    inputs, turn = _inputs(effort, dtype, length)
+    inputs = random_inputs((1, length, DIM), dtype, effort.device)
+    turn = cycle(inputs)
 
     def route() -> None:
         with torch.no_grad():
             layer.router(next(turn))
 
     return Comparison(
-        "layer",
         "router alone, of its layer",
         f"T={length}, d={DIM}, {HEADS} heads",
         dtype,
         0.5,
         route,
-        {"its MoH layer": lambda: _run(layer, next(turn), False)},
+        {"its MoH layer": Rival(lambda: _run(layer, next(turn), False), None, 0.05)},
         lambda: _compared(layer, inputs[0], False),
-        targets={"its MoH layer": 0.05},
     )
 
 
-def _inputs(
-    effort: Effort, dtype: torch.dtype, length: int
-) -> tuple[list[Tensor], "cycle[Tensor]"]:
-    inputs = [torch.randn(1, length, DIM, device=effort.device).to(dtype) for _ in range(_INPUTS)]
-    return inputs, cycle(inputs)
-
-
-def _run(layer: Callable[[Tensor], Any], x: Tensor, backward: bool) -> list[Tensor]:
-    with torch.set_grad_enabled(backward):
-        x = x.detach().requires_grad_(backward)
-        y, _ = layer(x)
-        if not backward:
-            return [y]
-        return [y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))]
+def _run(layer: nn.Module, x: Tensor, backward: bool) -> list[Tensor]:
+    return value_and_gradients(lambda x: layer(x)[0], [x], backward=backward)
 
 
 def compared(
     module: nn.Module, run: Callable[[nn.Module, torch.dtype], list[Tensor]], dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> Tensors:
     """What a module gives, the same by torch's own attention, and that in float64.
 
     All with one routing: the module has one router.
@@ -176,21 +161,18 @@ def compared(
     return again(None, dtype), again("dense", dtype), again("dense", torch.float64)
 
 
-def _compared(
-    layer: MoHAttention, x: Tensor, backward: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _compared(layer: MoHAttention, x: Tensor, backward: bool) -> Tensors:
     return compared(layer, lambda module, dtype: _run(module, x.to(dtype), backward), x.dtype)
 
 
 # ru_maxrss would tell the peak of the imports; the kernel's own counter cannot be reset everywhere.
 _MEMORY = """
-import sys, threading, time, torch
+import psutil, sys, threading, time, torch
 from headwise.bench.layer import DIM, DenseAttention, moh
 length, kind = int(sys.argv[1]), sys.argv[2]
 layer = moh(0.5) if kind == "ours" else DenseAttention()
 def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 def step(length):
     x = torch.randn(1, length, DIM, requires_grad=True)
     layer(x)[0].sum().backward()

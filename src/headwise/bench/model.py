@@ -10,10 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival
+from headwise.bench.tensors import INPUTS
 from headwise.training.speed import filled_cache, logits_thrice, read_prompt, read_token
-
-_INPUTS = 3
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class _Kind:
         kv = "" if self.kv_heads == self.heads else f", {self.kv_heads} kv"
         return f"Llama d={self.dim}, {self.heads} heads{kv}, 2 layers"
 
-    @property
-    def suffix(self) -> str:
-        return ", whole key groups" if self.route_groups else ""
-
 
 _PLAIN = _Kind(768, 12, 12, shared=2, active=6)
 _GROUPED = (
@@ -50,47 +45,38 @@ def comparisons(effort: Effort) -> Iterator[Builder]:
     grouped_length = 67 if effort.toy else 1024 if effort.quick else 2048
     contexts = (67,) if effort.toy else (4096,) if effort.quick else (4096, 16384)
     for dtype in (torch.float32, torch.bfloat16):
-        yield partial(prompt, effort, dtype, length, _PLAIN)
-        yield partial(next_token, effort, dtype, length, _PLAIN)
+        yield partial(reading, effort, dtype, length, _PLAIN, "prompt")
+        yield partial(reading, effort, dtype, length, _PLAIN, "next token")
         for kind in _GROUPED[::2] if effort.quick else _GROUPED:
-            yield partial(prompt, effort, dtype, grouped_length, kind)
+            yield partial(reading, effort, dtype, grouped_length, kind, "prompt")
             for context in contexts:
-                yield partial(next_token, effort, dtype, context, kind)
+                yield partial(reading, effort, dtype, context, kind, "next token")
 
 
-def prompt(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comparison:
-    """The forward over a prompt."""
+def reading(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind, what: str) -> Comparison:
+    """A prompt; or the next token on a cache of that many, cropped back each time.
+
+    Both models read the same cache.
+    """
     dense, ours = _models(effort, dtype, length, kind)
-    prompts = [torch.randint(512, (1, length), device=effort.device) for _ in range(_INPUTS)]
-    turn = cycle(prompts)
-
-    return Comparison(
-        "model",
-        f"prompt{kind.suffix}",
-        f"T={length}, {kind}",
-        dtype,
-        kind.active / kind.heads,
-        lambda: read_prompt(ours, next(turn)),
-        {"dense model": lambda: read_prompt(dense, next(turn))},
-        lambda: logits_thrice(ours, prompts[0][:, :67]),
-        launches=True,
-    )
-
-
-def next_token(effort: Effort, dtype: torch.dtype, length: int, kind: _Kind) -> Comparison:
-    """One token on a cache of that many, cropped back each time; both models read the same."""
-    dense, ours = _models(effort, dtype, length, kind)
+    prompt = what == "prompt"
+    inputs = torch.randint(512, (INPUTS, 1, length if prompt else 1), device=effort.device)
+    turn = cycle(inputs)
+    cache = None if prompt else filled_cache(dense, length)
     ids = torch.randint(512, (1, 67), device=effort.device)
-    turn = cycle(torch.randint(512, (_INPUTS, 1, 1), device=effort.device))
-    cache = filled_cache(dense, length)
+
+    def read(model: Any) -> Any:
+        if cache is None:
+            return read_prompt(model, next(turn))
+        return read_token(model, next(turn), cache)
+
     return Comparison(
-        "model",
-        f"next token{kind.suffix}",
-        f"S={length}, {kind}",
+        f"{what}, whole key groups" if kind.route_groups else what,
+        f"{'T' if prompt else 'S'}={length}, {kind}",
         dtype,
         kind.active / kind.heads,
-        lambda: read_token(ours, next(turn), cache),
-        {"dense model": lambda: read_token(dense, next(turn), cache)},
+        lambda: read(ours),
+        {"dense model": Rival(lambda: read(dense))},
         lambda: logits_thrice(ours, ids),
         launches=True,
     )

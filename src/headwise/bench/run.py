@@ -11,6 +11,7 @@ from rich.console import Console
 from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
 from headwise.bench.comparison import Builder, Effort, environment, measure
 from headwise.memory import check_memory
+from headwise.ops.fields import Count, check_fields
 from headwise.progress import followed, plain_console
 from headwise.results.files import write_whole
 from headwise.results.rows import Row, write_csv
@@ -50,20 +51,14 @@ class BenchRun:
     which: Benchmark = "all"
     quick: bool = False
     output: Path = Path("runs/bench")
-    device: str | None = None
-    threads: int | None = None
-    rounds: int | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    threads: Count | None = None
+    rounds: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.which != "all" and self.which not in BENCHMARKS:
-            raise ValueError(f"which is {self.which!r}; it must be all or one of {[*BENCHMARKS]}")
-        if self.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; it must be cpu or cuda")
+        check_fields(self)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda; torch finds no CUDA device, so it must be cpu")
-        for name, value in (("threads", self.threads), ("rounds", self.rounds)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         stacks = _OF_A_THREAD * (self.threads or 1)
         check_memory(stacks, "the threads' stacks", threads=self.threads)
         check_memory(8 * (self.rounds or 1), "the times", rounds=self.rounds)
@@ -86,10 +81,11 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     for name in names:
         for row in _rows(name, effort, console):
             rows.append(row)
-            _keep(run.output, rows)
+            # What is measured so far is kept: the rest may fail.
+            write_csv(run.output / "performance.csv", rows)
     if "layer" in names and device.type == "cpu" and not (run.quick or toy):
         rows.append(_memory_row(effort))
-        _keep(run.output, rows)
+        write_csv(run.output / "performance.csv", rows)
     for name in names:
         if measured := [row for row in rows if row["benchmark"] == name]:
             console.print(table.for_terminal(measured))
@@ -104,7 +100,8 @@ def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
         try:
             comparison = build()
             what = f"{comparison.case}, {comparison.shape}, {comparison.kind}"
-            yield from measure(comparison, effort)
+            for row in measure(comparison, effort):
+                yield {"benchmark": name, **row}
         except RuntimeError as error:
             # A GPU with too little memory for a shape, say, still has others to measure.
             reason = str(error).strip().partition("\n")[0]
@@ -123,12 +120,6 @@ def _memory_row(effort: Effort) -> Row:
     }  # fmt: skip
 
 
-def _keep(directory: Path, rows: list[Row]) -> None:
-    """Write what is measured so far: the rest may fail."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_csv(directory / "performance.csv", rows)
-
-
 def _write(directory: Path, rows: list[Row], console: Console) -> None:
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.plots import time_against_share, to_svg
@@ -136,11 +127,9 @@ def _write(directory: Path, rows: list[Row], console: Console) -> None:
     written = [directory / "performance.csv"]
     if any(row["benchmark"] == "attention" for row in rows):
         figure = time_against_share(rows)
-        write_whole(
-            directory / "performance.png",
-            lambda path: figure.savefig(path, format="png", dpi=150),
-        )
-        page = table.page(rows, to_svg(figure, "shares"))
-        write_whole(directory / "performance.html", lambda path: path.write_text(page))
-        written += [directory / "performance.png", directory / "performance.html"]
+        chart, page = directory / "performance.png", directory / "performance.html"
+        write_whole(chart, lambda path: figure.savefig(path, format="png", dpi=150))
+        text = table.page(rows, to_svg(figure, "shares"))
+        write_whole(page, lambda path: path.write_text(text))
+        written += [chart, page]
     console.print("\n".join(str(path) for path in written))

@@ -32,11 +32,6 @@ _BY_SHARE = (
 )
 
 
-def all_of(rows: Sequence[Row]) -> Table:
-    """A line a row, with everything."""
-    return Table(_COLUMNS, [_cells(row) for row in rows], _LEGEND, _where(rows), left=5)
-
-
 def performance(rows: Sequence[Row]) -> Table:
     """Some of the rows; results/performance.csv has all."""
     shown = [_cells(row) for row in rows if _is_shown(row)]
@@ -102,7 +97,7 @@ def _is_shown(row: Row) -> bool:
 
 def page(rows: Sequence[Row], chart: str) -> str:
     """A page that needs nothing else: the chart (SVG) and every row."""
-    table = all_of(rows)
+    table = Table(_COLUMNS, [_cells(row) for row in rows], _LEGEND, _where(rows), left=5)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>headwise bench</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">

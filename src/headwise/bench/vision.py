@@ -7,8 +7,9 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from headwise.bench.comparison import Builder, Comparison, Effort
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival
 from headwise.bench.layer import compared
+from headwise.bench.tensors import random_inputs
 from headwise.models import DiTConfig, TransNeXtConfig
 from headwise.models.dit.model import DiTBlock
 from headwise.models.transnext.layers import Geometry
@@ -18,7 +19,6 @@ from headwise.parity import measure_flops
 DTYPES = (torch.float32, torch.bfloat16)
 # The layers whose dense twin has as many heads: 16.
 _DIT_LAYER, _VIT_STAGE = 12, 2
-_INPUTS = 3
 
 
 def comparisons(effort: Effort) -> Iterator[Builder]:
@@ -41,7 +41,7 @@ def against_twin(
     torch.manual_seed(0)
     name, shape, modules, call, size = case(effort.toy, share)
     ours, dense = (module.to(effort.device, dtype).eval() for module in modules)
-    inputs = [torch.randn(size, device=effort.device).to(dtype) for _ in range(_INPUTS)]
+    inputs = random_inputs(size, dtype, effort.device)
     turn = cycle(inputs)
 
     def run(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -50,16 +50,13 @@ def against_twin(
 
     flops = [measure_flops(partial(run, module, inputs[0])) for module in (ours, dense)]
     return Comparison(
-        "vision",
         name,
         shape,
         dtype,
         share,
         lambda: run(ours, next(turn)),
-        {"dense twin": lambda: run(dense, next(turn))},
+        {"dense twin": Rival(lambda: run(dense, next(turn)), flops[0] / flops[1], 1.0)},
         lambda: compared(ours, lambda module, kind: run(module, inputs[0].to(kind)), dtype),
-        ideal={"dense twin": flops[0] / flops[1]},
-        targets={} if effort.toy else {"dense twin": 1.0},
     )
 
 

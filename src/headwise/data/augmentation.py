@@ -45,7 +45,13 @@ class Augmentation(nn.Module):
         check_augmentation(flip, rand_augment, erase, mixup, cutmix, smoothing)
         self.num_classes, self.smoothing = num_classes, smoothing
         self.mixup, self.cutmix = mixup, cutmix
-        kornia = _kornia()
+        try:
+            import kornia.augmentation as kornia
+        except ImportError:
+            raise ValueError(
+                "images are changed at random by kornia, which is not installed; the extra vision "
+                "has it: `pip install 'headwise[vision]'`"
+            ) from None
         policy = kornia.auto.RandAugment(n=2, m=rand_augment) if rand_augment else None
         self.rand_augment = policy
         self.flip = kornia.RandomHorizontalFlip(p=flip) if flip else None
@@ -110,14 +116,3 @@ def _in_colour(change: Any, images: Tensor) -> Tensor:
     if images.shape[1] == 3:
         return change(images)
     return change(images.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
-
-
-def _kornia() -> Any:
-    try:
-        import kornia.augmentation
-    except ImportError:
-        raise ValueError(
-            "images are changed at random by kornia, which is not installed; the extra vision has "
-            "it: `pip install 'headwise[vision]'`"
-        ) from None
-    return kornia.augmentation

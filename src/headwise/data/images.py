@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headwise.data.pixels import stacked
-from headwise.data.text import held_out, hugging_face_rows
+from headwise.data.text import held_out, hugging_face_rows, visible_files
 from headwise.errors import reading
 from headwise.memory import check_memory
 
@@ -46,12 +46,9 @@ class ImageSet:
 
     def take(self, indices: Sequence[int]) -> "ImageSet":
         """Those images, in that order."""
-        return ImageSet(
-            self.pixels[indices],
-            tuple(self.captions[i] for i in indices),
-            labels=None if self.labels is None else self.labels[indices],
-            classes=self.classes,
-        )
+        captions = tuple(self.captions[i] for i in indices)
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageSet(self.pixels[indices], captions, labels, self.classes)
 
 
 def load_images(
@@ -80,11 +77,9 @@ def load_images(
             f"data {data!r} has {len(images)} images; it takes at least 2: a tenth of them is held "
             "out to validate with"
         )
-    chosen = held_out(str(i) for i in range(len(images)))
-    parts: list[list[int]] = [[], []]
-    for i in range(len(images)):
-        parts[str(i) in chosen].append(i)
-    return images.take(parts[0]), images.take(parts[1])
+    validation = sorted(map(int, held_out(map(str, range(len(images))))))
+    training = sorted(set(range(len(images))).difference(validation))
+    return images.take(training), images.take(validation)
 
 
 def load_all_images(
@@ -125,12 +120,8 @@ def _digits(image_size: int | None) -> ImageSet:
     images = (Image.fromarray(x) for x in (digits.images * (255 / 16)).round().astype(np.uint8))
     labels = digits.target.astype(np.int64)
     named = {f"digit {i}": image for i, image in enumerate(images)}
-    return ImageSet(
-        stacked(named.items(), image_size),
-        _in_words(labels, _DIGITS, _DIGIT_CAPTIONS),
-        labels=labels,
-        classes=_DIGITS,
-    )
+    captions = _in_words(labels, _DIGITS, _DIGIT_CAPTIONS)
+    return ImageSet(stacked(named.items(), image_size), captions, labels, _DIGITS)
 
 
 def _folders(root: Path, image_size: int | None) -> ImageSet:
@@ -143,21 +134,12 @@ def _folders(root: Path, image_size: int | None) -> ImageSet:
     if not entries:
         raise ValueError(f"{root} is empty; it must hold directories, each with images of a class")
     classes = tuple(p.name for p in entries)
-    files = [
-        (label, file)
-        for label, directory in enumerate(entries)
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and not any(p[0] == "." for p in file.relative_to(root).parts)
-    ]
+    files = [(label, file) for label, x in enumerate(entries) for file in visible_files(x)]
     _check_memory(len(files), image_size)
     labels = np.array([label for label, _ in files], dtype=np.int64)
     opened = ((str(file), _open(file)) for _, file in files)
-    return ImageSet(
-        stacked(opened, image_size),
-        _in_words(labels, classes, _CLASS_CAPTIONS),
-        labels=labels,
-        classes=classes,
-    )
+    captions = _in_words(labels, classes, _CLASS_CAPTIONS)
+    return ImageSet(stacked(opened, image_size), captions, labels, classes)
 
 
 def _check_memory(count: int, image_size: int | None) -> None:
@@ -197,7 +179,7 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
             "one their captions ('caption' or 'text') or classes ('label')"
         )
     _check_memory(len(rows), image_size)
-    pixels = stacked(_decoded(name, _as_images(name, rows, of_images[0])), image_size)
+    pixels = stacked(_decoded(name, rows, of_images[0]), image_size)
     labels, names = _classes(name, rows, classes[0]) if classes else (None, ())
     if captions:
         texts = tuple(_caption(name, i, text) for i, text in enumerate(rows[captions[0]]))
@@ -206,20 +188,16 @@ def _table(name: str, rows: Any, image_size: int | None) -> ImageSet:
     return ImageSet(pixels, texts, labels=labels, classes=names)
 
 
-def _as_images(name: str, rows: Any, column: str) -> Any:
+def _decoded(name: str, rows: Any, column: str) -> Iterable[tuple[str, Image.Image]]:
     from datasets import Image as ImageFeature
 
-    where = f"column {column!r} of {name!r}"
     hint = f"it holds {rows.features[column]}; it must hold images"
-    with reading(where, "images", hint=hint):
-        return rows.cast_column(column, ImageFeature())[column]
-
-
-def _decoded(name: str, column: Any) -> Iterable[tuple[str, Image.Image]]:
-    for i in range(len(column)):
+    with reading(f"column {column!r} of {name!r}", "images", hint=hint):
+        images = rows.cast_column(column, ImageFeature())[column]
+    for i in range(len(images)):
         where = f"row {i} of {name!r}"
         with reading(where, "an image"):
-            image = column[i]
+            image = images[i]
         if image is None:
             raise ValueError(f"{where} has no image")
         yield where, image

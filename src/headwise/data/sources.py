@@ -61,7 +61,19 @@ def sample_domains(sources: Sequence[Source], *, held_out: int, training: int) -
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_names(sources)
-    return [_sample(source, held_out, training) for source in sources]
+    domains = []
+    for source in sources:
+        texts = list(islice(read_texts(open_rows(source), source), held_out + training))
+        validation = {str(i): text for i, text in enumerate(texts[:held_out])}
+        left_out = set(validation.values())
+        rest = {str(i): t for i, t in enumerate(texts) if i >= held_out and t not in left_out}
+        if not rest:
+            raise ValueError(
+                f"source {source.name!r} has {len(texts)} documents with text; held_out = "
+                f"{held_out} leaves none to train on"
+            )
+        domains.append(Domain(source.name, training=rest, validation=validation))
+    return domains
 
 
 def open_rows(source: Source) -> datasets.IterableDataset:
@@ -116,16 +128,3 @@ def check_names(sources: Sequence[Source]) -> None:
     names = [source.name for source in sources]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"sources are {names}; there must be some, each of another name (domain)")
-
-
-def _sample(source: Source, held_out: int, training: int) -> Domain:
-    texts = list(islice(read_texts(open_rows(source), source), held_out + training))
-    validation = {str(i): text for i, text in enumerate(texts[:held_out])}
-    left_out = set(validation.values())
-    rest = {str(i): t for i, t in enumerate(texts) if i >= held_out and t not in left_out}
-    if not rest:
-        raise ValueError(
-            f"source {source.name!r} has {len(texts)} documents with text; held_out = {held_out} "
-            "leaves none to train on"
-        )
-    return Domain(source.name, training=rest, validation=validation)

@@ -16,6 +16,7 @@ were taken. From there it reads that buffer again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from typing import Any
@@ -34,44 +35,6 @@ from headwise.data.text import Domain, tokenize
 _DOCUMENTS_AT_A_TIME = 64
 
 
-def stream_blocks(
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    *,
-    sequence_length: int,
-    seed: int,
-    end: int | None,
-    held_out: Iterable[Domain] = (),
-    buffer: int = 1024,
-) -> "BlockStream":
-    """The mixture as an endless stream of blocks to train on; see `BlockStream`.
-
-    Args:
-        sources: The mixture.
-        tokenizer: Makes tokens of a text.
-        sequence_length: Tokens of a block.
-        seed: Of the mixture, of the order of a source's files, and of the shuffling.
-        end: Token that follows every document, if any.
-        held_out: Documents in the validation part of these, and any equal to one, are left out.
-        buffer: Blocks of a source that are read, and shuffled, at a time.
-
-    Raises:
-        ValueError: If a source cannot be read, has no such column or nothing to train on.
-    """
-    for name, value in (("sequence_length", sequence_length), ("buffer", buffer)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    check_names(sources)
-    left_out = frozenset(
-        _digest(text) for domain in held_out for text in domain.validation.values()
-    )
-    packed = [
-        _Packed(source, number, tokenizer, sequence_length, seed, end, left_out, buffer)
-        for number, source in enumerate(sources)
-    ]
-    return BlockStream(packed, np.array([source.weight for source in sources]), seed)
-
-
 class BlockStream(IterableDataset[dict[str, Tensor]]):
     """Endless blocks of one source each; sources have their shares of all tokens.
 
@@ -87,11 +50,40 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
     Trainer reads again all that was trained on. torchdata's StatefulDataLoader calls `state_dict`
     and `load_state_dict`, which read at most one buffer of each source again.
 
-    Made by `stream_blocks`.
+    Args:
+        sources: The mixture.
+        tokenizer: Makes tokens of a text.
+        sequence_length: Tokens of a block.
+        seed: Of the mixture, of the order of a source's files, and of the shuffling.
+        end: Token that follows every document, if any.
+        held_out: Documents in the validation part of these, and any equal to one, are left out.
+        buffer: Blocks of a source that are read, and shuffled, at a time.
+
+    Raises:
+        ValueError: If a source cannot be read, has no such column or nothing to train on.
     """
 
-    def __init__(self, packed: "list[_Packed]", weights: NDArray[np.float64], seed: int):
-        self._packed = packed
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        seed: int,
+        end: int | None,
+        held_out: Iterable[Domain] = (),
+        buffer: int = 1024,
+    ):
+        for name, value in (("sequence_length", sequence_length), ("buffer", buffer)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_names(sources)
+        left_out = frozenset(_digest(t) for domain in held_out for t in domain.validation.values())
+        self._packed = [
+            _Packed(source, number, tokenizer, sequence_length, seed, end, left_out, buffer)
+            for number, source in enumerate(sources)
+        ]
+        weights = np.array([source.weight for source in sources])
         self._shares = weights / weights.sum()
         self._seed = seed
         self._generator = np.random.default_rng(seed)
@@ -137,6 +129,7 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
         self._loaded = state
 
 
+@dataclass(eq=False)
 class _Packed:
     """Blocks [T] of one source, one after another; the module's docstring has an example.
 
@@ -144,27 +137,23 @@ class _Packed:
     buffer before, and how many buffers came before. `taken` of its blocks were given.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        number: int,
-        tokenizer: Tokenizer,
-        length: int,
-        seed: int,
-        end: int | None,
-        left_out: frozenset[bytes],
-        buffer: int,
-    ):
-        self.source = source
-        self.tokenizer, self.length, self.end = tokenizer, length, end
-        self.seed, self.left_out, self.buffer = (seed, number), left_out, buffer
-        rows = open_rows(source)
+    source: Source
+    number: int
+    tokenizer: Tokenizer
+    length: int
+    seed: int
+    end: int | None
+    left_out: frozenset[bytes]
+    buffer: int
+
+    def __post_init__(self) -> None:
+        rows = open_rows(self.source)
         if next(self._documents(rows), None) is None:
-            raise ValueError(f"source {source.name!r} has no text but what is held out")
+            raise ValueError(f"source {self.source.name!r} has no text but what is held out")
         self.rows = rows.repeat(None)
         # Another epoch has another order of the files. `shuffle` would give that too, but it holds
         # documents in a buffer, which no state keeps.
-        self.rows.set_epoch(seed + 1)
+        self.rows.set_epoch(self.seed + 1)
         self.start(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,7 +202,7 @@ class _Packed:
         whole = len(tokens) // self.length * self.length  # N · T
         self.rest = tokens[whole:]
         # A buffer's own seed: it comes out the same when it is read again.
-        generator = np.random.default_rng((*self.seed, self.buffers))
+        generator = np.random.default_rng((self.seed, self.number, self.buffers))
         self.buffers += 1
         return generator.permutation(tokens[:whole].reshape(-1, self.length))
 

@@ -4,8 +4,9 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def load_text(data: str | None = None) -> list[Domain]:
         return [_split(path.stem, _pieces(path), data)]
     if path.is_dir():
         return _domains_of_directory(path)
-    return [_split(data, _hugging_face(data), data)]
+    rows = hugging_face_rows(data)
+    if "text" not in rows.column_names:
+        raise ValueError(f"dataset {data!r} has columns {rows.column_names}; one must be 'text'")
+    return [_split(data, {str(i): text for i, text in enumerate(rows["text"])}, data)]
 
 
 def subdirectories(path: Path) -> list[Path]:
@@ -101,10 +105,10 @@ def tokenize(
     tokenizer: Tokenizer, documents: Iterable[str], *, end: int | None
 ) -> NDArray[np.int32]:
     """All documents in one row of tokens, each followed by the token `end` where there is one."""
-    ends = [] if end is None else [end]
+    ends, documents = [] if end is None else [end], iter(documents)
     rows = [
         np.array([*encoding.ids, *ends], dtype=np.int32)
-        for batch in _batches(documents, 256)
+        for batch in iter(lambda: list(islice(documents, 256)), [])
         for encoding in tokenizer.encode_batch_fast(batch)
     ]
     return np.concatenate(rows)
@@ -212,13 +216,14 @@ def _domains_of_directory(path: Path) -> list[Domain]:
 
 
 def _domain(root: Path) -> Domain:
-    files = _files(root)
+    files = visible_files(root)
     if len(files) == 1:
         return _split(root.name, _pieces(files[0]), str(files[0]))
     return _split(root.name, {str(p.relative_to(root)): read(p) for p in files}, str(root))
 
 
-def _files(root: Path) -> list[Path]:
+def visible_files(root: Path) -> list[Path]:
+    """All files in a directory and below, but for hidden ones and those in hidden directories."""
     files = (p for p in sorted(root.rglob("*")) if p.is_file())
     return [p for p in files if not any(part[0] == "." for part in p.relative_to(root).parts)]
 
@@ -246,13 +251,6 @@ def _pieces(path: Path, count: int = 50) -> dict[str, str]:
     return {f"lines {s + 1}-{s + size}": "".join(lines[s : s + size]) for s in starts}
 
 
-def _hugging_face(name: str) -> dict[str, str]:
-    rows = hugging_face_rows(name)
-    if "text" not in rows.column_names:
-        raise ValueError(f"dataset {name!r} has columns {rows.column_names}; one must be 'text'")
-    return {str(i): text for i, text in enumerate(rows["text"])}
-
-
 def hugging_face_rows(data: str, *, split: str = "train") -> Any:
     """A split of a Hugging Face dataset ("name" or "name:configuration").
 
@@ -275,14 +273,3 @@ def hugging_face_rows(data: str, *, split: str = "train") -> Any:
             f"data is {data!r}: no such file or directory, and no Hugging Face dataset could be "
             f"loaded under that name ({type(error).__name__}: {error})"
         ) from error
-
-
-def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

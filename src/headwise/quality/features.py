@@ -138,8 +138,7 @@ def collect_features(batches: Iterable[Tensor], network: FeatureNetwork) -> Feat
 
     Args:
         batches: Of images, as the network expects them; read once, one after the other.
-        network: Such as `ClassifierFeatures`, or a function
-            of one's own.
+        network: Such as `ClassifierFeatures`, or a function of one's own.
 
     Raises:
         ValueError: If there is no batch, or features differ in size from batch to batch.

@@ -148,13 +148,12 @@ def inception_score(logits: Tensor) -> float:
     if not logits.isfinite().all():
         raise ValueError("logits have values that are NaN or infinite")
     parts = math.ceil(len(logits) / _SPLIT)
-    return statistics.fmean(_score(logits[part::parts]) for part in range(parts))
-
-
-def _score(logits: Tensor) -> float:
-    p = logits.double().softmax(-1)
-    entropy_of_mean = torch.special.entr(p.mean(0)).sum()
-    return float((entropy_of_mean - torch.special.entr(p).sum(-1).mean()).exp())
+    scores = []
+    for part in range(parts):
+        p = logits[part::parts].double().softmax(-1)
+        entropy_of_mean = torch.special.entr(p.mean(0)).sum()
+        scores.append(float((entropy_of_mean - torch.special.entr(p).sum(-1).mean()).exp()))
+    return statistics.fmean(scores)
 
 
 def precision_and_recall(
@@ -199,12 +198,9 @@ def precision_and_recall(
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
     """Squared distance to the k-th nearest other point; the nearest of all is the point itself."""
-    return torch.cat(
-        [
-            _squared_distances(some, points).kthvalue(neighbours + 1, dim=1).values
-            for some in points.split(_rows(len(points)))
-        ]
-    )
+    parts = points.split(_rows(len(points)))
+    distances = (_squared_distances(some, points) for some in parts)
+    return torch.cat([x.kthvalue(neighbours + 1, dim=1).values for x in distances])
 
 
 def _rows(columns: int) -> int:
@@ -218,15 +214,12 @@ def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
     return squared.where(squared > 1e-12 * norms, 0)
 
 
-class _Given(nn.Module):
+class _Given(nn.Identity):
     """Hands features on where torchmetrics expects the network that makes them."""
 
     def __init__(self, num_features: int):
         super().__init__()
         self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def _check(real: Tensor, generated: Tensor, at_least: int) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 
 from headwise.data.mixtures import find_mixture
 from headwise.data.sources import Source, sample_domains
-from headwise.data.streams import stream_blocks
+from headwise.data.streams import BlockStream
 from headwise.data.text import (
     END_OF_TEXT,
     Domain,
@@ -203,7 +203,7 @@ class TextTask(Task):
         run, names = self.run, variant.train_on or tuple(self.training)
         if self.mixture is not None:
             sources, held_out = self.mixture
-            return stream_blocks(
+            return BlockStream(
                 [source for source in sources if source.name in names],
                 self.tokenizer.backend_tokenizer,
                 sequence_length=run.sequence_length,

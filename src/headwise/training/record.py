@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from headwise.analysis.experts import expert_use
-from headwise.analysis.records import Curve, ModelRecord, RunRecord, model_from_dict, to_json
-from headwise.analysis.speeds import speed_table, verdict
+from headwise.analysis.plain_data import from_plain
+from headwise.analysis.records import Curve, ModelRecord, RunRecord, to_json
+from headwise.analysis.tables import speed_table, verdict
 from headwise.errors import reading
 from headwise.parity import count_parameters, measure_flops
 from headwise.progress import plain_console
@@ -105,7 +106,7 @@ def read_result(directory: Path) -> Trained | None:
     file = directory / _RESULT_FILE
     with reading(file, hint=f"delete {directory} to train that model again"):
         saved = json.loads(file.read_text())
-        return Trained(as_object(saved["row"]), model_from_dict(saved["record"]))
+        return Trained(as_object(saved["row"]), from_plain(ModelRecord, saved["record"]))
 
 
 def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: list[Trained]) -> None:

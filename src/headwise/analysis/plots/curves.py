@@ -12,13 +12,15 @@ from headwise.analysis.plots.style import (
     INK,
     MARKERS,
     VARIANTS,
+    band,
     cycle,
     legend,
     mean,
+    name_rows,
     new_figure,
     styled,
 )
-from headwise.analysis.records import Curve, ModelRecord, RunRecord
+from headwise.analysis.records import Curve, RunRecord
 
 # So many points of a training curve are drawn; more are thinner than a pixel.
 POINTS = 300
@@ -37,12 +39,12 @@ def loss_curves(record: RunRecord) -> Figure:
         colour, dash = cycle(VARIANTS, index), cycle(DASHES, index)
         training = thinned(mean_curve([run.training for run in runs]), POINTS)
         axes.plot(training.steps, training.losses, color=colour, linewidth=0.7, alpha=0.5)
-        curves = [run.validation for run in runs]
-        mean = mean_curve(curves)
-        every = max(1, len(mean.steps) // 7)
-        axes.plot(
-            mean.steps,
-            mean.losses,
+        steps, columns = _at_common_steps([run.validation for run in runs])
+        every = max(1, len(steps) // 7)
+        band(
+            axes,
+            steps,
+            columns,
             color=colour,
             linestyle=dash,
             linewidth=1.5,
@@ -52,33 +54,30 @@ def loss_curves(record: RunRecord) -> Figure:
             markevery=(index % every, every),
             label=runs[0].label,
         )
-        lowest, highest = _range_at(mean.steps, curves)
-        axes.fill_between(mean.steps, lowest, highest, color=colour, alpha=0.18, linewidth=0)
-        settled = [
-            loss
-            for step, loss in zip(mean.steps, mean.losses, strict=True)
-            if step * 10 >= mean.steps[-1] and math.isfinite(loss)
-        ]
+        late = zip(steps, map(mean, columns), strict=True)
+        settled = [x for step, x in late if step * 10 >= steps[-1] and math.isfinite(x)]
         tops += settled[:1] + [loss for loss in training.losses[-1:] if math.isfinite(loss)]
     if tops:
         # The first tenth falls from far above; what tells variants apart lies below it.
         axes.set_ylim(top=max(tops) * 1.03)
-    axes.set_title("Loss while training")
-    axes.set_xlabel("Step (optimizer updates)")
+    axes.set(title="Loss while training", xlabel="Step (optimizer updates)")
     axes.set_ylabel(f"Loss ({record.loss_unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    legend(axes, outside=False)
+    axes.legend(loc="upper right")
     return figure
 
 
 @styled
 def final_losses(record: RunRecord) -> Figure:
     """The last validation loss of every run, a row for each variant; a bar marks the mean."""
-    variants = {name: runs for name, runs in record.variants().items() if _finals(runs)}
     figure, axes = new_figure(4.6, 3.6)
-    names = list(record.variants())
-    for row, (name, runs) in enumerate(variants.items()):
-        index, finals = names.index(name), _finals(runs)
+    labels: list[str] = []
+    for index, runs in enumerate(record.variants().values()):
+        finals = [loss for run in runs if (loss := run.final_loss()) is not None]
+        if not finals:
+            continue
+        row = len(labels)
+        labels.append(runs[0].label)
         axes.plot(
             finals,
             [row] * len(finals),
@@ -89,22 +88,19 @@ def final_losses(record: RunRecord) -> Figure:
             color=cycle(VARIANTS, index),
             label="One run (seed)" if row == 0 else "",
         )
-        mean = sum(finals) / len(finals)
+        middle = mean(finals)
         label = "Mean of the variant" if row == 0 else ""
-        axes.vlines(mean, row - 0.28, row + 0.28, color=INK, linewidth=1.6, label=label)
+        axes.vlines(middle, row - 0.28, row + 0.28, color=INK, linewidth=1.6, label=label)
         axes.annotate(
-            f"{mean:.3f}", (mean, row - 0.3), ha="center", va="bottom", fontsize=9, color=INK
+            f"{middle:.3f}", (middle, row - 0.3), ha="center", va="bottom", fontsize=9, color=INK
         )
-    axes.set_yticks(range(len(variants)), [runs[0].label for runs in variants.values()])
-    axes.set_ylim(len(variants) - 0.4, -0.75)
+    name_rows(axes, labels)
+    axes.set_ylim(len(labels) - 0.4, -0.75)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title("Validation loss at the end")
+    axes.set(title="Validation loss at the end", ylabel="Variant")
     axes.set_xlabel(f"Loss ({record.loss_unit})\naxis does not start at 0")
-    axes.set_ylabel("Variant")
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.grid(axis="y", visible=False)
-    legend(axes, outside=True)
+    legend(axes)
     return figure
 
 
@@ -122,20 +118,18 @@ def recovery_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row in rows:
             if (row["stage"], row["active_heads"]) == (stage, share):
                 values.setdefault(int(row["tokens"]), []).append(float(row["recovery"]))
-        tokens, colour = sorted(values), cycle(VARIANTS[1:], index)
-        axes.plot(
+        tokens = sorted(values)
+        band(
+            axes,
             tokens,
-            [mean(values[t]) for t in tokens],
-            color=colour,
+            [values[t] for t in tokens],
+            color=cycle(VARIANTS[1:], index),
             linestyle=cycle(DASHES, index),
             marker=cycle(MARKERS, index),
             markersize=3.5,
             label=f"{float(share):.4g} of the heads" if stage == "routed" else "every head on",
         )
-        lowest, highest = ([end(values[t]) for t in tokens] for end in (min, max))
-        axes.fill_between(tokens, lowest, highest, color=colour, alpha=0.18, linewidth=0)
-    axes.set_title("Quality recovered by tuning")
-    axes.set_xlabel("Tokens tuned on")
+    axes.set(title="Quality recovered by tuning", xlabel="Tokens tuned on")
     axes.set_ylabel("Original's perplexity / model's (%)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:,.0f}k"))
     axes.legend(loc="lower right")
@@ -144,9 +138,8 @@ def recovery_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
     """Mean loss at the steps that all the curves have."""
-    at = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
-    steps = [step for step in curves[0].steps if all(step in losses for losses in at)]
-    return Curve(steps, [mean([losses[step] for losses in at]) for step in steps])
+    steps, columns = _at_common_steps(curves)
+    return Curve(steps, [mean(column) for column in columns])
 
 
 def thinned(curve: Curve, points: int) -> Curve:
@@ -161,12 +154,8 @@ def thinned(curve: Curve, points: int) -> Curve:
     )
 
 
-def _range_at(steps: Sequence[int], curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
+def _at_common_steps(curves: Sequence[Curve]) -> tuple[list[int], list[list[float]]]:
+    """The steps that all the curves have, and for each of them the curves' losses."""
     at = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
-    columns = [[losses[step] for losses in at] for step in steps]
-    return [min(column) for column in columns], [max(column) for column in columns]
-
-
-def _finals(runs: Sequence[ModelRecord]) -> list[float]:
-    last = [run.validation.losses[-1] for run in runs if run.validation.losses]
-    return [loss for loss in last if math.isfinite(loss)]
+    steps = [step for step in curves[0].steps if all(step in losses for losses in at)]
+    return steps, [[losses[step] for losses in at] for step in steps]

@@ -14,9 +14,11 @@ from headwise.analysis.plots.style import (
     MARKERS,
     MUTED,
     VARIANTS,
+    band,
     cycle,
     legend,
     mean,
+    name_rows,
     new_figure,
     percent,
     styled,
@@ -35,14 +37,12 @@ def head_load_chart(heads: HeadLoads, layer: int) -> Figure:
     """
     loads = {domain: heads.routed(domain, layer) for domain in heads.by_domain}
     positions = heads.routed_heads(layer)
-    figure, axes = _load_figure(len(positions))
+    figure, axes = new_figure(4.6 if len(positions) > CROWDED else 3.5, 2.9)
     balanced = mean([value for load in loads.values() for value in load])
     _compare(axes, positions, loads, balanced)
-    axes.set_ylim(0, 1.06)
-    axes.set_title(f"Layer {layer}")
-    axes.set_xlabel("Routed head (index)")
-    axes.set_ylabel("On for (% of tokens)")
-    legend(axes, outside=True)
+    axes.set(ylim=(0, 1.06), title=f"Layer {layer}")
+    axes.set(xlabel="Routed head (index)", ylabel="On for (% of tokens)")
+    legend(axes)
     return figure
 
 
@@ -56,7 +56,7 @@ def expert_load_chart(experts: ExpertLoads, position: int) -> Figure:
     means = [mean(values) for values in zip(*loads.values(), strict=True)]
     order = sorted(range(len(means)), key=lambda expert: -means[expert])
     ordered = {domain: [load[expert] for expert in order] for domain, load in loads.items()}
-    figure, axes = _load_figure(len(order))
+    figure, axes = new_figure(4.6 if len(order) > CROWDED else 3.5, 2.9)
     _compare(axes, list(range(1, len(order) + 1)), ordered, 1 / max(len(order), 1))
     highest = max(
         (load for layers in experts.by_domain.values() for layer in layers for load in layer),
@@ -64,9 +64,8 @@ def expert_load_chart(experts: ExpertLoads, position: int) -> Figure:
     )
     axes.set_ylim(-0.03 * highest, highest * 1.1 or 1)
     axes.set_title(f"Layer {experts.layers[position]}")
-    axes.set_xlabel(f"Rank among {len(order)} experts")
-    axes.set_ylabel("Load (% of assignments)")
-    legend(axes, outside=True)
+    axes.set(xlabel=f"Rank among {len(order)} experts", ylabel="Load (% of assignments)")
+    legend(axes)
     return figure
 
 
@@ -83,27 +82,23 @@ def effective_chart(record: RunRecord) -> Figure:
         if not shares:
             continue
         layers.update(drawn := sorted(shares[0]))
-        columns = [[share[layer] for share in shares] for layer in drawn]
-        colour = cycle(VARIANTS, index)
-        axes.plot(
+        band(
+            axes,
             drawn,
-            [mean(column) for column in columns],
-            color=colour,
+            [[share[layer] for share in shares] for layer in drawn],
+            color=cycle(VARIANTS, index),
             linestyle=cycle(DASHES, index),
             marker=cycle(MARKERS, index),
             markersize=6.5,
             label=runs[0].label,
         )
-        lowest, highest = ([end(column) for column in columns] for end in (min, max))
-        axes.fill_between(drawn, lowest, highest, color=colour, alpha=0.18, linewidth=0)
     axes.set_ylim(0, 1.06)
     axes.yaxis.set_major_formatter(percent)
     axes.set_xticks(sorted(layers))
     axes.margins(x=0.12)
-    axes.set_title("Effective experts")
-    axes.set_xlabel("Layer (index)")
+    axes.set(title="Effective experts", xlabel="Layer (index)")
     axes.set_ylabel("Share of the layer's experts (%)")
-    legend(axes, outside=True)
+    legend(axes)
     return figure
 
 
@@ -135,16 +130,13 @@ def unused_chart(models: Mapping[str, ExpertLoads]) -> Figure:
             label=domain,
         )
         axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize=8)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    name_rows(axes, [label for label, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, min(1.08, 1.25 * largest))
     axes.xaxis.set_major_formatter(percent)
-    axes.set_title("Experts never used")
+    axes.set(title="Experts never used", ylabel="Model and layer")
     axes.set_xlabel("Share of the layer's experts (%)")
-    axes.set_ylabel("Model and layer")
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.grid(axis="y", visible=False)
-    legend(axes, outside=True)
+    legend(axes)
     return figure
 
 
@@ -154,10 +146,6 @@ def _effective_shares(experts: ExpertLoads) -> dict[int, float]:
     for use in expert_use(experts):
         shares[use.layer].append(use.effective / use.experts)
     return {layer: mean(values) for layer, values in shares.items()}
-
-
-def _load_figure(candidates: int) -> tuple[Figure, Axes]:
-    return new_figure(4.6 if candidates > CROWDED else 3.5, 2.9)
 
 
 def _compare(

@@ -40,7 +40,8 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
         ValueError: If no head is routed there.
     """
     names = list(heads.by_domain)
-    layers = range(_num_layers(heads)) if layer is None else [layer % _num_layers(heads)]
+    depth = len(heads.shared_heads)
+    layers = range(depth) if layer is None else [layer % depth]
     counts = {i: len(heads.routed(names[0], i)) for i in layers}
     rows = [[load for i in layers for load in heads.routed(name, i)] for name in names]
     if not rows[0]:
@@ -74,7 +75,7 @@ def head_load_map(heads: HeadLoads, layer: int | None = None) -> Figure:
 def last_routed_layer(heads: HeadLoads) -> int | None:
     """Index of the last layer that has routed heads; None where no layer has."""
     (first, *_) = heads.by_domain
-    routed = [i for i in range(_num_layers(heads)) if heads.routed(first, i)]
+    routed = [i for i in range(len(heads.shared_heads)) if heads.routed(first, i)]
     return routed[-1] if routed else None
 
 
@@ -97,7 +98,8 @@ def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -
         for row, head in enumerate(rows):
             # From left to right, from bottom to top, with a gap to the neighbours.
             where = (column + 0.04, column + 0.96, row + 0.96, row + 0.04)
-            _show(axes, pixels, where)
+            most = 255 if pixels.dtype == np.uint8 else 1
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="none")
             if head is not None:
                 on = np.array([head in heads_on for heads_on in patches.heads_on])
                 _veil(axes, on.reshape(patches.grid), where)
@@ -109,14 +111,8 @@ def patch_maps(images: Sequence[RoutedImage], position: int, heads: HeadLoads) -
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     axes.set_title(f"Layer {layer}, {' × '.join(map(str, images[0].maps[position].grid))} patches")
-    axes.set_xlabel("Class of the image")
-    axes.set_ylabel("Routed head (index)")
+    axes.set(xlabel="Class of the image", ylabel="Routed head (index)")
     return figure
-
-
-def _show(axes: Axes, image: NDArray, where: tuple[float, float, float, float]) -> None:
-    most = 255 if image.dtype == np.uint8 else 1
-    axes.imshow(image, cmap="gray", vmin=0, vmax=most, extent=where, interpolation="none")
 
 
 def _veil(axes: Axes, on: NDArray, where: tuple[float, float, float, float]) -> None:
@@ -130,18 +126,13 @@ def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _num_layers(heads: HeadLoads) -> int:
-    return len(next(iter(heads.by_domain.values())))
-
-
 def _name_layers(axes: Axes, counts: dict[int, int]) -> None:
     """A gap between the heads of two layers, and each layer's index below its heads."""
     ends = np.cumsum(list(counts.values()))
     axes.vlines(ends[:-1] - 0.5, *axes.get_ylim(), color="white", linewidth=2.5)
     shown = {i: end - (n + 1) / 2 for (i, n), end in zip(counts.items(), ends, strict=True) if n}
     axes.set_xticks(list(shown.values()), list(map(str, shown)))
-    axes.set_title("All layers")
-    axes.set_xlabel("Layer (index), its routed heads from left to right")
+    axes.set(title="All layers", xlabel="Layer (index), its routed heads from left to right")
 
 
 def _write_shares(axes: Axes, rows: Sequence[Sequence[float]]) -> None:

@@ -7,7 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from headwise.analysis.plots.style import INK, MARKERS, VARIANTS, cycle, mean, styled
+from headwise.analysis.plots.style import (
+    INK,
+    MARKERS,
+    VARIANTS,
+    band,
+    cycle,
+    mean,
+    name_rows,
+    styled,
+)
 
 Point = tuple[str, float | None, float]
 
@@ -51,11 +60,9 @@ def _rows(axes: Axes, panel: Panel) -> None:
         colour, marker = cycle(VARIANTS, row), cycle(MARKERS, row)
         axes.plot(values, [row] * len(values), marker, color=colour, markersize=7, alpha=0.75)
         axes.vlines(mean(values), row - 0.3, row + 0.3, color=INK, linewidth=1.6)
-    axes.set_yticks(range(len(by_label)), list(by_label))
+    name_rows(axes, list(by_label))
     axes.set_ylim(len(by_label) - 0.5, -0.5)
     axes.margins(x=0.1)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"{panel.quantity}\n(a marker a seed, a bar at the mean)")
 
@@ -73,10 +80,8 @@ def _line(axes: Axes, panel: Panel, axis: str) -> None:
     for label, values in levels.items():
         axes.axhline(mean(values), color=INK, linewidth=1, linestyle="--", label=label)
         axes.axhspan(min(values), max(values), color=INK, alpha=0.08, linewidth=0)
-    axes.plot(at, [mean(by_position[x]) for x in at], "o-", color=VARIANTS[1], markersize=4.5)
-    low, high = ([end(by_position[x]) for x in at] for end in (min, max))
-    label = "range over seeds"
-    axes.fill_between(at, low, high, color=VARIANTS[1], alpha=0.18, linewidth=0, label=label)
-    axes.set_xlabel(axis)
-    axes.set_ylabel(panel.quantity)
+    columns = [by_position[x] for x in at]
+    drawn = band(axes, at, columns, color=VARIANTS[1], marker="o", markersize=4.5)
+    drawn.set_label("range over seeds")
+    axes.set(xlabel=axis, ylabel=panel.quantity)
     axes.legend()

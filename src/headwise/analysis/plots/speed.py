@@ -45,8 +45,7 @@ def _shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for index, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
         points = sorted((float(r["share"]), float(r["ratio"])) for r in rows if r["shape"] == shape)
         axes.plot(
-            [share for share, _ in points],
-            [ratio for _, ratio in points],
+            *zip(*points, strict=True),
             color=cycle(VARIANTS[1:], index),
             marker=cycle(MARKERS, index),
             markersize=4,

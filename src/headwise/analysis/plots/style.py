@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -79,18 +80,29 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def legend(axes: Axes, *, outside: bool) -> None:
+def legend(axes: Axes) -> None:
+    """Below the axes, where there is something to name."""
     handles, labels = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    if not outside:
-        axes.legend(handles, labels, loc="upper right")
-        return
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(handles), 3), columnspacing=1.2
-    )
+    if handles:
+        columns = min(len(handles), 3)
+        axes.figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2
+        )
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(axis="y", visible=False)
+
+
+def band(
+    axes: Axes, at: Sequence[float], columns: Sequence[Sequence[float]], *, color: str, **line: Any
+) -> Artist:
+    """A line through the means of the columns, and their range around it, which is returned."""
+    axes.plot(at, [mean(column) for column in columns], color=color, **line)
+    lowest, highest = ([end(column) for column in columns] for end in (min, max))
+    return axes.fill_between(at, lowest, highest, color=color, alpha=0.18, linewidth=0)
 
 
 def percent(share: float, _: float = 0) -> str:

@@ -1,6 +1,5 @@
 """`headwise env`: what is here, and the one line on what is missing."""
 
-import dataclasses
 import json
 import sys
 from email.message import Message
@@ -11,49 +10,48 @@ import pytest
 import torch
 
 import headwise
-from headwise import environment as module
 from headwise.cli import main
-from headwise.environment import (
-    GPU,
-    CPUKernels,
-    Environment,
-    Processor,
-    environment,
-    faster,
-    in_words,
-)
+from headwise.commands import env as module
+from headwise.commands.env import environment, faster, in_words
 from headwise.ops import native
 
-HERE = Environment(
-    headwise="0.1.0", python="3.11.7", system="Linux",
-    packages={"numpy": "2.4.0", "torch": "2.13.0", "triton": None}, torch_for="CPUs",
-    processor=Processor("Xeon", 8, 4, 2, ["AVX2"]), gpus=[], driver=None,
-    cpu_kernels=CPUKernels("/kernels.so", "", []), extras={"eval": False, "compile": True},
-)  # fmt: skip
-H100 = GPU("H100", 79.6, "9.0")
-NO_KERNELS = CPUKernels(None, "they are not built; run `headwise compile` once", [])
-NO_TOOLS = CPUKernels(None, "they are not built", ["a C++ compiler (c++)", "ninja"])
+HERE = {
+    "headwise": "0.1.0", "python": "3.11.7", "system": "Linux",
+    "packages": {"numpy": "2.4.0", "torch": "2.13.0", "triton": None}, "torch_for": "CPUs",
+    "processor": {
+        "name": "Xeon", "cores": 8, "usable_cores": 4, "threads": 2, "instructions": ["AVX2"],
+    },
+    "gpus": [], "driver": None,
+    "cpu_kernels": {"library": "/kernels.so", "missing": "", "missing_tools": []},
+    "extras": {"eval": False, "compile": True},
+}  # fmt: skip
+H100 = {"name": "H100", "memory_gib": 79.6, "capability": "9.0"}
+NO_KERNELS = {
+    "library": None,
+    "missing": "they are not built; run `headwise compile` once",
+    "missing_tools": [],
+}
+NO_TOOLS = NO_KERNELS | {"missing_tools": ["a C++ compiler (c++)", "ninja"]}
 
 
 def test_what_is_here_is_what_others_say():
     here = environment()
-    assert (here.headwise, here.python) == (headwise.__version__, sys.version.split()[0])
-    assert here.packages["torch"] == metadata.version("torch")
-    assert here.packages["numpy"] == metadata.version("numpy")
-    assert here.processor.threads == torch.get_num_threads()
-    assert ("AVX2" in here.processor.instructions) == torch.cpu.get_capabilities().get(
-        "avx2", False
-    )
-    assert len(here.gpus) == torch.cuda.device_count()
-    assert set(here.extras) == set(metadata.metadata("headwise").get_all("Provides-Extra"))
-    assert (here.cpu_kernels.library is not None) == native.is_built()
+    assert (here["headwise"], here["python"]) == (headwise.__version__, sys.version.split()[0])
+    assert here["packages"]["torch"] == metadata.version("torch")
+    assert here["packages"]["numpy"] == metadata.version("numpy")
+    assert here["processor"]["threads"] == torch.get_num_threads()
+    avx2 = torch.cpu.get_capabilities().get("avx2", False)
+    assert ("AVX2" in here["processor"]["instructions"]) == avx2
+    assert len(here["gpus"]) == torch.cuda.device_count()
+    assert set(here["extras"]) == set(metadata.metadata("headwise").get_all("Provides-Extra"))
+    assert (here["cpu_kernels"]["library"] is not None) == native.is_built()
 
 
 def test_both_forms_say_the_same(capsys):
     main(["env", "--json"])
     printed = json.loads(capsys.readouterr().out)
     here = environment()
-    assert printed == {**dataclasses.asdict(here), "faster": faster(here)}
+    assert printed == {**here, "faster": faster(here)}
     main(["env"])
     assert capsys.readouterr().out == in_words(here) + "\n"
 
@@ -76,7 +74,7 @@ def test_in_words():
 
 
 def test_gpus_in_words():
-    here = dataclasses.replace(HERE, gpus=[H100], driver="570.1")
+    here = HERE | {"gpus": [H100], "driver": "570.1"}
     assert "GPU          H100, 79.6 GiB, capability 9.0\n" in in_words(here)
     assert "driver       NVIDIA 570.1\n" in in_words(here)
 
@@ -97,7 +95,7 @@ def test_gpus_in_words():
     ],
 )
 def test_what_would_make_it_faster(changes, said):
-    assert said in faster(dataclasses.replace(HERE, **changes))
+    assert said in faster(HERE | changes)
 
 
 def test_extras_are_read_from_the_package(monkeypatch):
@@ -111,8 +109,8 @@ def test_extras_are_read_from_the_package(monkeypatch):
     about["Requires-Dist"] = 'elsewhere; sys_platform == "nowhere" and extra == "new"'
     monkeypatch.setattr(metadata, "metadata", lambda name: about)
     here = environment()
-    assert here.extras == {"new": True, "old": False, "none": False}
-    assert list(here.packages) == ["torch", "triton"]
+    assert here["extras"] == {"new": True, "old": False, "none": False}
+    assert list(here["packages"]) == ["torch", "triton"]
 
 
 def test_run_from_a_path_without_being_installed(monkeypatch):
@@ -121,8 +119,8 @@ def test_run_from_a_path_without_being_installed(monkeypatch):
 
     monkeypatch.setattr(metadata, "metadata", not_installed)
     here = environment()
-    assert here.extras == {}
-    assert here.packages["torch"] == metadata.version("torch")
+    assert here["extras"] == {}
+    assert here["packages"]["torch"] == metadata.version("torch")
 
 
 def test_a_gpu_that_torch_can_use(monkeypatch):
@@ -130,7 +128,7 @@ def test_a_gpu_that_torch_can_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
-    assert environment().gpus == [H100]
+    assert environment()["gpus"] == [H100]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +140,7 @@ def test_the_driver_is_nvidias_word(script, driver, tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(module.shutil, "which", lambda name, path=None: str(program))
-    assert environment().driver == driver
+    assert environment()["driver"] == driver
 
 
 def test_help_of_the_command(capsys):

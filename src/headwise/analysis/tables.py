@@ -1,13 +1,13 @@
-"""How models use their experts, as a table for people."""
+"""How models use their experts, and dense against routed heads in time: tables for people."""
 
 import statistics
 from collections.abc import Callable, Sequence
 
 from headwise.analysis.experts import ExpertUse, expert_use
-from headwise.analysis.records import RunRecord
-from headwise.results.table import Cell, Table, mean
+from headwise.analysis.records import RunRecord, Speed
+from headwise.results.table import Cell, Number, Table, mean
 
-LEGEND = [
+EXPERT_LEGEND = [
     "Used: experts of a layer that got any work at all.",
     "Effective: so many equally busy experts are as evenly loaded (exp of the load's entropy).",
     "Overlap: of the experts that a sub-token goes to, those that another sub-token of the token "
@@ -29,7 +29,7 @@ _COLUMNS: list[tuple[str, str, Callable[[ExpertUse], float | None]]] = [
 
 
 def expert_table(record: RunRecord) -> Table:
-    """A row for each variant with experts, explained by `LEGEND`.
+    """A row for each variant with experts, explained by `EXPERT_LEGEND`.
 
     A cell is the mean over layers and domains, ± its deviation over the runs of a variant: unlike
     the loads, these numbers do not depend on which expert is which.
@@ -53,3 +53,32 @@ def _percent(share: float | None) -> float | None:
 def _over_runs(runs: Sequence[Sequence[float | None]], form: str) -> Cell:
     known = [[value for value in run if value is not None] for run in runs]
     return mean([statistics.fmean(run) for run in known if run], form)
+
+
+def speed_table(speeds: Sequence[Speed]) -> Table:
+    """A row for each step and context."""
+    columns = ["", "dense (ms)", "MoH (ms)", "MoH / dense"]
+    rows: list[list[Cell]] = [
+        [_name(s), _in_ms(s.dense), _in_ms(s.routed), Number(s.ratio, "{:.2f}")] for s in speeds
+    ]
+    return Table(columns, rows)
+
+
+def verdict(speeds: Sequence[Speed]) -> str:
+    """In which cases routed heads take less time than the dense model, and in which they do not."""
+    faster = [speed for speed in speeds if round(speed.ratio, 2) < 1]
+    others = [speed for speed in speeds if speed not in faster]
+    parts = {"MoH is faster": faster, "MoH is slower or equal": others}
+    return " ".join(
+        f"{what}: {', '.join(f'{_name(s)} ({s.ratio:.2f})' for s in part)}."
+        for what, part in parts.items()
+        if part
+    )
+
+
+def _name(speed: Speed) -> str:
+    return f"{speed.step} at {speed.context:,} tokens"
+
+
+def _in_ms(value: float) -> Number:
+    return Number(value, "{:,.0f}" if value >= 100 else "{:.2f}")
