@@ -4,16 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from conversions import SIZES
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoHConfig, convert
 from headwise.hf.card import budget_lines, calibration_figures, model_card
-
-SIZES = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
 
 
 def card(path, original=None, perplexities=None):
