@@ -83,9 +83,7 @@ def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_weights(
-    directory: Path,
-    edit: Callable[[dict[str, Tensor]], object],
-    name: str = "model.safetensors",
+    directory: Path, edit: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors"
 ) -> None:
     """What `edit` does to the weights of a model."""
     weights = load_file(directory / name)

@@ -41,9 +41,8 @@ def test_what_is_here_is_what_others_say():
     assert here.packages["torch"] == metadata.version("torch")
     assert here.packages["numpy"] == metadata.version("numpy")
     assert here.processor.threads == torch.get_num_threads()
-    assert ("AVX2" in here.processor.instructions) == torch.cpu.get_capabilities().get(
-        "avx2", False
-    )
+    has_avx2 = torch.cpu.get_capabilities().get("avx2", False)
+    assert ("AVX2" in here.processor.instructions) == has_avx2
     assert len(here.gpus) == torch.cuda.device_count()
     assert set(here.extras) == set(metadata.metadata("headwise").get_all("Provides-Extra"))
     assert (here.cpu_kernels.library is not None) == native.is_built()
@@ -134,8 +133,7 @@ def test_a_gpu_that_torch_can_use(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "driver"),
-    [("echo 570.1; echo 570.1", "570.1"), ("exit 9", None), ("echo", None)],
+    ("script", "driver"), [("echo 570.1; echo 570.1", "570.1"), ("exit 9", None), ("echo", None)]
 )
 def test_the_driver_is_nvidias_word(script, driver, tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"

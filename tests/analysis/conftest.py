@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headwise.analysis import (
-    Curve,
-    ExpertLoads,
-    HeadLoads,
-    ModelRecord,
-    RoutedText,
-    RunRecord,
-)
+from headwise.analysis import Curve, ExpertLoads, HeadLoads, ModelRecord, RoutedText, RunRecord
 from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
 from headwise.results.table import Number, mean
 

@@ -149,8 +149,8 @@ def test_meter_refuses_another_model():
 def test_a_routing_of_the_other_kind_is_refused():
     heads = route_heads(torch.randn(1, 3, 2), torch.randn(1, 3, 5), torch.randn(1, 3, 2), top_k=2)
     experts = route_tokens(torch.randn(1, 3, 7), top_k=2)
-    for function in (head_load, heads_on):
+    for function in (count_heads, heads_on):
         with pytest.raises(ValueError, match=r"routing is ExpertRouting.* must be a HeadRouting"):
             function(experts)
     with pytest.raises(ValueError, match=r"routing is HeadRouting.* must be an ExpertRouting"):
-        expert_load(heads)
+        count_experts(heads)

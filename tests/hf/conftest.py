@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conversions import SIZES
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,6 +13,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from tiny import SIZES
 
 TEXT = SIZES | {
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "bos_token_id": 1,

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conversions import SIZES
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoHConfig, convert
 from headwise.hf.card import budget_lines, calibration_figures, model_card
+from tiny import SIZES
 
 
 def card(path, original=None, perplexities=None):
@@ -27,12 +27,7 @@ def test_the_metadata_of_a_model_from_the_hub():
         "pipeline_tag": "text-generation",
         "tags": ["headwise", "mixture-of-head-attention"],
     }
-    for part in (
-        "# some-model with",
-        "As they were.",
-        "pip install headwise",
-        "import headwise",
-    ):
+    for part in ("# some-model with", "As they were.", "pip install headwise", "import headwise"):
         assert part in text
     assert "- all 2 layers: heads=6: 2 shared" in text
     assert "perplexity" not in text

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conversions import QUERY_NORM, SIZES
+from conversions import QUERY_NORM
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
@@ -10,6 +10,7 @@ from damage import contents, edit_json, edit_weights
 from headwise import convert
 from headwise.commands.convert import ConversionRun, convert_directory
 from headwise.hf.loading import check_place
+from tiny import SIZES
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

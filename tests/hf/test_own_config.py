@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from conversions import MH_MOE, QUERY_NORM, SIZES
+from conversions import MH_MOE, QUERY_NORM
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from headwise import MoHConfig, convert
+from tiny import SIZES
 
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM),

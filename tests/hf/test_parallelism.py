@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conversions import QUERY_NORM, SIZES, TWO_STAGE
+from conversions import QUERY_NORM, TWO_STAGE
 from torch import distributed
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from headwise import convert
+from tiny import SIZES
 
 ROUTERS = {"query_norm": QUERY_NORM, "two_stage": TWO_STAGE}
 REFUSED = r"cannot be tensor-parallel: .*FSDP"

@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
-from conversions import MH_MOE, SIZES, TWO_STAGE
+from conversions import MH_MOE, TWO_STAGE
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from headwise import convert
+from tiny import SIZES
 
 IDS = torch.arange(3, 10)[None]
 

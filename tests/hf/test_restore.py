@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conversions import SIZES
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoEConfig, MoHConfig, convert
 from headwise.hf import restore
+from tiny import SIZES
 
 IDS = torch.randint(31, (2, 7))
 

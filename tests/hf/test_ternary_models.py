@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conversions import MH_MOE, MOE, SIZES, TWO_STAGE
+from conversions import MH_MOE, MOE, TWO_STAGE
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -24,6 +24,7 @@ from headwise import MoHConfig, bitnet, convert, record_routing
 from headwise.hf import restore
 from headwise.nn.bitlinear import BitLinear, PackedLinear
 from headwise.parity import count_flops, count_parameters
+from tiny import SIZES
 
 MIXTURE = replace(MH_MOE, shared_expert_dim=5, bias=True)
 CONVERSIONS = {

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conversions import LEARNED, MH_MOE, SIZES, TWO_STAGE
+from conversions import LEARNED, MH_MOE, TWO_STAGE
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
 
 from headwise import MoHConfig, balance_loss, convert, record_routing, router_z_loss
 from headwise.hf.checkpointing import checkpoint_activations
+from tiny import SIZES
 
 BETA, ALPHA, ZETA = 0.3, 0.7, 0.11
 MLP = replace(MH_MOE, balance_coefficient=ALPHA, z_loss_coefficient=ZETA)
