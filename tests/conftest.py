@@ -48,12 +48,48 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
+def verbosity() -> Iterator[None]:
+    """A command quiets transformers for good; other tests do not feel it."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(level)
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Calls a command that ends with that status; stderr as one line, without frames."""
+    from headwise.cli import main
+
+    def call(status: int, *arguments: object, quiet: bool = True) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert end.value.code == status
+        assert not (quiet and printed.out)
+        return " ".join(printed.err.replace("│", " ").split())
+
+    return call
+
+
+@pytest.fixture
 def two_processes(tmp_path: Path) -> Callable[..., None]:
     """Runs function(rank, *arguments), of a test's module, in two processes that know each other.
 
     What it raises in one of them, the test raises.
     """
     return partial(run_in_two, f"file://{tmp_path / 'store'}")
+
+
+@pytest.fixture(scope="session")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of text that a run can train on."""
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    file.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(1000)))
+    return str(file)
 
 
 @pytest.fixture(scope="session")

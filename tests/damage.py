@@ -8,6 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 WRONG = (None, [], -1, 0, 3, 10**12, "x")
 # Of which file, what is done to it, and what does it, given the file.
 Damage = tuple[str, str, Callable[[Path], None]]
@@ -70,6 +73,22 @@ def write(text: str) -> Callable[[Path], None]:
         file.write_text(text)
 
     return damage
+
+
+def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """What `edit` does to the content of a file."""
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def edit_weights(
+    directory: Path, edit: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors"
+) -> None:
+    """What `edit` does to the weights of a model."""
+    weights = load_file(directory / name)
+    edit(weights)
+    save_file(weights, directory / name, metadata={"format": "pt"})
 
 
 def _as_directory(file: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
 import headwise
 import headwise_command
@@ -18,28 +17,7 @@ from headwise.errors import DivergedError, UnreadableError
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
 from headwise.recipes import RECIPES, recipe_run
 
-
-@pytest.fixture(autouse=True)
-def _verbosity():
-    """The command quiets transformers for good; other tests shall not feel it."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(verbosity)
-    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Calls a command that ends with that status; stderr as one line, without frames."""
-
-    def call(status: int, *arguments: object) -> str:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert (end.value.code, printed.out) == (status, "")
-        return " ".join(printed.err.replace("│", " ").split())
-
-    return call
+pytestmark = pytest.mark.usefixtures("verbosity")
 
 
 def test_installed_command_and_module_are_the_same():
@@ -104,10 +82,7 @@ def test_help_of_a_command(capsys, command):
         ),
         (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
         (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),
-        (
-            ["tune", "no/none", "-o", "b"],
-            "no/none holds no model that can be loaded: there is no",
-        ),
+        (["tune", "no/none", "-o", "b"], "no/none holds no model that can be loaded: there is no"),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
         (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
         (["generate", "/no/such", "--prompt", "x"], "/no/such holds no model"),
@@ -120,9 +95,8 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
 
 
 def test_a_file_is_no_directory_of_a_model(fails):
-    assert f"{__file__} is a file; give the directory" in fails(
-        2, "generate", __file__, "--prompt", "x"
-    )
+    said = fails(2, "generate", __file__, "--prompt", "x")
+    assert f"{__file__} is a file; give the directory" in said
 
 
 @pytest.mark.parametrize(
@@ -147,15 +121,13 @@ def test_a_missing_directory_is_refused_before_torch_is_loaded(fails, arguments)
 
 def test_broken_model_is_named(fails, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert f"{tmp_path} holds no model that can be loaded: " in fails(
-        2, "generate", tmp_path, "--prompt", "x"
-    )
+    said = fails(2, "generate", tmp_path, "--prompt", "x")
+    assert f"{tmp_path} holds no model that can be loaded: " in said
 
 
-def test_what_is_no_language_model_is_named_by_what_it_is(fails, capsys, tmp_path):
+def test_what_is_no_language_model_is_named_by_what_it_is(fails, tmp_path):
     TransNeXtForImageClassification(TransNeXtConfig.preset("test")).save_pretrained(tmp_path / "a")
     DiT(DiTConfig.preset("dit-test")).save_pretrained(tmp_path / "b")
-    capsys.readouterr()  # transformers' bars
     what = {
         "a": "an image classifier (model_type 'headwise_transnext')",
         "b": "a DiT (model_type 'headwise_dit')",

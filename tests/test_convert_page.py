@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from headwise.cli import main
-from headwise.data.text import END_OF_TEXT, load_text, train_tokenizer
+from tiny import llama, tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "convert.md").read_text()
@@ -46,14 +44,12 @@ def commands() -> list[str]:
 
 def tiny(directory: Path) -> None:
     """In place of the page's first Python block."""
-    bpe = train_tokenizer(load_text(str(directory / "text.txt")), vocab_size=300)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=36, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=9, num_key_value_heads=3, bos_token_id=0, eos_token_id=0,
+    model = llama(
+        vocab_size=300, hidden_size=36, num_attention_heads=9, num_key_value_heads=3,
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory / "smollm2")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
-    tokenizer.save_pretrained(directory / "smollm2")
+    for part in (model, tokenizer((directory / "text.txt").read_text())):
+        part.save_pretrained(directory / "smollm2")
 
 
 def smollm2(directory: Path) -> None:
@@ -66,8 +62,7 @@ def smollm2(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [tiny, pytest.param(smollm2, marks=pytest.mark.smollm2)])
-def test_the_page_runs(build, tmp_path, monkeypatch, capsys):
-    verbosity = logging.get_verbosity()
+def test_the_page_runs(build, tmp_path, monkeypatch, capsys, verbosity):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(Path(json.__file__).read_text())
     (tmp_path / "eval").mkdir()
@@ -81,5 +76,3 @@ def test_the_page_runs(build, tmp_path, monkeypatch, capsys):
                 command = shlex.split(line, comments=True)[1:]
                 main([*command, *SMALLER[command[0]]])
                 assert capsys.readouterr().out
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()

@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from headwise.errors import (
-    DivergedError,
-    HeadwiseError,
-    UnreadableError,
-    in_a_line,
-    reading,
-)
+from headwise.errors import DivergedError, HeadwiseError, UnreadableError, in_a_line, reading
 from headwise.ops.native.kernel_file import NoKernelsError
 
 

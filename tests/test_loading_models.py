@@ -1,54 +1,41 @@
 """Loading for the commands: whole models only, and what is damaged is named."""
 
-import json
 import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from damage import halve
+from damage import edit_json, edit_weights, halve
 from headwise import MoHConfig, convert
 from headwise.commands.generate import load_model
 from headwise.commands.write_text import WritingRun, write_text
-from headwise.data.text import Domain, train_tokenizer
 from headwise.loading import load_causal_lm, load_config, load_tokenizer
+from tiny import llama, tokenizer
 
-SIZES = {
-    "vocab_size": 300, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "max_position_embeddings": 64,
-}  # fmt: skip
+WEIGHTS = "model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([Domain("text", {"a": "one two three " * 200}, {})], vocab_size=300)
+def of_words() -> PreTrainedTokenizerFast:
+    return tokenizer("one two three " * 200)
 
 
 @pytest.fixture(params=["dense", "tied", "converted"])
-def directory(request, tmp_path, tokenizer):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=request.param == "tied"))
+def directory(request, tmp_path, of_words):
+    tied = request.param == "tied"
+    model = llama(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=tied)
     if request.param == "converted":
         convert(model, attention=MoHConfig(router="query_norm"))
     model.save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    of_words.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
-def edit_weights(directory, edit):
-    weights = load_file(directory / "model.safetensors")
-    edit(weights)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(file, edit):
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
+def in_config(**changes):
+    """What changes fields of a directory's config."""
+    return lambda directory: edit_json(directory / "config.json", lambda c: c.update(changes))
 
 
 def test_what_is_whole_loads(directory):
@@ -99,33 +86,15 @@ DAMAGE = {
     "an empty config": (lambda d: (d / "config.json").write_text(""), "config.json"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), ""),
     "null for a config": (lambda d: (d / "config.json").write_text("null"), ""),
-    "no heads": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(num_attention_heads=0)),
-        "config.json",
-    ),
-    "width of text": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(hidden_size="wide")),
-        "",
-    ),
-    "an unknown activation": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(hidden_act="none such")),
-        "config.json.*none such",
-    ),
-    "a class that is a number": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=7)),
-        "",
-    ),
-    "another vocabulary": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(vocab_size=31)),
-        "mismatched_keys.*embed_tokens",
-    ),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
-    "half the weights": (lambda d: halve(d / "model.safetensors"), "safetensors"),
-    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "safetensors"),
-    "weights of zeros": (
-        lambda d: (d / "model.safetensors").write_bytes(bytes(1000)),
-        "safetensors",
-    ),
+    "no heads": (in_config(num_attention_heads=0), "config.json"),
+    "width of text": (in_config(hidden_size="wide"), ""),
+    "an unknown activation": (in_config(hidden_act="none such"), "config.json.*none such"),
+    "a class that is a number": (in_config(architectures=7), ""),
+    "another vocabulary": (in_config(vocab_size=31), "mismatched_keys.*embed_tokens"),
+    "no weights": (lambda d: (d / WEIGHTS).unlink(), "model.safetensors"),
+    "half the weights": (lambda d: halve(d / WEIGHTS), "safetensors"),
+    "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "safetensors"),
+    "weights of zeros": (lambda d: (d / WEIGHTS).write_bytes(bytes(1000)), "safetensors"),
 }
 
 
@@ -161,6 +130,6 @@ def test_an_absent_tokenizer_is_none(directory):
 
 
 def test_a_config_that_no_class_can_be_made_of_is_named(directory):
-    edit_json(directory / "config.json", lambda config: config.update(model_type="none such"))
+    in_config(model_type="none such")(directory)
     with pytest.raises(ValueError, match=f"{re.escape(str(directory))} holds no model.*none such"):
         load_config(directory)

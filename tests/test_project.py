@@ -11,7 +11,6 @@ from runpy import run_path
 from types import ModuleType
 
 import pytest
-from transformers.utils import logging
 
 import headwise
 import headwise.parity
@@ -127,16 +126,13 @@ def test_readmes_code_runs(block, tmp_path):
 
 
 @pytest.mark.skipif(not commands(), reason="README.md has no line in a bash block with headwise")
-def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
-    verbosity = logging.get_verbosity()
+def test_readmes_commands_run(tmp_path, monkeypatch, capsys, verbosity):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
     for command in commands():
         kind = " ".join(command[: 1 + (command[0] == "train")])
         main([*command, *SMALLER.get(kind, [])])
         assert capsys.readouterr().out
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize(("name", "table"), TABLES, ids=[name for name, _ in TABLES])

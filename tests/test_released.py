@@ -184,10 +184,7 @@ def mixture_tensors(dtype=torch.float32):
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-KINDS = {
-    "moh_attention": (attention_tensors, ATTENTION),
-    "mh_moe": (mixture_tensors, MIXTURE),
-}
+KINDS = {"moh_attention": (attention_tensors, ATTENTION), "mh_moe": (mixture_tensors, MIXTURE)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

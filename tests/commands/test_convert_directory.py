@@ -1,7 +1,5 @@
 """headwise convert: what it writes, what calibration prints, what it refuses and leaves alone."""
 
-import hashlib
-
 import pytest
 import torch
 from datasets import Dataset
@@ -12,40 +10,29 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from damage import contents
 from headwise.cli import main
 from headwise.commands.convert import ConversionRun, convert_directory
-from headwise.data.text import Domain, train_tokenizer
+from tiny import SIZES, llama, tokenizer
 
 TEXT = " ".join(f"number {n} comes after {n - 1}." for n in range(400))
-SIZES = {
-    "vocab_size": 300, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "max_position_embeddings": 512,
-}  # fmt: skip
+TEXTUAL = SIZES | {"vocab_size": 300, "max_position_embeddings": 512}
 
 
 @pytest.fixture
 def original(tmp_path):
     """A directory with a model and a tokenizer, and a text beside it."""
-    torch.manual_seed(0)
     directory = tmp_path / "original"
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(directory)
-    bpe = train_tokenizer([Domain("text", {"a": TEXT}, {})], vocab_size=300)
-    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(directory)
+    for part in (llama(**TEXTUAL), tokenizer(TEXT)):
+        part.save_pretrained(directory)
     (tmp_path / "text.txt").write_text(TEXT)
     return directory
-
-
-def contents(directory):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
 def test_the_converted_directory_loads_and_says_what_it_is(original, tmp_path, capsys):
@@ -92,8 +79,7 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
 def test_calibration_takes_at_most_64_pieces_and_none_longer_than_the_model_was_made_for(
     original, tmp_path, capsys, longest, calibrated, compared
 ):
-    config = LlamaConfig(**SIZES | {"max_position_embeddings": longest})
-    LlamaForCausalLM(config).save_pretrained(original)
+    llama(**TEXTUAL | {"max_position_embeddings": longest}).save_pretrained(original)
     tokens = len(AutoTokenizer.from_pretrained(original)(TEXT)["input_ids"])
     run = ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
     convert_directory(run)
@@ -104,23 +90,22 @@ def test_calibration_takes_at_most_64_pieces_and_none_longer_than_the_model_was_
     ) in capsys.readouterr().out
 
 
-def test_a_model_without_a_tokenizer_stays_without(original, tmp_path, capsys):
+def test_a_model_without_a_tokenizer_stays_without(original, tmp_path, capsys, fails):
     (original / "tokenizer.json").unlink()
     convert_directory(ConversionRun(str(original), tmp_path / "new"))
     assert "has no tokenizer, so" in " ".join(capsys.readouterr().out.split())
-    assert "new has no tokenizer, and text needs one; save one beside it" in refusal(
-        capsys, tmp_path / "new", "--prompt", "a", command="generate"
-    )
+    said = fails(2, "generate", tmp_path / "new", "--prompt", "a")
+    assert "new has no tokenizer, and text needs one; save one beside it" in said
 
 
 def test_a_model_that_is_no_language_model(tmp_path):
-    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    BertForMaskedLM(BertConfig(**TEXTUAL)).save_pretrained(tmp_path / "bert")
     convert_directory(ConversionRun(path=str(tmp_path / "bert"), output=tmp_path / "new"))
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "new").conversion
     assert "AutoModelForMaskedLM" in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_an_image_classifier_keeps_its_processor(tmp_path, capsys):
+def test_an_image_classifier_keeps_its_processor(tmp_path, capsys, fails):
     sizes = {key: SIZES[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
     config = ViTConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
@@ -128,9 +113,8 @@ def test_an_image_classifier_keeps_its_processor(tmp_path, capsys):
     convert_directory(ConversionRun(path=str(tmp_path / "vit"), output=tmp_path / "new"))
     assert "has no tokenizer" not in capsys.readouterr().out
     (tmp_path / "text.txt").write_text(TEXT)
-    message = refusal(
-        capsys, tmp_path / "vit", "-o", tmp_path / "no", "--calibrate", tmp_path / "text.txt"
-    )
+    calibrate = ("-o", tmp_path / "no", "--calibrate", tmp_path / "text.txt")
+    message = fails(2, "convert", tmp_path / "vit", *calibrate)
     assert "vit holds an image classifier (model_type 'vit'), not a language model" in message
     assert "headwise.calibrate(model, batches, config) in Python takes" in message
     assert not (tmp_path / "no").exists()
@@ -145,55 +129,44 @@ def test_a_learned_router_starts_with_gates_of_one(original, tmp_path):
     assert torch.allclose(gates[gates != 0], torch.tensor(1.0))
 
 
-def refusal(capsys, *arguments, command="convert"):
-    with pytest.raises(SystemExit) as end:
-        main([command, *map(str, arguments)])
-    assert end.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+def test_what_it_refuses(original, tmp_path, fails):
+    before, new, text = contents(original), tmp_path / "new", tmp_path / "text.txt"
 
+    def refusal(path, *options, output=new):
+        return fails(2, "convert", path, "-o", output, *options)
 
-def test_what_it_refuses(original, tmp_path, capsys):
-    before, new = contents(original), tmp_path / "new"
-    text = tmp_path / "text.txt"
-    assert "there is no directory" in refusal(capsys, tmp_path / "none", "-o", new)
-    assert "there is no such directory, and" in refusal(capsys, "no/none", "-o", new)
+    assert "there is no directory" in refusal(tmp_path / "none")
+    assert "there is no such directory, and" in refusal("no/none")
     (tmp_path / "empty").mkdir()
-    assert "holds no model" in refusal(capsys, tmp_path / "empty", "-o", new)
-    assert "which exists" in refusal(capsys, original, "-o", original)
-    assert "shared is 5, more than active = 4" in refusal(
-        capsys, original, "-o", new, "--shared", 5, "--active", 4
-    )
-    assert "layer 0: active is 7; it must lie in 1..6" in refusal(
-        capsys, original, "-o", new, "--active", 7
-    )
-    calibrate = ("-o", new, "--calibrate", text)
-    assert "shared is -1; it must be an int of at least 0" in refusal(
-        capsys, original, "-o", new, "--shared", "-1"
-    )
-    assert "there is no file" in refusal(capsys, original, *calibrate[:-1], "none.txt")
-    text.write_text("too short")
-    assert "text.txt, of 9 tokens in all; it must have more than 256" in refusal(
-        capsys, original, *calibrate
-    )
-    text.write_text("\n")
-    assert "text.txt, which holds no text" in refusal(capsys, original, *calibrate)
-    text.write_bytes(b"\xff")
-    assert "text.txt is not UTF-8 text" in refusal(capsys, original, *calibrate)
+    assert "holds no model" in refusal(tmp_path / "empty")
+    assert "which exists" in refusal(original, output=original)
+    for options, message in (
+        (("--shared", 5, "--active", 4), "shared is 5, more than active = 4"),
+        (("--active", 7), "layer 0: active is 7; it must lie in 1..6"),
+        (("--shared", -1), "shared is -1; it must be an int of at least 0"),
+        (("--calibrate", "none.txt"), "there is no file"),
+    ):
+        assert message in refusal(original, *options)
+    for content, message in (
+        (b"too short", "text.txt, of 9 tokens in all; it must have more than 256"),
+        (b"\n", "text.txt, which holds no text"),
+        (b"\xff", "text.txt is not UTF-8 text"),
+    ):
+        text.write_bytes(content)
+        assert message in refusal(original, "--calibrate", text)
     Dataset.from_dict({"input_ids": [[1, 2, 3]]}).to_parquet(str(tmp_path / "one.parquet"))
-    assert "one.parquet, of 3 tokens in all; it must have 2 rows" in refusal(
-        capsys, original, *calibrate[:-1], tmp_path / "one.parquet"
-    )
+    said = refusal(original, "--calibrate", tmp_path / "one.parquet")
+    assert "one.parquet, of 3 tokens in all; it must have 2 rows" in said
     text.write_text(TEXT)
-    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 200})).save_pretrained(tmp_path / "small")
-    (original / "tokenizer.json").rename(tmp_path / "small" / "tokenizer.json")
-    assert "has no tokenizer" in refusal(capsys, original, *calibrate)
-    message = refusal(capsys, tmp_path / "small", *calibrate)
-    assert "its tokenizer does not match it" in message
-    (tmp_path / "small" / "tokenizer.json").rename(original / "tokenizer.json")
-    (tmp_path / "small" / "model.safetensors").unlink()
-    assert "holds no model" in refusal(capsys, tmp_path / "small", "-o", new)
+    small = tmp_path / "small"
+    llama(**TEXTUAL | {"vocab_size": 200}).save_pretrained(small)
+    (original / "tokenizer.json").rename(small / "tokenizer.json")
+    assert "has no tokenizer" in refusal(original, "--calibrate", text)
+    assert "its tokenizer does not match it" in refusal(small, "--calibrate", text)
+    (small / "tokenizer.json").rename(original / "tokenizer.json")
+    (small / "model.safetensors").unlink()
+    assert "holds no model" in refusal(small)
     assert not new.exists()
     main(["convert", str(original), "-o", str(new)])
-    capsys.readouterr()
-    assert "converted already" in refusal(capsys, new, "-o", tmp_path / "twice")
+    assert "converted already" in refusal(new, output=tmp_path / "twice")
     assert contents(original) == before

@@ -72,14 +72,12 @@ def test_what_is_refused(tmp_path):
         read("piqa", tmp_path)
     choices = "Q: q\n\nSolution1: one\n\nSolution2: two\n\nAnswer format: a/b"
     write(tmp_path / "piqa.json", (choices, "solution1"), ("Q: no choices", "solution1"))
-    with pytest.raises(
-        ValueError, match=r"piqa\.json, entry 2, cannot be read: its instruction is no question"
-    ):
+    message = r"piqa\.json, entry 2, cannot be read: its instruction is no question"
+    with pytest.raises(ValueError, match=message):
         read("piqa", tmp_path)
     write(tmp_path / "piqa.json", (choices, "solution3"))
-    with pytest.raises(
-        ValueError, match=r"entry 1, cannot be read: its answer is 'solution3' of 2"
-    ):
+    message = r"entry 1, cannot be read: its answer is 'solution3' of 2"
+    with pytest.raises(ValueError, match=message):
         read("piqa", tmp_path)
     write(tmp_path / "boolq.json", ("Say, question: so?\n\nAnswer format: true/false", "maybe"))
     with pytest.raises(ValueError, match=r"boolq\.json, entry 1, cannot be read: "):
@@ -100,9 +98,8 @@ def test_what_is_refused(tmp_path):
 def test_what_an_entry_should_look_like_is_said_and_is_read(tmp_path, task, content, reason):
     source = source_of(task)
     (tmp_path / source.file).write_text(content)
-    with pytest.raises(
-        ValueError, match=f"entry 1, cannot be read: {reason}.*; an entry looks like "
-    ) as refused:
+    message = f"entry 1, cannot be read: {reason}.*; an entry looks like "
+    with pytest.raises(ValueError, match=message) as refused:
         read(task, tmp_path)
     form = str(refused.value).partition("looks like ")[2]
     (tmp_path / source.file).write_text(form if source.file.endswith("l") else f"[{form}]")

@@ -1,6 +1,5 @@
 """headwise eval on images: scores worked by hand, classes that agree, what is refused."""
 
-import csv
 import dataclasses
 import json
 
@@ -10,13 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
-from transformers import (
-    AutoModelForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -27,6 +20,8 @@ from headwise.commands.eval.images import class_numbers, count_hits
 from headwise.commands.eval.run import EvalRun
 from headwise.data.images import load_images
 from headwise.models import DiT, DiTConfig
+from headwise.results.rows import read_csv
+from tiny import llama
 
 CLASSES = ("ant", "bee", "cow", "doe", "eel", "fox", "gnu")
 
@@ -89,8 +84,8 @@ def test_scores_are_those_worked_by_hand(models, pictures, tmp_path, capsys):
     assert "35 images: all of" in printed
     assert max(map(len, printed.split("top-1")[1].split("saved")[0].splitlines())) <= 80
     rows = json.loads((tmp_path / "new" / "eval.json").read_text())["rows"]
-    with (tmp_path / "new" / "eval.csv").open() as file:
-        assert [row["value"] for row in csv.DictReader(file)] == [str(r["value"]) for r in rows]
+    table = read_csv(tmp_path / "new" / "eval.csv")
+    assert [row["value"] for row in table] == [str(row["value"]) for row in rows]
     assert [row["metric"] for row in rows] == ["top-1", "top-5", "heads on"] * 3
     for path, (top1, top5, share) in zip(paths, zip(*[iter(rows)] * 3, strict=True), strict=True):
         rank = ranks(path, pictures)
@@ -187,14 +182,7 @@ def test_classes_agree_by_name_or_by_number():
             class_numbers("m", nameless, classes)
 
 
-def refusal(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["eval", *map(str, arguments)])
-    assert end.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-def test_wrong_fields_are_refused(models, pictures, tmp_path, capsys):
+def test_wrong_fields_are_refused(models, pictures, tmp_path, fails):
     dense = models / "dense"
     for arguments, message in (
         ((), "tasks and images are both empty; give tasks to score language models"),
@@ -207,10 +195,10 @@ def test_wrong_fields_are_refused(models, pictures, tmp_path, capsys):
         (("--images", "digits", "--split", "all"), "split is 'all'; here it must be 'held-out'"),
         (("--images", tmp_path / "none"), "there is no such file or directory"),
     ):
-        assert message in refusal(capsys, dense, *arguments)
+        assert message in fails(2, "eval", dense, *arguments)
 
 
-def test_wrong_images_are_refused(models, pictures, tmp_path, capsys):
+def test_wrong_images_are_refused(models, tmp_path, fails):
     dense = models / "dense"
 
     def message(**columns):
@@ -220,7 +208,7 @@ def test_wrong_images_are_refused(models, pictures, tmp_path, capsys):
         columns["image"] = [Image.new(mode, (7, 7)) for mode in columns["image"]]
         rows = Dataset.from_dict(columns, features=features)
         rows.to_parquet(tmp_path / "rows.parquet")
-        return refusal(capsys, dense, "--images", tmp_path / "rows.parquet")
+        return fails(2, "eval", dense, "--images", tmp_path / "rows.parquet")
 
     assert "which has no classes (a column 'label')" in message(image=["RGB"], text=["x"])
     said = message(image=["L", "L"], label=[0, 1])
@@ -229,35 +217,28 @@ def test_wrong_images_are_refused(models, pictures, tmp_path, capsys):
     assert "has label -1; it must lie in 0..6" in said
 
 
-def test_wrong_models_are_refused(models, pictures, tmp_path, capsys):
+def test_wrong_models_are_refused(models, pictures, tmp_path, fails):
     def message(directory, *arguments):
-        return refusal(capsys, directory, *(arguments or ("--images", pictures)))
+        return fails(2, "eval", directory, *(arguments or ("--images", pictures)))
 
     assert "no/such/dir holds no model that can be loaded: there is" in message("no/such/dir")
     (tmp_path / "run" / "models").mkdir(parents=True)
     (tmp_path / "run" / "models" / "moh-seed0").symlink_to(models / "half")
     assert "the run in it has" in message(tmp_path / "run")
     DiT(DiTConfig.preset("dit-test")).save_pretrained(tmp_path / "dit")
-    said = message(tmp_path / "dit")
-    assert (
+    expected = (
         "dit holds a DiT (model_type 'headwise_dit'), not an image classifier; `headwise draw`"
-        in said
     )
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=5, hidden_size=8, intermediate_size=7, num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ).save_pretrained(tmp_path / "text")  # fmt: skip
+    assert expected in message(tmp_path / "dit")
+    llama().save_pretrained(tmp_path / "text")
     said = message(tmp_path / "text")
     assert "text holds a language model (model_type 'llama'), not an image classifier" in said
     said = message(models / "half", "--tasks", "piqa")
     assert "half holds an image classifier (model_type 'vit', converted), not a language" in said
     model = AutoModelForImageClassification.from_pretrained(models / "half")
     model.save_pretrained(tmp_path / "alone")
-    assert "alone has no image processor that can be read; save one beside" in message(
-        tmp_path / "alone"
-    )
+    said = message(tmp_path / "alone")
+    assert "alone has no image processor that can be read; save one beside" in said
     # As they are, images are of another size than the model's.
     processor(11, do_resize=False).save_pretrained(tmp_path / "alone")
     said = message(tmp_path / "alone")

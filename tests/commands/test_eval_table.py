@@ -10,9 +10,8 @@ def row(model: str, task: str, value: float, error: float | str, **changes: str)
         "group": "", "metric": "acc", "documents": 7, "device": "abacus", "precision": "fp32",
         "lm_eval": "1", "torch": "2", "transformers": "5", "python": "3",
     }  # fmt: skip
-    return (
-        common | {"model": model, "task": task, "value": value, "standard_error": error} | changes
-    )
+    score = {"model": model, "task": task, "value": value, "standard_error": error}
+    return common | score | changes
 
 
 ROWS = [

@@ -1,6 +1,5 @@
 """headwise eval: scores worked by hand, side by side, in batches; what it writes and refuses."""
 
-import csv
 import json
 import logging
 import os
@@ -15,20 +14,15 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._index import TaskIndex
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise import MoHConfig, convert
 from headwise.cli import main
 from headwise.commands.eval import score_models
 from headwise.commands.eval.run import EvalRun
 from headwise.commands.eval.tasks import PRESETS, task_manager, wanted_tasks
-from headwise.data.text import END_OF_TEXT, Domain, train_tokenizer
+from headwise.results.rows import read_csv
+from tiny import llama, tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PAIRS = [
@@ -61,21 +55,15 @@ def datasets_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories: a model, and itself with half and with all of the heads on."""
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
-    text = " ".join(f"number {n} comes after {n - 1}." for n in range(400))
-    bpe = train_tokenizer([Domain("text", {"a": text}, {})], vocab_size=300)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, max_position_embeddings=512, initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(root / "dense")
+    of_numbers = tokenizer(" ".join(f"number {n} comes after {n - 1}." for n in range(400)))
+    dense = llama(vocab_size=300, max_position_embeddings=512, initializer_range=0.5)
+    dense.save_pretrained(root / "dense")
     for name, active in (("half", 3), ("all", 6)):
         attention = MoHConfig(shared=1, active=active, router="query_norm")
         convert(root / "dense", attention=attention).save_pretrained(root / name)
     for name in ("dense", "half", "all"):
-        tokenizer.save_pretrained(root / name)
+        of_numbers.save_pretrained(root / name)
     return root
 
 
@@ -88,8 +76,8 @@ def task(tmp_path_factory):
     return root / "pairs.yaml"
 
 
-def log_likelihood(model, tokenizer, prompt, answer):
-    context, whole = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {answer}"))
+def log_likelihood(model, words, prompt, answer):
+    context, whole = (words(text)["input_ids"] for text in (prompt, f"{prompt} {answer}"))
     with torch.no_grad():
         scores = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     return sum(scores[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
@@ -97,10 +85,10 @@ def log_likelihood(model, tokenizer, prompt, answer):
 
 def accuracy(directory):
     model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    words = AutoTokenizer.from_pretrained(directory)
     right = [
-        log_likelihood(model, tokenizer, pair["prompt"], pair["good"])
-        > log_likelihood(model, tokenizer, pair["prompt"], pair["bad"])
+        log_likelihood(model, words, pair["prompt"], pair["good"])
+        > log_likelihood(model, words, pair["prompt"], pair["bad"])
         for pair in PAIRS
     ]
     return sum(right) / len(right)
@@ -112,8 +100,8 @@ def test_scores_are_those_worked_by_hand(models, task, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert max(map(len, printed.split("saved")[0].splitlines())) <= 80
     rows = json.loads((tmp_path / "new" / "eval.json").read_text())["rows"]
-    with (tmp_path / "new" / "eval.csv").open() as file:
-        assert [row["value"] for row in csv.DictReader(file)] == [str(r["value"]) for r in rows]
+    table = read_csv(tmp_path / "new" / "eval.csv")
+    assert [row["value"] for row in table] == [str(row["value"]) for row in rows]
     assert [row["model"] for row in rows] == paths
     for row, path in zip(rows, paths, strict=True):
         p = accuracy(path)
@@ -152,35 +140,33 @@ def test_a_group_is_printed_and_its_parts_are_kept(models, task, monkeypatch, ca
     assert "one" not in capsys.readouterr().out
 
 
+def harness(directory, batch_size):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    words = AutoTokenizer.from_pretrained(directory)
+    return HFLM(pretrained=model, tokenizer=words, backend="causal", batch_size=batch_size)
+
+
 @pytest.mark.parametrize("name", ["dense", "half"])
 def test_likelihoods_do_not_depend_on_the_batch(models, name):
-    model = AutoModelForCausalLM.from_pretrained(models / name)
-    tokenizer = AutoTokenizer.from_pretrained(models / name)
     texts = [("", PAIRS[0]["good"]), ("number", " 7"), (" ".join(["number 7"] * 20), " comes")]
     texts += [(pair["prompt"], f" {pair['bad']}") for pair in PAIRS[:8]]
     results = []
     for batch_size in (1, 3, 11):
-        harness = HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
-        )
         requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
-        results.append(torch.tensor([score for score, _ in harness.loglikelihood(requests)]))
+        scores = harness(models / name, batch_size).loglikelihood(requests)
+        results.append(torch.tensor([score for score, _ in scores]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
 
 
 def test_continuations_do_not_depend_on_the_batch(models):
-    model = AutoModelForCausalLM.from_pretrained(models / "half")
-    tokenizer = AutoTokenizer.from_pretrained(models / "half")
     prompts = ["number", " ".join(["number 7"] * 9), "comes after 3."]
     settings = {"until": ["."], "max_gen_toks": 11, "do_sample": False}
     results = []
     for batch_size in (1, 3):
-        harness = HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
-        )
         requests = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
-        results.append(harness.generate_until(requests, disable_tqdm=True))
+        batched = harness(models / "half", batch_size)
+        results.append(batched.generate_until(requests, disable_tqdm=True))
     assert results[0] == results[1]
 
 
@@ -226,14 +212,13 @@ def test_minimal_pairs_of_local_data(models):
     assert [row["task"] for row in score_models(run)] == names
 
 
-def refusal(capsys, *arguments, status=2):
-    with pytest.raises(SystemExit) as end:
-        main(["eval", *map(str, arguments)])
-    assert end.value.code == status
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+@pytest.fixture
+def refused(fails):
+    """What `headwise eval` ends with; before, it says what it reads."""
+    return lambda *arguments, status=2: fails(status, "eval", *arguments, quiet=False)
 
 
-def test_wrong_fields_are_refused(models, task, tmp_path, capsys):
+def test_wrong_fields_are_refused(models, task, tmp_path, refused):
     dense, output = models / "dense", tmp_path / "new"
     for arguments, message in (
         (("--limit", 0), "limit is 0; it must be at least 1"),
@@ -242,17 +227,17 @@ def test_wrong_fields_are_refused(models, task, tmp_path, capsys):
         (("--data", tmp_path / "none"), "where there is no directory"),
         (("-o", dense), "which exists; choose another"),
     ):
-        assert message in refusal(capsys, dense, "--tasks", task, *arguments)
-    assert "tasks and images are both empty" in refusal(capsys, dense, "-o", output, "--tasks")
-    assert "models is empty" in refusal(capsys, "-o", output, "--tasks", task)
+        assert message in refused(dense, "--tasks", task, *arguments)
+    assert "tasks and images are both empty" in refused(dense, "-o", output, "--tasks")
+    assert "models is empty" in refused("-o", output, "--tasks", task)
     assert not output.exists()
 
 
-def test_wrong_tasks_are_refused(models, tmp_path, capsys):
+def test_wrong_tasks_are_refused(models, tmp_path, refused):
     dense, output = models / "dense", tmp_path / "new"
 
     def message(*tasks):
-        return refusal(capsys, dense, "-o", output, "--tasks", *tasks)
+        return refused(dense, "-o", output, "--tasks", *tasks)
 
     assert "tasks names 'piqaa', which is unknown; did you mean 'piqa'?" in message("piqaa")
     assert "did you mean 'paper-llama'?" in message("paper-lama")
@@ -267,29 +252,29 @@ def test_wrong_tasks_are_refused(models, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_wrong_models_are_refused(models, task, tmp_path, capsys):
-    assert "none holds no model" in refusal(capsys, tmp_path / "none", "--tasks", task)
+def test_wrong_models_are_refused(models, task, tmp_path, refused):
+    assert "none holds no model" in refused(tmp_path / "none", "--tasks", task)
     (tmp_path / "empty").mkdir()
-    assert "empty holds no model" in refusal(capsys, tmp_path / "empty", "--tasks", task)
+    assert "empty holds no model" in refused(tmp_path / "empty", "--tasks", task)
     AutoModelForCausalLM.from_pretrained(models / "dense").save_pretrained(tmp_path / "alone")
-    message = refusal(capsys, models / "dense", tmp_path / "alone", "--tasks", task)
+    message = refused(models / "dense", tmp_path / "alone", "--tasks", task)
     assert "alone, which has no tokenizer; save one" in message
-    tokenizer = AutoTokenizer.from_pretrained(models / "dense")
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "alone")
-    assert "neither bos_token nor" in refusal(capsys, tmp_path / "alone", "--tasks", task)
+    words = AutoTokenizer.from_pretrained(models / "dense")
+    words.eos_token = None
+    words.save_pretrained(tmp_path / "alone")
+    assert "neither bos_token nor" in refused(tmp_path / "alone", "--tasks", task)
 
 
-def test_without_a_network_data_is_named(models, monkeypatch, capsys):
+def test_without_a_network_data_is_named(models, monkeypatch, refused):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refusal(capsys, models / "dense", "--tasks", "piqa", status=1)
+    message = refused(models / "dense", "--tasks", "piqa", status=1)
     assert "documents of piqa cannot be fetched" in message
     assert "give data to read them from files" in message
 
 
-def test_without_the_harness_the_extra_is_named(models, monkeypatch, capsys):
+def test_without_the_harness_the_extra_is_named(models, monkeypatch, refused):
     task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    message = refusal(capsys, models / "dense", "--tasks", "piqa")
+    message = refused(models / "dense", "--tasks", "piqa")
     assert "pip install 'headwise[eval]'" in message

@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.commands.write_text import WritingRun, write_text
+from tiny import llama
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
     """Writes each of 5 tokens with the same probability, the end of a text among them."""
-    config = LlamaConfig(
-        vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, bos_token_id=3, eos_token_id=4,
-    )  # fmt: skip
-    uniform = LlamaForCausalLM(config)
+    uniform = llama(vocab_size=5, bos_token_id=3, eos_token_id=4)
     torch.nn.init.zeros_(uniform.lm_head.weight)
     uniform.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

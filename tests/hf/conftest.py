@@ -14,10 +14,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-SIZES = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4,
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+from tiny import SIZES
+
+TEXT = SIZES | {
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -33,7 +34,7 @@ def tiny() -> Callable[..., PreTrainedModel]:
     def build(family: str = "llama", **changes: object) -> PreTrainedModel:
         config_class, model_class = FAMILIES[family]
         torch.manual_seed(0)
-        model = model_class(config_class(**SIZES | changes)).eval()
+        model = model_class(config_class(**TEXT | changes)).eval()
         # Initialised as they are, tiny models attend almost evenly and heads hardly differ.
         with torch.no_grad():
             for name, parameter in model.named_parameters():

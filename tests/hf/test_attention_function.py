@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from conversions import QUERY_NORM, TWO_STAGE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from headwise import MoEConfig, MoHConfig, calibrate, convert
+from headwise import MoEConfig, calibrate, convert
 
 OTHERS = ("flash_attention_2", "flex_attention", "sdpa", "eager")
-ROUTERS = {
-    "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
-    "two_stage": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
-}
-EXPERTS = MoEConfig(num_experts=3, top_k=1, expert_dim=5)
+ROUTERS = {"query_norm": QUERY_NORM, "two_stage": TWO_STAGE}
 
 
 @pytest.fixture(params=ROUTERS.values(), ids=ROUTERS)
@@ -42,7 +39,7 @@ def test_loading_with_ours_or_none_works(directory, ids):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_setting_another_is_refused(tiny, name):
-    model = convert(tiny(), attention=ROUTERS["query_norm"])
+    model = convert(tiny(), attention=QUERY_NORM)
     with pytest.raises(ValueError, match=f"attn_implementation is '{name}'"):
         model.set_attn_implementation(name)
     assert model.config._attn_implementation == "headwise"
@@ -62,7 +59,7 @@ def test_a_part_with_another_does_not_run(tiny, ids, router):
 def test_a_model_loaded_with_a_usual_one_converts(tiny, ids, name):
     models = [tiny(), tiny(attn_implementation=name)]
     assert models[1].config._attn_implementation == name
-    logits = [convert(model, attention=ROUTERS["query_norm"])(ids).logits for model in models]
+    logits = [convert(model, attention=QUERY_NORM)(ids).logits for model in models]
     assert torch.equal(*logits)
 
 
@@ -72,8 +69,8 @@ def test_a_model_loaded_with_another_is_refused(tiny, ids, name):
     # As set_attn_implementation sets it where flash attention is installed.
     model.config._attn_implementation = name
     for change in (
-        lambda: convert(model, attention=ROUTERS["two_stage"]),
-        lambda: calibrate(model, [{"input_ids": ids, "labels": ids}], ROUTERS["query_norm"]),
+        lambda: convert(model, attention=TWO_STAGE),
+        lambda: calibrate(model, [{"input_ids": ids, "labels": ids}], QUERY_NORM),
     ):
         with pytest.raises(ValueError, match=f"LlamaForCausalLM cannot be .*{name}.*load it witho"):
             change()
@@ -82,7 +79,7 @@ def test_a_model_loaded_with_another_is_refused(tiny, ids, name):
 
 
 def test_a_model_with_experts_alone_takes_any(tiny, tmp_path):
-    model = convert(tiny(), mlp=EXPERTS)
+    model = convert(tiny(), mlp=MoEConfig(num_experts=3, top_k=1, expert_dim=5))
     model.set_attn_implementation("eager")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -134,25 +131,25 @@ def test_a_model_that_would_drop_the_routing_is_refused_when_converted(tiny, kin
         rf"{kind.__name__}, does not pass its \*\*kwargs.*or take router 'query_norm'"
     )
     with pytest.raises(ValueError, match=message):
-        convert(model, attention=ROUTERS["two_stage"])
+        convert(model, attention=TWO_STAGE)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not any("router" in name for name, _ in model.named_modules())
 
 
 def test_a_forward_that_only_adds_converts(tiny, ids):
-    plain = convert(tiny(), attention=ROUTERS["two_stage"])
-    adding = convert(with_attention(tiny(), Keeping), attention=ROUTERS["two_stage"])
+    plain = convert(tiny(), attention=TWO_STAGE)
+    adding = convert(with_attention(tiny(), Keeping), attention=TWO_STAGE)
     adding.load_state_dict(plain.state_dict())
     assert torch.equal(adding(ids).logits, plain(ids).logits)
 
 
 def test_a_router_by_queries_needs_nothing_passed_on(tiny, ids):
-    want = convert(tiny(), attention=ROUTERS["query_norm"])(ids, use_cache=False).logits
-    model = convert(with_attention(tiny(), Dropping), attention=ROUTERS["query_norm"])
+    want = convert(tiny(), attention=QUERY_NORM)(ids, use_cache=False).logits
+    model = convert(with_attention(tiny(), Dropping), attention=QUERY_NORM)
     assert torch.equal(model(ids, use_cache=False).logits, want)
 
 
 def test_a_routing_that_is_lost_on_the_way_is_an_error(tiny, ids):
-    model = convert(with_attention(tiny(), Losing), attention=ROUTERS["two_stage"])
+    model = convert(with_attention(tiny(), Losing), attention=TWO_STAGE)
     with pytest.raises(ValueError, match="Losing was given a routing and did not pass it on"):
         model(ids)

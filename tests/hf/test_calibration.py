@@ -1,13 +1,13 @@
 """calibrate: which heads are named, and a model left as it was."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conversions import QUERY_NORM, TWO_STAGE
 
 from headwise import MoHConfig, calibrate, convert
-
-CONFIG = MoHConfig(router="query_norm", shared=2, active=4)
 
 
 @pytest.fixture
@@ -38,14 +38,14 @@ def test_the_longest_queries_are_shared(tiny, batches):
     model = tiny()
     enlarge(model, 0, (1, 4), 10)
     enlarge(model, 1, (5, 0), 10)
-    assert calibrate(model, batches, CONFIG, by="query_norm").shared == ((1, 4), (0, 5))
+    assert calibrate(model, batches, QUERY_NORM, by="query_norm").shared == ((1, 4), (0, 5))
 
 
 def test_heads_that_nobody_reads_are_not_shared(tiny, batches):
     model = tiny()
     cut(model, 0, (0, 2, 3, 5))
     cut(model, 1, (0, 1, 2, 4))
-    calibrated = calibrate(model, batches, CONFIG, by="loss")
+    calibrated = calibrate(model, batches, QUERY_NORM, by="loss")
     # To cut a head may lower the loss of a random model: then one that changes nothing is better.
     alone = {layer: set(heads) for layer, heads in enumerate(calibrated.shared)}
     losses = {}
@@ -61,7 +61,7 @@ def test_heads_that_nobody_reads_are_not_shared(tiny, batches):
 
 def test_the_gradient_of_a_gate_is_what_scaling_the_head_does_to_the_loss(tiny, batches):
     model = tiny().double()
-    calibrated = calibrate(model, batches, CONFIG)
+    calibrated = calibrate(model, batches, QUERY_NORM)
     slopes, step = torch.zeros(2, 6), 1e-4
     for layer, attention in enumerate(module.self_attn for module in model.model.layers):
         weight = attention.o_proj.weight.data
@@ -106,7 +106,7 @@ def test_budgets_of_layers_stay(tiny, batches):
 def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
     model = tiny().train()
     original = copy.deepcopy(model)
-    calibrate(model, batches, CONFIG, by=by)
+    calibrate(model, batches, QUERY_NORM, by=by)
     assert repr(model) == repr(original)
     assert model.training
     assert model.config.to_dict() == original.config.to_dict()
@@ -118,19 +118,15 @@ def test_the_model_is_left_as_it_was(tiny, batches, ids, by):
 def test_what_it_refuses(tiny, batches):
     ids = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="batches holds Tensor; each must be a dict"):
-        calibrate(tiny(), [ids], CONFIG)
+        calibrate(tiny(), [ids], QUERY_NORM)
     with pytest.raises(ValueError, match="batches holds no labels in a dict; each must"):
-        calibrate(tiny(), [{"input_ids": ids}], CONFIG)
-    calibrate(tiny(), [{"input_ids": ids}], CONFIG, by="query_norm")
+        calibrate(tiny(), [{"input_ids": ids}], QUERY_NORM)
+    calibrate(tiny(), [{"input_ids": ids}], QUERY_NORM, by="query_norm")
     with pytest.raises(ValueError, match="batches is empty"):
-        calibrate(tiny(), [], CONFIG)
+        calibrate(tiny(), [], QUERY_NORM)
     with pytest.raises(ValueError, match="by is 'norm'"):
-        calibrate(tiny(), batches, CONFIG, by="norm")
+        calibrate(tiny(), batches, QUERY_NORM, by="norm")
     with pytest.raises(ValueError, match="is converted already; calibrate the original"):
-        calibrate(convert(tiny(), attention=CONFIG), batches, CONFIG)
+        calibrate(convert(tiny(), attention=QUERY_NORM), batches, QUERY_NORM)
     with pytest.raises(ValueError, match="shared has budgets of 3 layers; the model has 2"):
-        calibrate(
-            tiny(),
-            batches,
-            MoHConfig(shared=[1, 1, 1], active=4, router="two_stage", router_std=0.02),
-        )
+        calibrate(tiny(), batches, replace(TWO_STAGE, shared=[1, 1, 1]))

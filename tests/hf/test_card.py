@@ -9,11 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from headwise import MoHConfig, convert
 from headwise.hf.card import budget_lines, calibration_figures, model_card
-
-SIZES = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
+from tiny import SIZES
 
 
 def card(path, original=None, perplexities=None):
@@ -31,12 +27,7 @@ def test_the_metadata_of_a_model_from_the_hub():
         "pipeline_tag": "text-generation",
         "tags": ["headwise", "mixture-of-head-attention"],
     }
-    for part in (
-        "# some-model with",
-        "As they were.",
-        "pip install headwise",
-        "import headwise",
-    ):
+    for part in ("# some-model with", "As they were.", "pip install headwise", "import headwise"):
         assert part in text
     assert "- all 2 layers: heads=6: 2 shared" in text
     assert "perplexity" not in text

@@ -1,10 +1,11 @@
 """MoHConfig, MoEConfig, MHMoEConfig, Conversion: checked, frozen, there and back again."""
 
-import dataclasses
 import json
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from conversions import EXPERTS, LEARNED, MH_MOE, MOE, TWO_STAGE
 
 from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig
 from headwise.commands.convert import ConversionRun
@@ -14,24 +15,15 @@ from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.lm import LanguageModelRun
 from headwise.recipes.vit import VisionRun
 
-EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
-
 
 @pytest.mark.parametrize(
     "conversion",
     [
-        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)),
+        Conversion(attention=LEARNED),
         Conversion(
-            attention=MoHConfig(
-                shared=2,
-                active=5,
-                mode="paper",
-                balance_coefficient=0,
-                router="two_stage",
-                router_std=0.02,
-            )
+            attention=replace(LEARNED, shared=2, active=5, mode="paper", balance_coefficient=0)
         ),
-        Conversion(attention=MoHConfig(route_groups=True, router="two_stage", router_std=0.02)),
+        Conversion(attention=replace(LEARNED, route_groups=True)),
         Conversion(attention=MoHConfig(router="one_stage", scores="sigmoid", router_std=0.02)),
         Conversion(mlp=MHMoEConfig.first_version(**EXPERTS, num_heads=3)),
         Conversion(mlp=MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1, balance_scope="all")),
@@ -41,7 +33,7 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
             mlp=MHMoEConfig(**EXPERTS, num_heads=3, router="cosine", bias=True, head_layer=False),
         ),
         Conversion(ternary="trained"),
-        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02), ternary="packed"),
+        Conversion(attention=LEARNED, ternary="packed"),
     ],
 )
 def test_a_conversion_survives_json(conversion):
@@ -51,9 +43,7 @@ def test_a_conversion_survives_json(conversion):
 
 
 def test_a_conversion_from_before_fields_were_added_is_read():
-    want = Conversion(
-        attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MoEConfig(**EXPERTS)
-    )
+    want = Conversion(attention=LEARNED, mlp=MOE)
     fields = want.to_dict()
     for name in ("route_groups", "scores"):
         del fields["attention"][name]
@@ -64,7 +54,7 @@ def test_a_conversion_from_before_fields_were_added_is_read():
 
 def test_only_what_an_older_version_would_misread_needs_a_newer_format():
     plain, ternary, in_part = (
-        Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)),
+        Conversion(attention=LEARNED),
         Conversion(ternary="trained"),
         Conversion(attention=MoHConfig(), layers=(0, 2)),
     )
@@ -77,23 +67,17 @@ def test_only_what_an_older_version_would_misread_needs_a_newer_format():
 
 
 def test_a_newer_format_is_refused():
-    fields = Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)).to_dict() | {
-        "format": 4
-    }
+    fields = Conversion(attention=LEARNED).to_dict() | {"format": 4}
     with pytest.raises(ValueError, match=r"format 4.*up to 3.*upgrade"):
         Conversion.from_dict(fields)
 
 
 def test_configs_build_what_they_name():
-    assert type(MoEConfig(**EXPERTS).build(15)) is MoE
-    assert type(MHMoEConfig(**EXPERTS, num_heads=3).build(15)) is MHMoE
-    assert isinstance(
-        MoHConfig(router="two_stage", router_std=0.02).build_router(0, dim=15, num_heads=5),
-        TwoStageRouter,
-    )
-    router = MoHConfig(router="one_stage", scores="sparsemax", router_std=0.02).build_router(
-        0, dim=15, num_heads=5
-    )
+    assert type(MOE.build(15)) is MoE
+    assert type(MH_MOE.build(15)) is MHMoE
+    assert isinstance(LEARNED.build_router(0, dim=15, num_heads=5), TwoStageRouter)
+    one_stage = MoHConfig(router="one_stage", scores="sparsemax", router_std=0.02)
+    router = one_stage.build_router(0, dim=15, num_heads=5)
     assert isinstance(router, OneStageRouter)
     assert router.scores == "sparsemax"
     router = MoEConfig(**EXPERTS, scores="sigmoid", bias_rate=0.1).build(15).router
@@ -102,7 +86,7 @@ def test_configs_build_what_they_name():
     router = config.build_router(0, dim=15, num_heads=5)
     assert isinstance(router, QueryNormRouter)
     assert (router.budget.shared_heads, router.budget.active_heads) == (1, 3)
-    config = MoHConfig(shared=2, active=4, route_groups=True, router="two_stage", router_std=0.02)
+    config = replace(TWO_STAGE, route_groups=True)
     assert config.build_router(0, dim=15, num_heads=6, num_kv_heads=3).budget.heads_per_group == 2
     assert config.build_router(0, dim=15, num_heads=6).budget.heads_per_group == 1
 
@@ -137,11 +121,7 @@ def test_configs_build_what_they_name():
         (MHMoEConfig, {"num_heads": 0}, "num_heads is 0"),
         (MHMoEConfig, {"num_heads": 3, "top_k": 0}, "top_k is 0"),
         (Conversion, {}, "attention and mlp are both None"),
-        (
-            Conversion,
-            {"attention": MoHConfig(router="two_stage", router_std=0.02), "every": 0},
-            "every is 0",
-        ),
+        (Conversion, {"attention": LEARNED, "every": 0}, "every is 0"),
         (Conversion, {"ternary": True}, "ternary is True"),
     ],
 )
@@ -180,8 +160,8 @@ def test_experts_in_parts(parts):
 
 
 def test_configs_are_frozen_and_take_keywords_only():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MoHConfig(router="two_stage", router_std=0.02).active = 0.5
+    with pytest.raises(FrozenInstanceError):
+        LEARNED.active = 0.5
     with pytest.raises(TypeError):
         MoHConfig(0.4, 0.75)
 
@@ -195,11 +175,11 @@ def test_the_default_is_safe_for_a_pretrained_model():
 
 def test_the_default_is_the_commands(tmp_path):
     command = ConversionRun(path="none", output=tmp_path / "new").attention()
-    assert dataclasses.replace(command, shared=0.4) == MoHConfig(shared=0.4)
+    assert replace(command, shared=0.4) == MoHConfig(shared=0.4)
 
 
 def test_what_was_saved_before_a_field_was_there_loads_as_it_was():
-    fields = Conversion(attention=MoHConfig(router="two_stage", router_std=0.02)).to_dict()
+    fields = Conversion(attention=LEARNED).to_dict()
     want = Conversion.from_dict(fields)
     del fields["attention"]["router_std"], fields["attention"]["router"]
     assert Conversion.from_dict(fields) == want

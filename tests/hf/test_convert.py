@@ -1,9 +1,11 @@
 """convert: what changes and what stays, generation, independence, and what it refuses."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conversions import GROUPS, LEARNED, MH_MOE, MOE, QUERY_NORM
 from torch.testing import assert_close
 from transformers import (
     BertConfig,
@@ -16,24 +18,16 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from headwise import MHMoE, MHMoEConfig, MoE, MoEConfig, MoHConfig, convert, record_routing
+from headwise import MHMoE, MHMoEConfig, MoE, MoHConfig, convert, record_routing
+from headwise.hf import Conversion
 from headwise.hf.surgery import RoutedMLP
 
-MOE = MoEConfig(num_experts=7, top_k=2, expert_dim=11)
-MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
-    "two_stage": {"attention": MoHConfig(router="two_stage", router_std=0.02)},
-    "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
-    "groups": {
-        "attention": MoHConfig(
-            shared=0, active=3, mode="paper", route_groups=True, router="two_stage", router_std=0.02
-        )
-    },
+    "two_stage": {"attention": LEARNED},
+    "query_norm": {"attention": QUERY_NORM},
+    "groups": {"attention": GROUPS},
     "moe": {"mlp": MOE},
-    "both": {
-        "attention": MoHConfig(mode="paper", router="two_stage", router_std=0.02),
-        "mlp": MH_MOE,
-    },
+    "both": {"attention": replace(LEARNED, mode="paper"), "mlp": MH_MOE},
 }
 FAMILIES = ("llama", "mistral", "qwen3")
 
@@ -90,9 +84,7 @@ def test_every_second_layer_starting_with_the_second(tiny):
 def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
     original = tiny()
     before = copy.deepcopy(original.state_dict())
-    converted = convert(
-        original, attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MOE, every=2
-    )
+    converted = convert(original, attention=LEARNED, mlp=MOE, every=2)
     assert converted is original
     after = converted.state_dict()
     gone = {name for name in before if name not in after}
@@ -108,20 +100,13 @@ def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
 def test_the_class_and_the_conversion_can_be_asked(tiny):
     original = tiny()
     model_class = type(original)
-    model = convert(
-        original,
-        attention=MoHConfig(shared=2, active=5, router="two_stage", router_std=0.02),
-        mlp=MH_MOE,
-        every=2,
-    )
+    attention = replace(LEARNED, shared=2, active=5)
+    model = convert(original, attention=attention, mlp=MH_MOE, every=2)
     assert isinstance(model, model_class)
     assert type(model).__name__ == "RoutedLlamaForCausalLM"
     assert model.config.model_type == "headwise"
     assert model.config.base_model_type == "llama"
-    assert model.conversion.attention == MoHConfig(
-        shared=2, active=5, router="two_stage", router_std=0.02
-    )
-    assert (model.conversion.mlp, model.conversion.every) == (MH_MOE, 2)
+    assert model.conversion == Conversion(attention=attention, mlp=MH_MOE, every=2)
 
 
 @pytest.mark.parametrize("router", ["two_stage", "query_norm"])
@@ -151,9 +136,7 @@ def test_groups_of_one_head_change_nothing(tiny, ids, router):
 
 
 def test_routers_and_experts_take_the_dtype_of_the_model(tiny, ids):
-    model = convert(
-        tiny().bfloat16(), attention=MoHConfig(router="two_stage", router_std=0.02), mlp=MOE
-    )
+    model = convert(tiny().bfloat16(), attention=LEARNED, mlp=MOE)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(ids).logits.dtype == torch.bfloat16
 
@@ -177,33 +160,14 @@ def test_a_path_is_loaded_first(tiny, tmp_path, ids):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        ({"attention": replace(LEARNED, active=7)}, r"layer 0: active is 7.*1\.\.6"),
+        ({"attention": replace(LEARNED, active=0, shared=0)}, r"layer 0: active is 0.*1\.\.6"),
         (
-            {"attention": MoHConfig(active=7, router="two_stage", router_std=0.02)},
-            r"layer 0: active is 7.*1\.\.6",
-        ),
-        (
-            {"attention": MoHConfig(active=0, shared=0, router="two_stage", router_std=0.02)},
-            r"layer 0: active is 0.*1\.\.6",
-        ),
-        (
-            {
-                "attention": MoHConfig(
-                    shared=0, active=4, route_groups=True, router="two_stage", router_std=0.02
-                )
-            },
+            {"attention": replace(LEARNED, shared=0, active=4, route_groups=True)},
             "active is 4.* of 3",
         ),
-        (
-            {"attention": MoHConfig(shared=3, active=0.5, router="two_stage", router_std=0.02)},
-            "shared equals active = 3",
-        ),
-        (
-            {
-                "attention": MoHConfig(router="two_stage", router_std=0.02),
-                "mlp": MHMoEConfig(num_heads=5, **vars(MOE)),
-            },
-            "num_heads is 5",
-        ),
+        ({"attention": replace(LEARNED, shared=3, active=0.5)}, "shared equals active = 3"),
+        ({"attention": LEARNED, "mlp": MHMoEConfig(num_heads=5, **vars(MOE))}, "num_heads is 5"),
         ({"mlp": MOE, "every": 3}, "every is 3, but the model has 2 layers"),
         ({"mlp": MOE, "every": 0}, "every is 0"),
         ({}, "attention and mlp are both None"),
@@ -217,17 +181,13 @@ def test_what_cannot_be_leaves_the_model_untouched(tiny, ids, wanted, message):
     assert torch.equal(model(ids).logits, original(ids).logits)
 
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 31}
-HEADS = {"attention": MoHConfig(router="two_stage", router_std=0.02)}
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 31}
+HEADS = {"attention": LEARNED}
+GROUPED = {"head_dim": 4, "num_key_value_heads": 2}
 REFUSED = {
     "cross attention": (GPT2LMHeadModel, GPT2Config, {"add_cross_attention": True}, HEADS),
     "AttentionInterface": (BloomForCausalLM, BloomConfig, {}, HEADS),
-    "soft caps": (
-        Gemma2ForCausalLM,
-        Gemma2Config,
-        {"head_dim": 4, "num_key_value_heads": 2},
-        HEADS,
-    ),
+    "soft caps": (Gemma2ForCausalLM, Gemma2Config, GROUPED, HEADS),
     "no module `mlp`": (BertForMaskedLM, BertConfig, {"intermediate_size": 29}, {"mlp": MOE}),
 }
 
@@ -235,7 +195,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_converted_is_refused_by_name_and_left_untouched(reason):
     model_class, config_class, more, conversion = REFUSED[reason]
-    model = model_class(config_class(**SIZES, **more))
+    model = model_class(config_class(**SMALL, **more))
     original = copy.deepcopy(model)
     with pytest.raises(ValueError, match=f"{model_class.__name__} cannot be.*{reason}"):
         convert(model, **conversion)
@@ -254,22 +214,20 @@ def assert_untouched(model, original):
 
 
 def test_converting_twice_is_refused(tiny):
-    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
+    model = convert(tiny(), attention=LEARNED)
     with pytest.raises(ValueError, match="RoutedLlamaForCausalLM is converted already"):
         convert(model, mlp=MOE)
 
 
 def test_attention_weights_are_refused(tiny, ids):
-    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
+    model = convert(tiny(), attention=LEARNED)
     with pytest.raises(ValueError, match="output_attentions is True"):
         model(ids, output_attentions=True)
 
 
 def test_with_attention_dropout_heads_that_are_off_stay_off(tiny, ids):
-    model = convert(
-        tiny(attention_dropout=0.5),
-        attention=MoHConfig(shared=0, active=3, router="two_stage", router_std=0.02),
-    )
+    attention = replace(LEARNED, shared=0, active=3)
+    model = convert(tiny(attention_dropout=0.5), attention=attention)
     heads = []
     projection = model.model.layers[0].self_attn.o_proj
     projection.register_forward_pre_hook(lambda _, args: heads.append(args[0]))

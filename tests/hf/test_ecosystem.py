@@ -1,29 +1,25 @@
 """Converted models with sliding windows, LoRA adapters, and weights spread or offloaded."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from conversions import MH_MOE, QUERY_NORM, TWO_STAGE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from headwise import MHMoEConfig, MoHConfig, convert, record_routing
+from headwise import convert, record_routing
 from headwise.hf.checkpointing import checkpoint_activations
 
 CONVERSIONS = {
-    "query_norm": {"attention": MoHConfig(router="query_norm", shared=2, active=4)},
-    "two_stage": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
-    "groups": {
-        "attention": MoHConfig(router="query_norm", shared=0, active=3, route_groups=True)
-    },
-    "experts": {
-        "mlp": MHMoEConfig(
-            num_heads=3, num_experts=7, top_k=2, expert_dim=11, shared_expert_dim=5
-        )
-    },
-}  # fmt: skip
+    "query_norm": {"attention": QUERY_NORM},
+    "two_stage": {"attention": TWO_STAGE},
+    "groups": {"attention": replace(QUERY_NORM, shared=0, active=3, route_groups=True)},
+    "experts": {"mlp": replace(MH_MOE, shared_expert_dim=5)},
+}
 # PEFT asks transformers under names that it now warns about.
 OLD_NAMES = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 

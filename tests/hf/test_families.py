@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
+from conversions import ALL_ON, MH_MOE, QUERY_NORM
 from torch.testing import assert_close
 
-from headwise import MHMoEConfig, MoHConfig, convert, record_routing
-from headwise.hf.checkpointing import checkpoint_activations
+from gradients import assert_checkpointing_changes_none
+from headwise import MoHConfig, convert, record_routing
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
 TEXT = SIZES | {
@@ -29,7 +30,7 @@ FAMILIES = {
 }
 GENERATING = tuple(name for name, (_, model, _) in FAMILIES.items() if "LM" in model)[:-1]
 ROUTERS = {
-    "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
+    "query_norm": QUERY_NORM,
     "two_stage": MoHConfig(shared=0.25, active=0.75, router="two_stage", router_std=0.02),
     "lists": MoHConfig(router="query_norm", shared=[[0, 3], [1], []], active=[4, 3, 2]),
 }
@@ -64,7 +65,7 @@ def test_with_all_heads_on_it_is_the_original_bit_for_bit(family):
     original = tiny(family)
     original.set_attn_implementation("sdpa")
     want = original(**given).logits
-    converted = convert(tiny(family), attention=MoHConfig(router="query_norm", shared=6, active=6))
+    converted = convert(tiny(family), attention=ALL_ON)
     assert isinstance(converted, type(original))
     assert torch.equal(converted(**given).logits, want)
 
@@ -80,9 +81,7 @@ def test_heads_are_off_as_budgeted(family, router):
     want = {"query_norm": [4, 4, 4], "two_stage": [5, 5, 5], "lists": [4, 3, 2]}[router]
     for routing, active in zip(routings.values(), want, strict=True):
         on = (routing.weights != 0).sum(-1)
-        assert (
-            (on[routing.mask] == active).all() if routing.mask is not None else (on == active).all()
-        )
+        assert (on[... if routing.mask is None else routing.mask] == active).all()
     if router == "lists":
         first, second, _ = routings.values()
         for routing, heads in ((first, [0, 3]), (second, [1])):
@@ -92,11 +91,14 @@ def test_heads_are_off_as_budgeted(family, router):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "BERT"])
 def test_experts_take_the_place_of_the_mlp(family):
-    experts = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
-    model = convert(tiny(family), mlp=experts, every=3)
+    model = convert(tiny(family), mlp=MH_MOE, every=3)
     with record_routing(model) as routings:
         model(**inputs(family)).loss.backward()
     assert len(routings) == 1
+
+
+def unlabelled(family):
+    return {name: x for name, x in inputs(family).items() if name != "labels"}
 
 
 def base_of(family):
@@ -109,14 +111,11 @@ def base_of(family):
 @pytest.mark.parametrize("build", [tiny, base_of])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_as_many_as_the_originals(family, build):
-    given = inputs(family)
-    if build is base_of:
-        del given["labels"]
+    given = (unlabelled if build is base_of else inputs)(family)
     dense = build(family)
     dense.set_attn_implementation("sdpa")
     want = dense(**given, output_hidden_states=True).hidden_states
-    all_on = MoHConfig(router="query_norm", shared=6, active=6)
-    same = convert(build(family), attention=all_on)(**given, output_hidden_states=True)
+    same = convert(build(family), attention=ALL_ON)(**given, output_hidden_states=True)
     assert len(want) == 4
     assert_close(same.hidden_states, want, rtol=0, atol=0)
     routed = convert(build(family), attention=ROUTERS["query_norm"])
@@ -130,15 +129,11 @@ def test_hidden_states_are_as_many_as_the_originals(family, build):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_weights_that_nobody_keeps_are_refused(family, router, build):
     model = convert(build(family), attention=ROUTERS[router])
-    given = inputs(family)
-    if build is base_of:
-        del given["labels"]
+    given = (unlabelled if build is base_of else inputs)(family)
     with pytest.raises(ValueError, match="output_attentions"):
         model(**given, output_attentions=True)
     with pytest.raises(ValueError, match="output_attentions"):
-        model.base_model(
-            **{n: x for n, x in given.items() if n != "labels"}, output_attentions=True
-        )
+        model.base_model(**unlabelled(family), output_attentions=True)
     model.config._output_attentions = True
     assert model.config.output_attentions
     with pytest.raises(ValueError, match="output_attentions"):
@@ -149,8 +144,7 @@ def test_attention_weights_that_nobody_keeps_are_refused(family, router, build):
 @pytest.mark.parametrize("family", GENERATING)
 def test_it_generates_with_a_cache_as_without(family, router):
     model = convert(tiny(family), attention=ROUTERS[router])
-    given = inputs(family)
-    del given["labels"]
+    given = unlabelled(family)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     without = model.generate(**given, use_cache=False, **options)
     assert torch.equal(model.generate(**given, **options), without)
@@ -198,8 +192,7 @@ OPTIONS = {
 @pytest.mark.parametrize("family", GENERATING)
 def test_all_ways_of_generating_with_a_cache_agree_with_none(family, side, options):
     model = convert(tiny(family), attention=ROUTERS["query_norm"])
-    given = inputs(family)
-    del given["labels"]
+    given = unlabelled(family)
     if side == "right":
         given = {name: x.flip(1) for name, x in given.items()}
     beams = {"num_beams": options.get("num_beams", 1)}
@@ -211,19 +204,15 @@ def test_all_ways_of_generating_with_a_cache_agree_with_none(family, side, optio
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(family, router):
-    given = inputs(family)
-    results = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
+    def build():
         model = convert(tiny(family), attention=ROUTERS[router]).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        if checkpointing:
-            checkpoint_activations(model)
-        model(**given).loss.backward()
-        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert_close(*results)
+        return model
+
+    given = inputs(family)
+    assert_checkpointing_changes_none(build, lambda model: model(**given).loss)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

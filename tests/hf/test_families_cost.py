@@ -4,18 +4,18 @@ from functools import partial
 
 import pytest
 import torch
-from test_families import FAMILIES, SIZES, inputs, tiny
+from conversions import EXPERTS, MH_MOE, MOE
+from test_families import FAMILIES, SIZES, tiny, unlabelled
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
 from headwise.parity import count_flops, count_parameters, measure_flops
 
 LAYERS, HEADS, WIDTH = SIZES["num_hidden_layers"], 6, 4
 CAUSAL = set(FAMILIES) - {"BERT", "ViT"}
-EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 MIXTURES = {
-    "moe": MoEConfig(**EXPERTS),
+    "moe": MOE,
     "moe, two matrices": MoEConfig(**EXPERTS, glu=False, shared_expert_dim=5),
-    "mh_moe": MHMoEConfig(num_heads=3, **EXPERTS),
+    "mh_moe": MH_MOE,
     "mh_moe, cosine": MHMoEConfig(num_heads=3, **EXPERTS, router="cosine", bias=True),
 }
 WITH_AN_MLP = [family for family in FAMILIES if family != "BERT"]
@@ -31,8 +31,7 @@ def by_formula(model, family):
 
 def measured(model, family):
     """FLOPs per token that torch's counter sees in a forward of whole sequences."""
-    given = inputs(family)
-    del given["labels"]
+    given = unlabelled(family)
     given.pop("attention_mask", None)
     with torch.no_grad():
         forward = measure_flops(lambda: model(**given))

@@ -2,17 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conversions import MH_MOE, QUERY_NORM, TWO_STAGE
 
 import headwise
-from headwise import MHMoE, MHMoEConfig, MoHConfig, convert, record_routing, restore
+from headwise import MHMoE, MoHConfig, convert, record_routing, restore
 from headwise.hf.surgery import RoutedMLP
 
-LEARNED = MoHConfig(shared=2, active=4, router="two_stage", router_std=0.5)
-BY_NORM = MoHConfig(shared=2, active=4, router="query_norm")
-EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+LEARNED = replace(TWO_STAGE, router_std=0.5)
 FIVE = {"num_hidden_layers": 5}
 
 
@@ -35,11 +35,11 @@ def mixtures(model):
         (range(1, 4), 3, [1, 2, 3], [3]),
     ],
 )
-@pytest.mark.parametrize("attention", [LEARNED, BY_NORM])
+@pytest.mark.parametrize("attention", [LEARNED, QUERY_NORM])
 def test_these_layers_are_converted(
     tiny, ids, tmp_path, attention, layers, every, attentions, mlps
 ):
-    model = convert(tiny(**FIVE), attention=attention, mlp=EXPERTS, layers=layers, every=every)
+    model = convert(tiny(**FIVE), attention=attention, mlp=MH_MOE, layers=layers, every=every)
     assert (routed(model), mixtures(model)) == (attentions, mlps)
     with record_routing(model) as routings:
         want = model(ids).logits
@@ -55,7 +55,7 @@ def test_these_layers_are_converted(
 def test_the_other_layers_compute_what_they_did(tiny, ids):
     dense = tiny(**FIVE)
     dense.set_attn_implementation("sdpa")
-    model = convert(copy.deepcopy(dense), attention=BY_NORM, layers=[2, 4])
+    model = convert(copy.deepcopy(dense), attention=QUERY_NORM, layers=[2, 4])
     want = dense(ids, output_hidden_states=True).hidden_states
     got = model(ids, output_hidden_states=True).hidden_states
     assert all(torch.equal(got[i], want[i]) for i in (0, 1, 2))
@@ -77,7 +77,7 @@ def test_training_balances_the_layers_that_route(tiny, ids):
 
 
 def test_an_older_version_would_refuse_it(tiny, tmp_path):
-    convert(tiny(), attention=BY_NORM, layers=[1]).save_pretrained(tmp_path)
+    convert(tiny(), attention=QUERY_NORM, layers=[1]).save_pretrained(tmp_path)
     kept = json.loads((tmp_path / "config.json").read_text())["headwise"]
     assert (kept["format"], kept["layers"]) == (3, [1])
 
@@ -92,17 +92,16 @@ def test_an_older_version_would_refuse_it(tiny, tmp_path):
         ({"layers": [1.0]}, r"layers\[0\] is 1.0; it must be an int"),
         ({"layers": [True]}, r"layers\[0\] is True; it must be an int"),
         ({"layers": 1}, "layers is 1; it must be a tuple"),
-        ({"layers": [1], "every": 2, "mlp": EXPERTS}, "every is 2, but layers names 1 layers"),
+        ({"layers": [1], "every": 2, "mlp": MH_MOE}, "every is 2, but layers names 1 layers"),
         ({"layers": [1], "ternary": True}, r"layers is \[1\]; with ternary=True it must be None"),
     ],
 )
 def test_what_names_no_layers_is_refused(tiny, options, message):
     model = tiny()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        convert(model, attention=BY_NORM, **options)
+        convert(model, attention=QUERY_NORM, **options)
     assert type(model) is type(tiny())
-    assert model.state_dict().keys() == before.keys()
+    assert model.state_dict().keys() == tiny().state_dict().keys()
 
 
 def test_a_model_of_diffusers_too(tmp_path):

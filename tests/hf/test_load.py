@@ -1,14 +1,16 @@
 """headwise.load: any directory of ours, of the class that was saved, in eval mode."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conversions import MH_MOE, TWO_STAGE
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 import headwise
-from headwise import MHMoEConfig, MoHConfig, bitnet, convert
+from damage import edit_json, edit_weights
+from headwise import MoHConfig, bitnet, convert
 from headwise.models import (
     DiT,
     DiTConfig,
@@ -19,8 +21,7 @@ from headwise.models import (
     TransNeXtForImageClassification,
 )
 
-HEADS = MoHConfig(shared=2, active=4, router="two_stage", router_std=0.5)
-EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
+HEADS = replace(TWO_STAGE, router_std=0.5)
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
 IDS = {"input_ids": torch.randint(31, (2, 7))}
 IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32)}
@@ -38,6 +39,7 @@ def masked():
     return MaskedModel(MaskedConfig(vocab_size=31, **SMALL))
 
 
+TRANSNEXT = TransNeXtConfig.preset("moh-test")
 OF_MASKED = {"pixel_values": torch.randn(2, 1, 8, 8), "input_ids": torch.randint(31, (2, 5))}
 OF_DIT = {"x": torch.randn(2, 1, 8, 8), "t": torch.tensor([3, 700]), "y": torch.tensor([1, 10])}
 MODELS = {
@@ -46,11 +48,8 @@ MODELS = {
     "packed vit": (lambda: bitnet.pack(convert(vit(), ternary=True)), IMAGES),
     "converted masked": (lambda: convert(masked(), attention=HEADS), OF_MASKED),
     "masked": (masked, OF_MASKED),
-    "moh vit": (
-        lambda: TransNeXtForImageClassification(TransNeXtConfig.preset("moh-test")),
-        IMAGES,
-    ),
-    "backbone": (lambda: TransNeXtBackbone(TransNeXtConfig.preset("moh-test")), IMAGES),
+    "moh vit": (lambda: TransNeXtForImageClassification(TRANSNEXT), IMAGES),
+    "backbone": (lambda: TransNeXtBackbone(TRANSNEXT), IMAGES),
     "dit": (lambda: DiT(DiTConfig.preset("moh-dit-test")), OF_DIT),
     "dense gpt2": (gpt2, IDS),
 }
@@ -77,7 +76,7 @@ def test_what_was_saved_comes_back_in_eval_mode(name, tmp_path):
 
 
 def test_experts_and_options_come_back(tiny, tmp_path):
-    convert(tiny(), mlp=EXPERTS, every=2).save_pretrained(tmp_path)
+    convert(tiny(), mlp=MH_MOE, every=2).save_pretrained(tmp_path)
     model = headwise.load(str(tmp_path), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert type(model.model.layers[1].mlp.layer) is headwise.MHMoE
@@ -106,8 +105,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no model \(no config.json\)"):
         headwise.load(tmp_path)
     gpt2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NoModel"]}))
+    edit_json(tmp_path / "config.json", lambda config: config.update(architectures=["NoModel"]))
     with pytest.raises(ValueError, match=r"holds no model that can be loaded: .*no class NoModel"):
         headwise.load(tmp_path)
 
@@ -115,12 +113,11 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["converted gpt2", "dit"])
 def test_a_weight_too_many_or_too_few_is_refused(name, tmp_path):
     MODELS[name][0]().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"surplus": torch.zeros(3)}, file, {"format": "pt"})
+    edit_weights(tmp_path, lambda weights: weights.update(surplus=torch.zeros(3)))
     with pytest.raises(ValueError, match="surplus"):
         headwise.load(tmp_path)
-    lost = next(iter(weights))
-    save_file({k: v for k, v in weights.items() if k != lost}, file, {"format": "pt"})
+    edit_weights(tmp_path, lambda weights: weights.pop("surplus"))
+    lost = next(iter(load_file(tmp_path / "model.safetensors")))
+    edit_weights(tmp_path, lambda weights: weights.pop(lost))
     with pytest.raises(ValueError, match=lost):
         headwise.load(tmp_path)

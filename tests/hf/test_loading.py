@@ -1,23 +1,18 @@
 """Originals from a path: weights and directories that do not fit are refused and left alone."""
 
-import hashlib
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conversions import QUERY_NORM
+from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
-from headwise import MoHConfig, convert
+from damage import contents, edit_json, edit_weights
+from headwise import convert
 from headwise.commands.convert import ConversionRun, convert_directory
 from headwise.hf.loading import check_place
+from tiny import SIZES
 
-QUERY_NORM = MoHConfig(router="query_norm", shared=2, active=4)
 UP = "model.layers.1.mlp.up_proj.weight"
-BERT = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -26,20 +21,8 @@ def original(tiny, tmp_path):
     return tmp_path / "original"
 
 
-def contents(directory):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
-
-
-def edit_weights(directory, edit):
-    weights = load_file(directory / "model.safetensors")
-    edit(weights)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(directory, edit):
-    config = json.loads((directory / "config.json").read_text())
-    edit(config)
-    (directory / "config.json").write_text(json.dumps(config))
+def name_the_class(directory, names):
+    edit_json(directory / "config.json", lambda config: config.update(architectures=names))
 
 
 def refuse(directory, message):
@@ -81,12 +64,14 @@ def test_tied_weights_are_not_missing(tiny, tmp_path, ids):
 
 
 def test_the_config_names_the_class(tmp_path):
-    BertForSequenceClassification(BertConfig(**BERT)).save_pretrained(tmp_path)
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path)
     assert isinstance(convert(tmp_path, attention=QUERY_NORM), BertForSequenceClassification)
     # A head that the class lacks is surplus, one that the file lacks is missing.
-    edit_config(tmp_path, lambda config: config.update(architectures=["BertModel"]))
+    name_the_class(tmp_path, ["BertModel"])
     assert isinstance(convert(tmp_path, attention=QUERY_NORM), BertModel)
-    edit_config(tmp_path, lambda config: config.update(architectures=["BertForMaskedLM"]))
+    edit_json(
+        tmp_path / "config.json", lambda config: config.update(architectures=["BertForMaskedLM"])
+    )
     refuse(tmp_path, r"missing_keys.*cls\.predictions")
 
 
@@ -116,7 +101,10 @@ def test_a_directory_without_a_model(original, tmp_path):
 
 @pytest.mark.parametrize("name", ["NoSuchModel", ""])
 def test_a_class_that_transformers_lacks(original, name):
-    edit_config(original, lambda config: config.update(architectures=[name] if name else None))
+    edit_json(
+        original / "config.json",
+        lambda config: config.update(architectures=[name] if name else None),
+    )
     refuse(original, f"transformers has no class {name or 'for it'}")
 
 
@@ -124,9 +112,9 @@ def test_a_converted_directory(tiny, tmp_path):
     directory = tmp_path / "converted"
     convert(tiny(), attention=QUERY_NORM).save_pretrained(directory)
     refuse(directory, "converted already; give the original")
-    edit_config(directory, lambda config: config["headwise"].update(format=99))
+    edit_json(directory / "config.json", lambda config: config["headwise"].update(format=99))
     refuse(directory, "headwise format 99, this version reads up to 3; upgrade with")
     with pytest.raises(ValueError, match="headwise format 99"):
         AutoConfig.from_pretrained(directory)
-    edit_config(directory, lambda config: config.pop("headwise"))
+    edit_json(directory / "config.json", lambda config: config.pop("headwise"))
     refuse(directory, r"config\.json's 'headwise' is not understood")

@@ -1,21 +1,21 @@
 """Balancing by biases in converted models: when they move, by what, and that nothing is lost."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conversions import MH_MOE, MOE
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from headwise import MHMoEConfig, MoEConfig, convert, record_routing, update_biases
+from headwise import convert, record_routing, update_biases
 from headwise.hf.checkpointing import checkpoint_activations
 from headwise.ops import count_choices
 
-MLP = MHMoEConfig(
-    num_heads=3, num_experts=7, top_k=2, expert_dim=11, scores="sigmoid", bias_rate=0.25
-)
+MLP = replace(MH_MOE, scores="sigmoid", bias_rate=0.25)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_two_processes_move_the_biases_as_one_would(model, ids, tmp_path, two_pr
 
 
 def test_without_a_rate_nothing_is_stored(tiny, ids):
-    model = convert(tiny(), mlp=MoEConfig(num_experts=7, top_k=2, expert_dim=11)).train()
+    model = convert(tiny(), mlp=MOE).train()
     model(input_ids=ids, labels=ids)
     assert not [name for name in model.state_dict() if name.endswith(("router.bias", "load"))]
 

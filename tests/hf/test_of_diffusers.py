@@ -2,13 +2,15 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conversions import LEARNED, TWO_STAGE
 from torch.testing import assert_close
 
 import headwise.hf
+from damage import edit_json, edit_weights
 from headwise import MHMoEConfig, MoHConfig, balance_loss, calibrate, convert, record_routing
 from headwise.hf import Conversion
 from headwise.nn import QueryNormRouter
@@ -50,7 +52,7 @@ LEGACY = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 7, "patch_size": 
 EXPERTS = MHMoEConfig(num_heads=2, num_experts=3, top_k=1, expert_dim=7)
 ROUTERS = {
     "query_norm": MoHConfig(router="query_norm", shared=2, active=3),
-    "two_stage": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
+    "two_stage": TWO_STAGE,
     "one_stage": MoHConfig(
         router="one_stage", shared=1, active=3, balance_coefficient=0.5, router_std=0.02
     ),
@@ -131,9 +133,8 @@ def test_heads_are_gated_before_the_output_projection(router):
     model = convert(copy.deepcopy(reference), attention=ROUTERS[router])
     routers = {n: copy.deepcopy(m) for n, m in model.named_modules() if n.endswith("router")}
     for name, its_router in routers.items():
-        compute_all_heads_and_gate_them(
-            reference.get_submodule(name[: -len(".router")]), its_router
-        )
+        attention = reference.get_submodule(name.removesuffix(".router"))
+        compute_all_heads_and_gate_them(attention, its_router)
     got, want = run(model), run(reference)
     assert_close(got, want)
     weights = torch.randn_like(want)
@@ -163,9 +164,7 @@ def test_the_balance_losses_train_the_routers():
 def test_gradient_checkpointing_changes_no_gradient(router):
     results = []
     for checkpointing in (False, True):
-        model = convert(
-            tiny(), attention=MoHConfig(router=router, shared=2, active=3, router_std=0.02)
-        )
+        model = convert(tiny(), attention=replace(TWO_STAGE, router=router, active=3))
         if checkpointing:
             model.enable_gradient_checkpointing()
         with record_routing(model) as routings:
@@ -208,10 +207,7 @@ ROUTER = "transformer_blocks.1.attn1.router.routed.weight"
 def test_weights_that_do_not_fit_are_an_error(edit, message, tmp_path):
     model = convert(tiny(), attention=ROUTERS["two_stage"])
     model.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    edit(weights)
-    save_file(weights, file, metadata={"format": "pt"})
+    edit_weights(tmp_path, edit, "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=message):
         type(model).from_pretrained(tmp_path)
 
@@ -219,13 +215,10 @@ def test_weights_that_do_not_fit_are_an_error(edit, message, tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     model = convert(tiny(), attention=ROUTERS["two_stage"])
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["headwise"]["format"] = 99
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", lambda config: config["headwise"].update(format=99))
     with pytest.raises(ValueError, match=r"format 99.*upgrade"):
         type(model).from_pretrained(tmp_path)
-    del config["headwise"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", lambda config: config.pop("headwise"))
     with pytest.raises(ValueError, match=r"config.json's 'headwise' is not understood"):
         type(model).from_pretrained(tmp_path)
 
@@ -277,53 +270,49 @@ def test_flops_equal_torchs_counter_less_the_heads_that_are_off():
 def test_what_cannot_be_converted_is_refused_and_left_alone():
     model = tiny()
     with pytest.raises(ValueError, match=r"of which attention alone can be converted; mlp must"):
-        convert(model, attention=MoHConfig(router="two_stage", router_std=0.02), mlp=EXPERTS)
+        convert(model, attention=LEARNED, mlp=EXPERTS)
     with pytest.raises(ValueError, match=r"attention alone can be converted; .* ternary False"):
         convert(model, ternary=True)
     with pytest.raises(ValueError, match="layer 1: active is 6"):
-        convert(
-            model, attention=MoHConfig(shared=1, active=[3, 6], router="two_stage", router_std=0.02)
-        )
+        convert(model, attention=replace(LEARNED, shared=1, active=[3, 6]))
     assert type(model) is diffusers.DiTTransformer2DModel
     assert not any("router" in name for name, _ in model.named_modules())
     assert "headwise" not in model.config
-    converted = convert(model, attention=MoHConfig(router="two_stage", router_std=0.02))
+    converted = convert(model, attention=LEARNED)
     with pytest.raises(ValueError, match=r"RoutedDiT.* is converted already; load the original"):
-        convert(converted, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(converted, attention=LEARNED)
+    pipe = diffusers.DDIMPipeline(tiny(UNET), diffusers.DDIMScheduler())
     with pytest.raises(ValueError, match=r"a DDIMPipeline; give a model of it"):
-        convert(
-            diffusers.DDIMPipeline(tiny(UNET), diffusers.DDIMScheduler()),
-            attention=MoHConfig(router="two_stage", router_std=0.02),
-        )
+        convert(pipe, attention=LEARNED)
 
 
 def test_what_takes_models_of_transformers_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"model is a DiT.*; it must be a transformers model"):
-        calibrate(tiny(), [{}], MoHConfig(router="two_stage", router_std=0.02), by="query_norm")
+        calibrate(tiny(), [{}], LEARNED, by="query_norm")
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"it is a {DIT} of diffusers; load it with that class"):
-        convert(tmp_path, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(tmp_path, attention=LEARNED)
 
 
 def test_models_whose_attention_is_another_are_refused():
     own = type("OwnDiT", (diffusers.DiTTransformer2DModel,), {})(**SIZES)
     with pytest.raises(ValueError, match="OwnDiT cannot be converted: diffusers has no class"):
-        convert(own, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(own, attention=LEARNED)
     legacy = diffusers.Transformer2DModel(**SIZES | LEGACY)
     with pytest.raises(ValueError, match=r"Transformer2DModel cannot be .* DiTTransformer2DModel"):
-        convert(legacy, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(legacy, attention=LEARNED)
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(
         ValueError, match=r"attentions\.0 is a Attention with AttnProcessor2_0, and"
     ):
-        convert(vae, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(vae, attention=LEARNED)
     without = diffusers.AutoencoderTiny()
     with pytest.raises(ValueError, match=r"AutoencoderTiny cannot be .* no self-attention"):
-        convert(without, attention=MoHConfig(router="two_stage", router_std=0.02))
+        convert(without, attention=LEARNED)
 
 
 def test_a_processor_or_a_sequence_that_would_pass_by_the_routers_is_refused():
-    model = convert(tiny(), attention=MoHConfig(router="two_stage", router_std=0.02))
+    model = convert(tiny(), attention=LEARNED)
     attn = model.transformer_blocks[1].attn1
     x = torch.randn(2, TOKENS, HEADS * WIDTH)
     with pytest.raises(ValueError, match="encoder_hidden_states is given; routed heads attend to"):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from conversions import MH_MOE, QUERY_NORM
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,19 +15,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from headwise import MHMoEConfig, MoHConfig, convert
+from headwise import MoHConfig, convert
+from tiny import SIZES
 
-SIZES = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "base": (LlamaConfig, LlamaModel),
     "bert": (BertConfig, BertForMaskedLM),
 }
-ATTENTION = MoHConfig(router="query_norm", shared=2, active=4)
-EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 
 
 def configs(model):
@@ -41,7 +37,7 @@ def test_a_config_that_models_share_stays_as_it_was(kinds):
     before = copy.deepcopy(config)
     twin, model = model_class(config), model_class(config)
     implementation = config._attn_implementation
-    convert(model, attention=ATTENTION)
+    convert(model, attention=QUERY_NORM)
     assert type(config) is config_class
     assert config.to_dict() == before.to_dict()
     assert config._attn_implementation == implementation
@@ -53,7 +49,7 @@ def test_a_config_that_models_share_stays_as_it_was(kinds):
 
 def test_experts_alone_leave_a_shared_config_too():
     config = LlamaConfig(**SIZES)
-    convert(LlamaForCausalLM(config), mlp=EXPERTS)
+    convert(LlamaForCausalLM(config), mlp=MH_MOE)
     assert type(config) is LlamaConfig
     assert not hasattr(config, "headwise")
 
@@ -70,9 +66,8 @@ def test_a_conversion_that_fails_leaves_the_config_in_its_place():
 def test_the_config_of_a_fresh_conversion_is_enough_for_a_new_model(kinds, tmp_path):
     config_class, model_class = kinds
     # As of a model that was loaded from what another class had saved.
-    model = convert(
-        model_class(config_class(**SIZES, architectures=["Another"])), attention=ATTENTION
-    )
+    model = model_class(config_class(**SIZES, architectures=["Another"]))
+    convert(model, attention=QUERY_NORM)
     model.config.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is type(model.config)

@@ -2,21 +2,16 @@
 
 import pytest
 import torch
+from conversions import QUERY_NORM, TWO_STAGE
 from torch import distributed
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from headwise import MoHConfig, convert
+from headwise import convert
+from tiny import SIZES
 
-ROUTERS = {
-    "query_norm": MoHConfig(router="query_norm", shared=2, active=4),
-    "two_stage": MoHConfig(router="two_stage", shared=2, active=4, router_std=0.02),
-}
+ROUTERS = {"query_norm": QUERY_NORM, "two_stage": TWO_STAGE}
 REFUSED = r"cannot be tensor-parallel: .*FSDP"
 
 
@@ -39,10 +34,7 @@ def test_a_converted_model_is_not_loaded_in_parts(tiny, tmp_path, options):
 def split_in_two(rank, router):
     """In each of two processes: half the heads of each layer."""
     mesh = distributed.init_device_mesh("cpu", (2,))
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=30, num_hidden_layers=1,
-        num_attention_heads=6, num_key_value_heads=2,
-    )  # fmt: skip
+    config = LlamaConfig(**SIZES, num_key_value_heads=2)
     plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
     plan["o_proj"] = RowwiseParallel()
     dense, routed = LlamaForCausalLM(config), LlamaForCausalLM(config)

@@ -7,16 +7,12 @@ import pickle
 
 import pytest
 import torch
+from conversions import MH_MOE, TWO_STAGE
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from headwise import MHMoEConfig, MoHConfig, convert
+from headwise import convert
+from tiny import SIZES
 
-SIZES = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
-EXPERTS = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
-HEADS = MoHConfig(router="two_stage", router_std=0.02, shared=2, active=4)
 IDS = torch.arange(3, 10)[None]
 
 
@@ -26,13 +22,16 @@ def dit():
         num_attention_heads=4, attention_head_dim=3, in_channels=4, num_layers=2, sample_size=4,
         norm_num_groups=4, num_embeds_ada_norm=7,
     )  # fmt: skip
-    return convert(model, attention=HEADS)
+    return convert(model, attention=TWO_STAGE)
 
 
+LLAMA = LlamaConfig(**SIZES)
 MODELS = {
-    "llama": lambda: convert(LlamaForCausalLM(LlamaConfig(**SIZES)), attention=HEADS, mlp=EXPERTS),
-    "bert": lambda: convert(BertForMaskedLM(BertConfig(**SIZES)), attention=HEADS),
-    "ternary": lambda: convert(LlamaModel(LlamaConfig(**SIZES)), attention=HEADS, ternary=True),
+    "llama": lambda: convert(
+        LlamaForCausalLM(LlamaConfig(**SIZES)), attention=TWO_STAGE, mlp=MH_MOE
+    ),
+    "bert": lambda: convert(BertForMaskedLM(BertConfig(**SIZES)), attention=TWO_STAGE),
+    "ternary": lambda: convert(LlamaModel(LLAMA), attention=TWO_STAGE, ternary=True),
     "dit": dit,
 }
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from conversions import MH_MOE
 from torch.testing import assert_close
 
-from headwise import MHMoE, MHMoEConfig, MoHConfig, convert, record_routing
+from headwise import MHMoE, MoHConfig, convert, record_routing
 from headwise.hf.checkpointing import checkpoint_activations
 from headwise.nn import Router
-
-MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 
 
 @pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
@@ -124,10 +123,7 @@ def step(model, ids, **kwargs):
     return loss.detach(), [p.grad.clone() for p in model.parameters()], routings
 
 
-@pytest.mark.parametrize(
-    "padded",
-    [False, True],
-)
+@pytest.mark.parametrize("padded", [False, True])
 def test_checkpointing_counts_once_and_changes_no_gradient(model, ids, padded):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0 if padded else 1

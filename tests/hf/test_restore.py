@@ -9,13 +9,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from headwise import MoEConfig, MoHConfig, convert
 from headwise.hf import restore
+from tiny import SIZES
 
 IDS = torch.randint(31, (2, 7))
 
 
 def llama() -> LlamaForCausalLM:
-    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -26,11 +26,8 @@ def gpt2() -> GPT2LMHeadModel:
 @pytest.mark.parametrize("router", ["query_norm", "two_stage"])
 def test_it_is_the_model_before_the_conversion(build, router, tmp_path):
     before = build().eval()
-    converted = convert(
-        copy.deepcopy(before),
-        attention=MoHConfig(shared=2, active=4, router=router, router_std=0.02),
-    )
-    back = restore(converted)
+    attention = MoHConfig(shared=2, active=4, router=router, router_std=0.02)
+    back = restore(convert(copy.deepcopy(before), attention=attention))
     assert type(back) is type(before)
     assert type(back.config) is type(before.config)
     before.set_attn_implementation("sdpa")

@@ -4,24 +4,20 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conversions import GROUPS, LEARNED, MH_MOE, MOE, TWO_STAGE
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
+from damage import edit_json, edit_weights
+from headwise import MoHConfig, convert
 from headwise.hf import Conversion
 
-MH_MOE = MHMoEConfig(num_heads=3, num_experts=7, top_k=2, expert_dim=11)
 CONVERSIONS = {
-    "two_stage": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
+    "two_stage": {"attention": TWO_STAGE},
     "one_stage": {"attention": MoHConfig(router="one_stage", scores="sparsemax", router_std=0.02)},
     "query_norm": {"attention": MoHConfig(router="query_norm")},
-    "groups": {
-        "attention": MoHConfig(
-            shared=0, active=3, mode="paper", route_groups=True, router="two_stage", router_std=0.02
-        )
-    },
-    "moe": {"mlp": MoEConfig(num_experts=7, top_k=2, expert_dim=11), "every": 2},
-    "both": {"attention": MoHConfig(router="two_stage", router_std=0.02), "mlp": MH_MOE},
+    "groups": {"attention": GROUPS},
+    "moe": {"mlp": MOE, "every": 2},
+    "both": {"attention": LEARNED, "mlp": MH_MOE},
 }
 
 
@@ -75,6 +71,7 @@ ROUTER = "model.layers.1.self_attn.router.routed.weight"
         (lambda w: w.pop(ROUTER), f"missing_keys.*{ROUTER}"),
         (lambda w: w.pop("model.layers.0.mlp.layer.experts.up_proj"), "missing_keys.*up_proj"),
         (lambda w: w.update(surplus=torch.zeros(3)), "unexpected_keys.*surplus"),
+        (lambda w: w.update({ROUTER: torch.zeros(3, 24)}), f"mismatched_keys.*{ROUTER}"),
     ],
 )
 def test_weights_that_do_not_fit_are_an_error(tiny, tmp_path, edit, message):
@@ -84,24 +81,8 @@ def test_weights_that_do_not_fit_are_an_error(tiny, tmp_path, edit, message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_misshapen_weight_is_an_error(tiny, tmp_path):
-    convert(tiny(), **CONVERSIONS["both"]).save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda weights: weights.update({ROUTER: torch.zeros(3, 24)}))
-    with pytest.raises(ValueError, match=f"mismatched_keys.*{ROUTER}"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def edit_weights(path, edit):
-    weights = load_file(path / "model.safetensors")
-    edit(weights)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
 def test_a_newer_format_is_refused(tiny, tmp_path):
     convert(tiny(), **CONVERSIONS["two_stage"]).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    config["headwise"]["format"] = 99
-    file.write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", lambda config: config["headwise"].update(format=99))
     with pytest.raises(ValueError, match=r"format 99.*upgrade"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from conversions import MH_MOE, MOE, TWO_STAGE
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -17,20 +19,19 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from headwise import MHMoEConfig, MoEConfig, MoHConfig, bitnet, convert, record_routing
+from gradients import assert_checkpointing_changes_none
+from headwise import MoHConfig, bitnet, convert, record_routing
 from headwise.hf import restore
-from headwise.hf.checkpointing import checkpoint_activations
 from headwise.nn.bitlinear import BitLinear, PackedLinear
 from headwise.parity import count_flops, count_parameters
+from tiny import SIZES
 
-MH_MOE = MHMoEConfig(
-    num_heads=3, num_experts=7, top_k=2, expert_dim=11, shared_expert_dim=5, bias=True
-)
+MIXTURE = replace(MH_MOE, shared_expert_dim=5, bias=True)
 CONVERSIONS = {
     "dense": {},
-    "moh": {"attention": MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)},
-    "moe": {"mlp": MoEConfig(num_experts=7, top_k=2, expert_dim=11), "every": 2},
-    "both": {"attention": MoHConfig(router="query_norm"), "mlp": MH_MOE},
+    "moh": {"attention": TWO_STAGE},
+    "moe": {"mlp": MOE, "every": 2},
+    "both": {"attention": MoHConfig(router="query_norm"), "mlp": MIXTURE},
 }
 
 
@@ -53,8 +54,7 @@ def test_every_linear_map_of_the_layers_and_no_other(model):
 
 
 def test_the_layer_of_an_attention_is_what_stands_in_the_list():
-    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29}
-    bert = BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=6))
+    bert = BertForMaskedLM(BertConfig(**SIZES))
     kinds = {name: type(m) for name, m in linears(convert(bert, ternary=True)).items()}
     ternary = {name for name, kind in kinds.items() if kind is BitLinear}
     assert ternary == {name for name in kinds if name.startswith("bert.encoder.layer.")}
@@ -125,7 +125,7 @@ def buffers_of_layers(model):
 
 def test_the_file_of_a_packed_model_is_as_small_as_said(tiny, tmp_path):
     sizes = {"hidden_size": 96, "intermediate_size": 256, "head_dim": 16}
-    model = convert(tiny(**sizes).bfloat16(), ternary=True, mlp=MH_MOE, every=2)
+    model = convert(tiny(**sizes).bfloat16(), ternary=True, mlp=MIXTURE, every=2)
     model.save_pretrained(tmp_path / "trained")
     bitnet.pack(model).save_pretrained(tmp_path / "packed")
     files = [tmp_path / state / "model.safetensors" for state in ("trained", "packed")]
@@ -167,14 +167,9 @@ def test_training_reaches_every_weight_and_lowers_the_loss(model, ids):
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, ids):
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            checkpoint_activations(model)
-        model.train().zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert_close(*gradients)
+    assert_checkpointing_changes_none(
+        lambda: copy.deepcopy(model).train(), lambda copied: copied(ids, labels=ids).loss
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -244,11 +239,8 @@ def test_attention_outside_of_lists_of_layers_is_refused(tiny):
 
 
 def test_experts_of_transformers_are_refused_but_may_be_replaced():
-    config = transformers.MixtralConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=2, num_local_experts=3,
-    )  # fmt: skip
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp.* which cannot be made ternary"):
         convert(transformers.MixtralForCausalLM(config), ternary=True)
-    model = convert(transformers.MixtralForCausalLM(config), ternary=True, mlp=MH_MOE)
+    model = convert(transformers.MixtralForCausalLM(config), ternary=True, mlp=MIXTURE)
     assert {type(m) for m in linears(model.model).values()} == {BitLinear}

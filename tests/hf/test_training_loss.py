@@ -1,9 +1,10 @@
 """The training loss of a converted model: the model's own and the weighted balance losses."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
+from conversions import LEARNED, MH_MOE, TWO_STAGE
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (
@@ -15,28 +16,17 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from headwise import (
-    MHMoEConfig,
-    MoHConfig,
-    balance_loss,
-    convert,
-    record_routing,
-    router_z_loss,
-)
+from headwise import MoHConfig, balance_loss, convert, record_routing, router_z_loss
 from headwise.hf.checkpointing import checkpoint_activations
+from tiny import SIZES
 
 BETA, ALPHA, ZETA = 0.3, 0.7, 0.11
-MLP = MHMoEConfig(
-    num_heads=3, num_experts=7, top_k=2, expert_dim=11,
-    balance_coefficient=ALPHA, z_loss_coefficient=ZETA,
-)  # fmt: skip
+MLP = replace(MH_MOE, balance_coefficient=ALPHA, z_loss_coefficient=ZETA)
 
 
 @pytest.fixture(params=["two_stage", "one_stage", "query_norm"])
 def model(request, tiny):
-    attention = MoHConfig(
-        router=request.param, shared=2, active=4, balance_coefficient=BETA, router_std=0.02
-    )
+    attention = replace(TWO_STAGE, router=request.param, balance_coefficient=BETA)
     return convert(tiny(num_hidden_layers=3), attention=attention, mlp=MLP, every=2)
 
 
@@ -64,7 +54,7 @@ def test_training_loss_is_evaluation_loss_plus_balance(model, ids):
 
 @pytest.mark.parametrize("form", ["scaled", "plain", "first_choice"])
 def test_the_balance_of_experts_is_of_the_form_that_is_asked_for(tiny, ids, form):
-    mlp = dataclasses.replace(MLP, balance_form=form, balance_scope="all", z_loss_coefficient=0)
+    mlp = replace(MLP, balance_form=form, balance_scope="all", z_loss_coefficient=0)
     model = convert(tiny(), mlp=mlp)
     with record_routing(model) as routings:
         evaluation = model(input_ids=ids, labels=ids).loss
@@ -139,17 +129,13 @@ def test_two_equal_micro_batches_give_the_gradient_of_the_whole(model, ids):
 
 
 def test_a_coefficient_of_zero_leaves_the_loss_alone(tiny, ids):
-    model = convert(
-        tiny(), attention=MoHConfig(balance_coefficient=0, router="two_stage", router_std=0.02)
-    )
+    model = convert(tiny(), attention=replace(LEARNED, balance_coefficient=0))
     evaluation = model(input_ids=ids, labels=ids).loss
     assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation)
 
 
 def test_a_layer_that_routes_nothing_adds_nothing(tiny, ids):
-    model = convert(
-        tiny(), attention=MoHConfig(shared=1.0, active=1.0, router="two_stage", router_std=0.02)
-    )
+    model = convert(tiny(), attention=replace(LEARNED, shared=1.0, active=1.0))
     evaluation = model(input_ids=ids, labels=ids).loss
     loss = model.train()(input_ids=ids, labels=ids).loss
     assert_close(loss, evaluation)
@@ -164,17 +150,13 @@ def test_all_heads_on_by_query_norm_trains(tiny, ids):
     assert_close(model.train()(input_ids=ids, labels=ids).loss, evaluation + balance)
 
 
-BERT = {
-    "vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}  # fmt: skip
 VIT = {
     "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 6,
     "image_size": 10, "patch_size": 2, "encoder_stride": 2,
 }  # fmt: skip
 TARGETS = {
     "question answering": (
-        lambda: BertForQuestionAnswering(BertConfig(**BERT)),
+        lambda: BertForQuestionAnswering(BertConfig(**SIZES)),
         lambda ids: {
             "input_ids": ids,
             "start_positions": torch.tensor([1, 3]),
@@ -194,10 +176,7 @@ TARGETS = {
 @pytest.mark.parametrize("as_tuple", [False, True])
 @pytest.mark.parametrize(("build", "inputs"), TARGETS.values(), ids=TARGETS)
 def test_what_is_not_called_labels_has_the_balance_too(ids, build, inputs, as_tuple):
-    attention = MoHConfig(
-        router="two_stage", shared=2, active=4, balance_coefficient=BETA, router_std=0.02
-    )
-    model = convert(build().eval(), attention=attention)
+    model = convert(build().eval(), attention=replace(TWO_STAGE, balance_coefficient=BETA))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -229,11 +208,11 @@ def test_where_nothing_is_trained_or_balanced_nobody_is_warned(model, tiny, ids)
     model(ids)
     with torch.no_grad():
         model.train()(ids)
-    attention = MoHConfig(router="two_stage", balance_coefficient=0, router_std=0.02)
-    experts = dataclasses.replace(MLP, balance_coefficient=0, z_loss_coefficient=0)
+    attention = replace(LEARNED, balance_coefficient=0)
+    experts = replace(MLP, balance_coefficient=0, z_loss_coefficient=0)
     convert(tiny(), attention=attention, mlp=experts).train()(ids)
     with pytest.warns(UserWarning, match="update_biases"):
-        convert(tiny(), mlp=dataclasses.replace(experts, bias_rate=0.1)).train()(ids)
+        convert(tiny(), mlp=replace(experts, bias_rate=0.1)).train()(ids)
     convert(tiny(), ternary=True).train()(ids)
 
 

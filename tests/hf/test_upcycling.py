@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from conversions import QUERY_NORM
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
+from headwise import MHMoEConfig, MoEConfig, convert
 from headwise.hf import Conversion
 
 FIELDS = {"num_experts": 5, "top_k": 5, "expert_dim": 7, "experts_from": "mlp"}
@@ -32,9 +33,8 @@ def test_with_every_expert_on_the_model_is_as_it_was(tiny, ids, family, options)
 
 
 def test_with_heads_routed_as_well(original, ids):
-    attention = MoHConfig(router="query_norm", shared=2, active=4)
-    want = convert(copy.deepcopy(original), attention=attention)(ids).logits
-    got = convert(original, attention=attention, mlp=MoEConfig(**FIELDS), every=2)(ids).logits
+    want = convert(copy.deepcopy(original), attention=QUERY_NORM)(ids).logits
+    got = convert(original, attention=QUERY_NORM, mlp=MoEConfig(**FIELDS), every=2)(ids).logits
     assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -18,13 +18,12 @@ from headwise.parity import count_flops, measure_flops
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (40, 30, 240)}
 SIDE, PATCH, HEADS, LAYERS = 10, 2, 5, 2
 TOKENS = 1 + (SIDE // PATCH) ** 2
+LEARNED = MoHConfig(shared=2, active=3, router="two_stage", router_std=0.02)
+EXPERTS = MHMoEConfig(num_heads=2, num_experts=3, top_k=2, expert_dim=7)
 CONVERSIONS = {
     "query_norm": {"attention": MoHConfig(router="query_norm", shared=1, active=3)},
-    "two_stage": {"attention": MoHConfig(shared=2, active=3, router="two_stage", router_std=0.02)},
-    "both": {
-        "attention": MoHConfig(shared=2, active=3, router="two_stage", router_std=0.02),
-        "mlp": MHMoEConfig(num_heads=2, num_experts=3, top_k=2, expert_dim=7),
-    },
+    "two_stage": {"attention": LEARNED},
+    "both": {"attention": LEARNED, "mlp": EXPERTS},
 }
 
 

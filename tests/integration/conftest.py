@@ -8,12 +8,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils import logging
 
 TINY = shlex.split(
     "--dim 32 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 512 --sequence-length 64 "
@@ -68,17 +67,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 
 
 @pytest.fixture
-def headwise(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+def headwise(capsys: pytest.CaptureFixture, verbosity: None) -> Callable[..., str]:
     """Calls the command in this process; what it printed to stdout."""
     from headwise.cli import main
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
 
     def call(*arguments: object) -> str:
         capsys.readouterr()
         main([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
-    yield call
-    logging.set_verbosity(verbosity)
-    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+    return call

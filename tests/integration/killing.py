@@ -1,12 +1,10 @@
 """Commands that kill themselves as they are about to change a file, as kill -9 may at any time."""
 
-import csv
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -21,6 +19,12 @@ import headwise.recipes.lm
 import headwise.recipes.vit  # noqa: F401
 from headwise.cli import main
 
+# Launchers of two processes that train one set of models.
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO_PROCESSES = (
+    *LAUNCH, "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
+)  # fmt: skip
 _CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 
 
@@ -91,7 +95,7 @@ def _is_change(event: str, values: tuple, output: str) -> bool:
 
 def kill_a_worker(process: subprocess.Popen, when: Path) -> None:
     """One of two that train side by side, as soon as there is that path; the command says so."""
-    wait_for(when)
+    wait_for(when, process)
     workers = [x for x in psutil.Process(process.pid).children() if "spawn_main" in x.cmdline()[-2]]
     assert len(workers) == 2
     workers[0].kill()
@@ -100,13 +104,15 @@ def kill_a_worker(process: subprocess.Popen, when: Path) -> None:
     assert "was killed, out of memory perhaps; the same command with --resume" in printed
 
 
-def rows_but(run: Path, measured: Sequence[str]) -> list[dict[str, str]]:
-    """Of a run's table, without the columns that two equal runs differ in."""
-    with (run / "results.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+def kill(process: subprocess.Popen, when: Path) -> None:
+    """As soon as there is that path."""
+    wait_for(when, process)
+    process.send_signal(signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, printed
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, process: subprocess.Popen) -> None:
     wait = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < wait:
-        time.sleep(0.01)
+    while not path.exists() and process.poll() is None and time.monotonic() < wait:
+        time.sleep(0.005)

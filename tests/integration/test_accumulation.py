@@ -5,41 +5,30 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
+from transformers import TrainingArguments, default_data_collator
 
 from headwise import MHMoEConfig, MoHConfig, convert
 from headwise.training.trainer import SafeTrainer
+from tiny import llama
 
 ROWS = torch.randint(0, 31, (64, 7), generator=torch.Generator().manual_seed(0))
 
 
 def trained(output: Path, balance: float, batch: int, accumulation: int, steps: int = 2):
     """Losses and weights after some steps of plain gradient descent."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
     model = convert(
-        LlamaForCausalLM(config),
+        llama(hidden_size=16, num_attention_heads=4, num_key_value_heads=2),
         attention=MoHConfig(balance_coefficient=balance, router="two_stage", router_std=0.02),
         mlp=MHMoEConfig(
             num_heads=2, num_experts=5, top_k=2, expert_dim=8, balance_coefficient=balance
         ),
     )
     arguments = TrainingArguments(
-        output_dir=str(output / f"{balance} {batch}"),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        max_grad_norm=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
+        output_dir=str(output / f"{balance} {batch}"), per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation, max_steps=steps, max_grad_norm=0,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        dataloader_pin_memory=False, disable_tqdm=True,
+    )  # fmt: skip
     trainer = SafeTrainer(
         model=model,
         args=arguments,

@@ -1,15 +1,14 @@
 """A study from end to end: side by side or one by one, killed and started again."""
 
-import json
 import os
 import shlex
-import signal
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from killing import kill_a_worker, rows_but, wait_for
+from killing import kill, kill_a_worker
+from outcomes import losses, rows_but
 
 SMALL = shlex.split(
     "--dim 24 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 --sequence-length 32 "
@@ -26,11 +25,6 @@ def arguments(commands):
         return [*study, *SMALL, *fields]
 
     return build
-
-
-def losses(run: Path) -> list[list[float]]:
-    models = json.loads((run / "record.json").read_text())["models"]
-    return [model["training"]["losses"] for model in models]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +54,7 @@ def test_one_by_one_equals_side_by_side(commands, arguments, whole, tmp_path):
 def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, whole, tmp_path):
     run = tmp_path / "killed"
     process = commands.start(arguments(run))
-    wait_for(run / "models" / "dense-seed0")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, when=run / "models" / "dense-seed0")
     assert not (run / "results.csv").exists(), "the study was over before the kill"
     _wait_until_still(run)
     commands.run(arguments(run, "--resume"))

@@ -1,6 +1,5 @@
 """A run of two models from end to end: what it leaves, and what can be done with it."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headwise as library
 from headwise.parity import count_parameters
+from headwise.results.rows import read_csv
 
 PAIR = ("--models", "dense", "moh_mh_moe", "--steps", "20", "--report-to", "tensorboard")
 
@@ -56,8 +56,7 @@ def test_progress_and_comparison_are_printed(printed):
 
 
 def test_a_row_for_each_model(run):
-    with (run / "results.csv").open() as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
+    rows = {row["model"]: row for row in read_csv(run / "results.csv")}
     assert list(rows) == ["dense", "moh_mh_moe"]
     for name, row in rows.items():
         total, active = count_parameters(model(run, name))
@@ -83,8 +82,7 @@ def test_record_has_curves_and_loads(run):
 
 
 def test_a_row_for_each_layer_with_experts(run):
-    with (run / "experts.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_csv(run / "experts.csv")
     experts = model(run).conversion.mlp.num_experts
     where = ("model", "seed", "layer", "domain", "experts")
     assert [row[key] for key in where] == ["moh_mh_moe", "0", "1", "library", str(experts)]

@@ -4,11 +4,10 @@ Four seeds of a tiny model. Each seed's losses stay near those of the plain run,
 the mean difference is 0 within three times its standard error: no way of computing is biased.
 """
 
-import json
 import statistics
-from pathlib import Path
 
 import pytest
+from outcomes import losses
 
 SEEDS, LATER = 4, 0.02
 # No balance loss: each part of a batch balances itself, near the whole's and not equal.
@@ -16,12 +15,6 @@ FIELDS = (
     "--models", "moh_mh_moe", "--steps", "12", "--seeds", *map(str, range(SEEDS)),
     "--log-every", "1", "--balance-coefficient", "0",
 )  # fmt: skip
-
-
-def losses(run: Path) -> list[list[float]]:
-    models = json.loads((run / "record.json").read_text())["models"]
-    assert len(models) == SEEDS
-    return [model["training"]["losses"] for model in models]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +26,7 @@ def plain(commands, tmp_path_factory) -> list[list[float]]:
 
 def check_alike(got: list[list[float]], plain: list[list[float]], at_first: float) -> None:
     """`at_first` bounds the first two losses; a choice between near equals moves later ones."""
+    assert len(got) == SEEDS
     pairs = zip(got, plain, strict=True)
     differences = [[x - y for x, y in zip(*pair, strict=True)] for pair in pairs]
     assert max(abs(x) for of_seed in differences for x in of_seed[:2]) < at_first

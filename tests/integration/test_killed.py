@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from killing import Killer, kill_a_worker, rows_but
+from killing import Killer, kill_a_worker
+from outcomes import rows_but
 from safetensors.torch import load_file
 from torch.testing import assert_close
 

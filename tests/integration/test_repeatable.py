@@ -1,36 +1,18 @@
 """One seed, one result: run twice, killed and resumed, and by two processes."""
 
-import json
-import signal
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from killing import TWO_PROCESSES, kill
+from outcomes import losses
+from outcomes import weights as weights_of
 from torch.testing import assert_close
 
 STEPS = 60
 FIELDS = ("--models", "moh_mh_moe", "--steps", str(STEPS))
 NAME = "moh_mh_moe-seed0"
-TWO_PROCESSES = (
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-)  # fmt: skip
-
-
-def weights(run: Path):
-    return load_file(run / "models" / NAME / "model.safetensors")
-
-
-def losses(run: Path) -> list[float]:
-    (model,) = json.loads((run / "record.json").read_text())["models"]
-    return model["training"]["losses"]
-
-
-def wait_for(path: Path, process) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.005)
+weights = partial(weights_of, name=NAME)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +31,7 @@ def test_two_runs_with_a_seed_are_equal(commands, tmp_path, whole, headwise):
 def test_killed_and_resumed_equals_never_killed(commands, tmp_path, whole):
     run = tmp_path / "killed"
     process = commands.start(commands.train(run, *FIELDS))
-    wait_for(run / "checkpoints" / NAME / "checkpoint-20", process)
-    process.send_signal(signal.SIGKILL)
-    printed, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
+    kill(process, when=run / "checkpoints" / NAME / "checkpoint-20")
     assert not (run / "models").exists(), "the run was over before the kill"
     printed = commands.run(commands.train(run, *FIELDS, "--resume"))
     assert "step 5/" not in printed
@@ -64,9 +43,7 @@ def test_killed_and_resumed_equals_never_killed(commands, tmp_path, whole):
 def test_killed_before_the_first_checkpoint(commands, tmp_path, whole, headwise):
     run = tmp_path / "killed"
     process = commands.start(commands.train(run, *FIELDS))
-    wait_for(run / "run.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, when=run / "run.json")
     assert not (run / "checkpoints" / NAME / "checkpoint-10").exists()
     headwise(*commands.train(run, *FIELDS, "--resume"))
     assert_close(weights(run), weights(whole), rtol=0, atol=0)
@@ -79,7 +56,8 @@ def test_two_processes_train_one_set_of_models(commands, tmp_path, whole):
     states = (run / "checkpoints" / NAME / f"checkpoint-{STEPS}").glob("rng_state_*.pth")
     assert len(list(states)) == 2
     # Each process balances its own half of the batch: near, not equal.
-    assert losses(run) == pytest.approx(losses(whole), abs=0.01)
+    (got,), (want,) = losses(run), losses(whole)
+    assert got == pytest.approx(want, abs=0.01)
 
 
 def test_several_processes_refuse_several_workers(commands, tmp_path):

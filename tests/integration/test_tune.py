@@ -1,23 +1,17 @@
 """`headwise convert` and `headwise tune` as commands: killed, and by two processes."""
 
-import csv
 import shlex
-import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from killing import LAUNCH, TWO_PROCESSES, kill
+from outcomes import weights
 from torch.testing import assert_close
+
+from headwise.results.rows import read_csv
 
 ROOT = Path(__file__).parents[2]
 NAME = "routed-seed0"
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
-TWO_PROCESSES = (
-    *LAUNCH, "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
-)  # fmt: skip
 # accelerate shards on accelerators only; told that these CPUs are some, it does the same on them.
 AS_ACCELERATORS = """
 import runpy
@@ -60,13 +54,8 @@ def tune(commands, model: Path, output: Path, *fields: str) -> list[str]:
     ]  # fmt: skip
 
 
-def weights(run: Path):
-    return load_file(run / "models" / NAME / "model.safetensors")
-
-
 def perplexities(run: Path) -> list[float]:
-    with (run / "results.csv").open() as file:
-        return [float(row["perplexity"]) for row in csv.DictReader(file)]
+    return [float(row["perplexity"]) for row in read_csv(run / "results.csv")]
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +69,11 @@ def whole(commands, converted, tmp_path_factory) -> Path:
 def test_killed_and_resumed_equals_never_killed(commands, converted, tmp_path, whole):
     run = tmp_path / "killed"
     process = commands.start(tune(commands, converted, run))
-    while not (run / "checkpoints" / NAME / "checkpoint-10").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, when=run / "checkpoints" / NAME / "checkpoint-10")
     assert not (run / "models").exists(), "the run was over before the kill"
     printed = commands.run(tune(commands, converted, run, "--resume"))
     assert "step 5/" not in printed
-    assert_close(weights(run), weights(whole), rtol=0, atol=0)
+    assert_close(weights(run, NAME), weights(whole, NAME), rtol=0, atol=0)
 
 
 def test_two_processes(commands, converted, tmp_path, whole):
@@ -110,4 +96,4 @@ def test_two_processes_with_half_of_the_model_each(commands, converted, tmp_path
     checkpoint = tmp_path / "halves" / "checkpoints" / NAME / "checkpoint-20"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists()
     assert perplexities(tmp_path / "halves") == pytest.approx(perplexities(whole), rel=1e-4)
-    assert weights(tmp_path / "halves").keys() == weights(whole).keys()
+    assert weights(tmp_path / "halves", NAME).keys() == weights(whole, NAME).keys()

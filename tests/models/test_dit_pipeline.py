@@ -59,12 +59,8 @@ def sample(pipe: RoutedDiTPipeline, **options: object) -> torch.Tensor:
 
 
 def first_noise(count: int, seed: int = 11) -> torch.Tensor:
-    return torch.cat(
-        [
-            torch.randn(1, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed + i))
-            for i in range(count)
-        ]
-    )
+    generators = (torch.Generator().manual_seed(seed + i) for i in range(count))
+    return torch.cat([torch.randn(1, CHANNELS, SIDE, SIDE, generator=g) for g in generators])
 
 
 @pytest.mark.parametrize(("channels", "count"), [(3, 3), (None, 4)])
@@ -236,10 +232,7 @@ def test_a_bfloat16_model_is_sampled_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"classes": [1, 7, 0]},
-            "[1, 7, 0]; it must be a list, one for each image, in 0..6",
-        ),
+        ({"classes": [1, 7, 0]}, "[1, 7, 0]; it must be a list, one for each image, in 0..6"),
         ({"classes": []}, "classes is []"),
         ({"classes": [1, 2.0, 0]}, "classes is [1, 2.0, 0]; it must be a list, one for each"),
         ({"classes": 3}, "classes is 3; it must be a list, one for each image, in 0..6"),

@@ -5,15 +5,12 @@ import re
 
 import pytest
 import torch
+from test_transnext import ROUTED, TINY
 from transformers import ViTConfig
 
 from headwise.models import DiT, DiTConfig, TransNeXtConfig, TransNeXtForImageClassification
 
-SIZES = {
-    "image_size": 20, "patch_size": 2, "hidden_sizes": (10, 18, 30), "depths": (1, 2, 1),
-    "num_heads": (2, 3, 5), "mlp_ratios": (3, 2, 2.5), "sr_ratios": (3, 2, 1), "num_labels": 7,
-    "shared_heads": (2, 0, 2), "active_heads": (2, 1, 3),
-}  # fmt: skip
+SIZES = TINY | ROUTED
 
 
 def model() -> TransNeXtForImageClassification:
@@ -62,10 +59,7 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         ({"depths": 2}, r"depths is 2; it must be a tuple \(each an int"),
         ({"hidden_sizes": ()}, r"hidden_sizes is \(\); it must have an entry"),
         ({"sr_ratios": (3, 0, 1)}, r"sr_ratios\[1\] is 0; it must be at least 1"),
-        (
-            {"depths": (1, 2, 2.5)},
-            r"depths\[2\] is 2\.5; it must be an int of at least 1",
-        ),
+        ({"depths": (1, 2, 2.5)}, r"depths\[2\] is 2\.5; it must be an int of at least 1"),
         ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
         ({"num_heads": (2, 4, 5)}, r"num_heads\[1\] is 4; it must divide hidden_sizes\[1\] = 18"),
         ({"window_size": 4}, "window_size is 4; it must be odd"),

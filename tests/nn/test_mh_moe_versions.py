@@ -97,8 +97,7 @@ def test_two_matrices_are_three_whose_value_is_always_one():
 
 
 @pytest.mark.parametrize(
-    ("activation", "of"),
-    [("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)],
+    ("activation", "of"), [("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)]
 )
 def test_the_activation_of_an_expert_of_two_matrices(activation, of):
     sizes = SIZES | {"num_experts": 1, "top_k": 1}

@@ -1,10 +1,13 @@
 """Random calls of the ops, and how far from float64 a result may lie."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hypothesis.strategies as st
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 LAYOUTS = ("contiguous", "channels apart", "heads first", "every second", "repeated")
 
@@ -31,7 +34,7 @@ def leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict
 
 
 def value_and_gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    upstream = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+    upstream = torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape).to(y.dtype)
     # The reference of nothing but padding is no function of anything.
     total = (y * upstream).sum() + sum(0 * x.sum() for x in tensors.values())
     gradients = torch.autograd.grad(total, list(tensors.values()))
@@ -50,6 +53,37 @@ def assert_as_near(
         rounding = eps * (4 + largest) * size
         assert got[name].isfinite().all(), name
         assert ours.norm() <= 2 * torch_s.norm() + rounding, name
+
+
+def assert_at_most_twice(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], floor: Any = 0.0
+) -> None:
+    """Errors at most twice plain PyTorch's, which may be exact by luck where the truth is 0."""
+    for name, true in exact.items():
+        error, usual = ((x[name].double() - true).norm() for x in (got, plain))
+        assert error <= 2 * usual + floor, name
+
+
+def plain_attention(leaves: dict[str, Tensor], causal: bool) -> dict[str, Tensor]:
+    """PyTorch's attention of all heads, times their gates."""
+    q, k, v = (leaves[name].transpose(1, 2) for name in "qkv")
+    heads = scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return value_and_gradients(heads * leaves["gate"].unsqueeze(-1), leaves)
+
+
+def where_on(found: dict[str, Tensor], gate: Tensor) -> dict[str, Tensor]:
+    """Without what PyTorch gives gates that are off, whose gradient is 0 by definition."""
+    return found | {"gate": found["gate"][gate != 0]}
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gates(shape: tuple[int, ...], pattern: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import assert_at_most_twice, threads, value_and_gradients
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,41 +53,34 @@ def case(
     return tensors, {"size": size, "window": window}
 
 
-def value_and_gradients(tensors, options, impl, dtype):
+def computed(tensors, options, impl, dtype=torch.float32):
     """Parameters and gates are never narrower than float32."""
     wide = torch.promote_types(dtype, torch.float32)
     leaves = {
         name: x.detach().to(dtype if name in OVER_CHANNELS else wide).requires_grad_()
         for name, x in tensors.items()
     }
-    y = aggregated_attention(**leaves, **options, impl=impl)
-    upstream = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), upstream)]
+    return value_and_gradients(aggregated_attention(**leaves, **options, impl=impl), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SIZES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(name, dtype):
     tensors, options = case(**SIZES[name], dtype=dtype)
-    ours = value_and_gradients(tensors, options, "native", dtype)
-    plain = value_and_gradients(tensors, options, "dense", dtype)
-    exact = value_and_gradients(tensors, options, "dense", torch.float64)
-    for name, got, usual, true in zip(("y", *tensors), ours, plain, exact, strict=True):
-        error, usual_error = ((x.double() - true).norm() for x in (got, usual))
-        # Where the truth is 0, as a gradient through one key is, plain may be exact by luck.
-        assert error <= 2 * usual_error + torch.finfo(dtype).eps / 8 * exact[0].norm(), name
+    ours, plain = (computed(tensors, options, impl, dtype) for impl in ("native", "dense"))
+    exact = computed(tensors, options, "dense", torch.float64)
+    assert_at_most_twice(ours, plain, exact, torch.finfo(dtype).eps / 8 * exact["y"].norm())
 
 
 def test_what_is_off_gives_nothing_and_gets_no_gradient():
     tensors, options = case()
     tensors["gate"][:, :, 1] = 0
     off = tensors["gate"] == 0
-    y, *gradients = value_and_gradients(tensors, options, "native", torch.float32)
-    gradients = dict(zip(tensors, gradients, strict=True))
-    assert all((x[off] == 0).all() for x in (y, *(gradients[n] for n in ("q", "unit_q", "gate"))))
-    assert all((gradients[n][:, :, 1] == 0).all() for n in ("k", "v", "k_pool", "v_pool"))
+    found = computed(tensors, options, "native")
+    assert all((found[name][off] == 0).all() for name in ("y", "q", "unit_q", "gate"))
+    assert all((found[name][:, :, 1] == 0).all() for name in ("k", "v", "k_pool", "v_pool"))
     parameters = ("local_bias", "pool_bias", "learned_tokens", "learned_bias")
-    assert all((gradients[n][1] == 0).all() for n in parameters)
+    assert all((found[name][1] == 0).all() for name in parameters)
 
 
 def test_what_is_off_is_not_read():
@@ -99,14 +93,10 @@ def test_what_is_off_is_not_read():
 
 def test_gradients_are_the_same_each_time_and_nearly_so_for_more_threads():
     tensors, options = case(size=(11, 13), heads=5)
-    once, again = (value_and_gradients(tensors, options, "native", torch.float32) for _ in range(2))
-    assert all(map(torch.equal, once, again))
-    torch.set_num_threads(3)
-    try:
-        in_three = value_and_gradients(tensors, options, "native", torch.float32)
-    finally:
-        torch.set_num_threads(1)
-    assert_close(in_three, once, rtol=1e-4, atol=1e-4)
+    once, again = (computed(tensors, options, "native") for _ in range(2))
+    assert_close(again, once, rtol=0, atol=0)
+    with threads(3):
+        assert_close(computed(tensors, options, "native"), once, rtol=1e-4, atol=1e-4)
 
 
 def test_layouts_that_are_not_contiguous():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from cases import assert_at_most_twice, plain_attention, threads, value_and_gradients, where_on
+from cases import leaves as leaves_of
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,23 +74,20 @@ CASES = {
 }  # fmt: skip
 
 
-def value_and_gradients(leaves, options, impl):
-    y = head_attention(**leaves, **options, impl=impl)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return y, torch.autograd.grad(y, list(leaves.values()), upstream)
+def computed(leaves, options, impl):
+    return value_and_gradients(head_attention(**leaves, **options, impl=impl), leaves)
+
+
+def assert_equal_to_the_reference(leaves, options, impl):
+    got, want = (computed(leaves, options, name) for name in (impl, "reference"))
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+    off = leaves["gate"] == 0
+    assert all((x[name][off] == 0).all() for x in (got, want) for name in ("y", "q", "gate"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_all_gradients(name, impl):
-    leaves, options = case(**CASES[name])
-    want = value_and_gradients(leaves, options, "reference")
-    got = value_and_gradients(leaves, options, impl)
-    assert_close(got, want, rtol=1e-10, atol=1e-10)
-    off = leaves["gate"] == 0
-    for y, gradients in (got, want):
-        assert (y[off] == 0).all()
-        assert (gradients[0][off] == 0).all()
-        assert (gradients[3][off] == 0).all()
+    assert_equal_to_the_reference(*case(**CASES[name]), impl)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -97,31 +95,24 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(impl, bias):
     leaves, _ = case(on=1, bias=(5, 7) if bias else None)
     mask = torch.ones(B, 1, 5, 7, dtype=torch.bool)
     mask[1, :, 3] = False
-    y, gradients = value_and_gradients(leaves, {"mask": mask}, impl)
-    assert (y[1, 3] == 0).all()
-    assert (gradients[0][1, 3] == 0).all()
-    assert (gradients[3][1, 3] == 0).all()
-    assert all(g.isfinite().all() for g in gradients)
+    found = computed(leaves, {"mask": mask}, impl)
+    assert all((found[name][1, 3] == 0).all() for name in ("y", "q", "gate"))
+    assert all(x.isfinite().all() for x in found.values())
 
 
 def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient(impl):
     leaves, options = case()
     with torch.no_grad():
         leaves["gate"][:, :, 1] = 0
-    _, (_, dk, dv, _) = value_and_gradients(leaves, options, impl)
-    assert (dk[:, :, 1] == 0).all()
-    assert (dv[:, :, 1] == 0).all()
+    found = computed(leaves, options, impl)
+    assert all((found[name][:, :, 1] == 0).all() for name in "kv")
 
 
 def test_one_head_chosen_by_all(impl):
     leaves, options = case(causal=True, S=5)
     with torch.no_grad():
         leaves["gate"].zero_()[:, :, 2] = 0.7
-    assert_close(
-        value_and_gradients(leaves, options, impl),
-        value_and_gradients(leaves, options, "reference"),
-        rtol=1e-10, atol=1e-10,
-    )  # fmt: skip
+    assert_equal_to_the_reference(leaves, options, impl)
 
 
 def test_all_heads_off_gives_zero(impl):
@@ -153,23 +144,12 @@ def test_gradcheck(impl):
 def test_error_is_at_most_twice_that_of_plain_attention(impl, dtype, causal):
     leaves, _ = case(T=31, S=31, causal=causal)
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-    q, k, v, gate = leaves.values()
-    ours = value_and_gradients(leaves, {"causal": causal}, impl)
-    heads = scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
-    ).transpose(1, 2)
-    y = heads * gate.unsqueeze(-1)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape)
-    plain = y, torch.autograd.grad(y, (q, k, v, gate), upstream)
     wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-    exact = value_and_gradients(wide, {"causal": causal}, "dense")
-    on = gate != 0
-    pairs = zip((ours[0], *ours[1]), (plain[0], *plain[1]), (exact[0], *exact[1]), strict=True)
-    for got, torch_s, true in pairs:
-        # The plain gradient of a gate that is off is not 0; ours is, by definition.
-        if got.shape == gate.shape:
-            got, torch_s, true = got[on], torch_s[on], true[on]
-        assert (got.double() - true).norm() <= 2 * (torch_s.double() - true).norm()
+    results = (
+        computed(leaves, {"causal": causal}, impl), plain_attention(leaves, causal),
+        computed(wide, {"causal": causal}, "dense"),
+    )  # fmt: skip
+    assert_at_most_twice(*(where_on(found, leaves["gate"]) for found in results))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -180,17 +160,13 @@ def test_shared_heads_and_a_skewed_router(impl, causal):
         gate[:, :, 0] = 1.3  # shared
         gate[:, 1::2, 1] = 0.4  # half of the tokens
         gate[1, 20:] = 0  # padding
-    assert_close(
-        value_and_gradients(leaves, options, impl),
-        value_and_gradients(leaves, options, "reference"),
-        rtol=1e-10, atol=1e-10,
-    )  # fmt: skip
+    assert_equal_to_the_reference(leaves, options, impl)
 
 
 @pytest.mark.parametrize("layout", ["heads first", "sliced"])
 def test_layouts_that_are_not_contiguous(impl, layout):
     leaves, options = case(T=7, causal=True)
-    want = value_and_gradients(leaves, options, "reference")[0]
+    want = computed(leaves, options, "reference")["y"]
     for name in ("q", "k", "v"):
         x = leaves[name].detach()
         if layout == "heads first":
@@ -203,18 +179,13 @@ def test_layouts_that_are_not_contiguous(impl, layout):
 DECODED = ["one query", "causal, more keys", "mask", "bias", "everything", "grouped", "all on"]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("name", DECODED)
-def test_decode_equals_the_reference(name, threads):
+def test_decode_equals_the_reference(name, number):
     leaves, options = case(**CASES[name])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            got = head_attention(**leaves, **options, impl="decode")
-            want = head_attention(**leaves, **options, impl="reference")
-    finally:
-        torch.set_num_threads(before)
+    with threads(number), torch.no_grad():
+        got = head_attention(**leaves, **options, impl="decode")
+        want = head_attention(**leaves, **options, impl="reference")
     assert_close(got, want)
 
 
@@ -290,10 +261,10 @@ def test_large_scores_leave_all_gradients_finite(on):
     q, k, v = (torch.randn(1, 512, 8, 64) for _ in range(3))
     gate = (torch.rand(1, 512, 8) < on).float()
     mask = torch.ones(512, 512, dtype=torch.bool).tril()
-    leaves = {"q": q * 60, "k": k, "v": v, "gate": gate}
-    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
-    _, gradients = value_and_gradients(leaves, {"mask": mask}, "gathered")
-    assert all(g.isfinite().all() for g in gradients)
+    found = computed(
+        leaves_of({"q": q * 60, "k": k, "v": v, "gate": gate}), {"mask": mask}, "gathered"
+    )
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -302,19 +273,14 @@ def test_channels_that_are_apart_in_memory(impl, dtype, causal):
     """torch's own kernel, asked without its wrapper, takes them to lie side by side."""
     q, k, v = torch.randn(B, 37, 5, C, 3, dtype=dtype).unbind(-1)
     gate = (torch.rand(B, 37, 5) < 0.5).to(dtype)
+    tensors = {"q": q, "k": k, "v": v, "gate": gate}
     apart, together = (
-        {name: x.requires_grad_() for name, x in zip(("q", "k", "v", "gate"), tensors, strict=True)}
-        for tensors in (
-            [x.detach() for x in (q, k, v, gate)],
-            [x.detach().contiguous() for x in (q, k, v, gate.clone())],
-        )
+        leaves_of(given)
+        for given in (tensors, {name: x.clone().contiguous() for name, x in tensors.items()})
     )
-    assert_close(
-        value_and_gradients(apart, {"causal": causal}, impl),
-        value_and_gradients(together, {"causal": causal}, impl),
-        rtol=0.02 if dtype == torch.bfloat16 else None,
-        atol=0.02 if dtype == torch.bfloat16 else None,
-    )
+    got, want = (computed(given, {"causal": causal}, impl) for given in (apart, together))
+    tolerance = 0.02 if dtype == torch.bfloat16 else None
+    assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def test_decoding_from_a_cache_whose_channels_are_apart():
@@ -330,9 +296,4 @@ def test_a_scale_that_is_not_positive(impl, size, scale):
     leaves, _ = case(T=31, S=37, causal=True)
     with torch.no_grad():
         leaves["q"] *= size
-    options = {"causal": True, "scale": scale}
-    assert_close(
-        value_and_gradients(leaves, options, impl),
-        value_and_gradients(leaves, options, "reference"),
-        rtol=1e-10, atol=1e-10,
-    )  # fmt: skip
+    assert_equal_to_the_reference(leaves, {"causal": True, "scale": scale}, impl)

@@ -8,7 +8,8 @@ import os
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from cases import assert_at_most_twice, plain_attention, value_and_gradients, where_on
+from cases import leaves as leaves_of
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,27 +57,21 @@ def case(T=37, S=37, H=2, kv_heads=2, C=32, on=0.6, mask=None, B=1, **options):
     return {name: x.requires_grad_() for name, x in leaves.items()}, options
 
 
-def value_and_gradients(leaves, options, compute):
-    y = compute(Operands(**leaves, **options))
-    upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype)
-    return y, torch.autograd.grad(y, list(leaves.values()), upstream)
+def computed(leaves, options, compute=kernels.head_attention):
+    return value_and_gradients(compute(Operands(**leaves, **options)), leaves)
 
 
 def exact(leaves, options, compute):
     """Value and gradients in float64, the options' mask and all."""
-    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-    return value_and_gradients(wide, options, compute)
+    return computed(leaves_of(leaves, torch.float64), options, compute)
 
 
 def assert_equal_to(compute, leaves, options):
-    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
-    want, want_gradients = exact(leaves, options, compute)
-    assert_close(y.double(), want, **CLOSE)
-    for got, true in zip(gradients, want_gradients, strict=True):
-        assert_close(got.double(), true, **CLOSE)
+    found = computed(leaves, options)
+    assert_close(found, exact(leaves, options, compute), **CLOSE, check_dtype=False)
     off = leaves["gate"] == 0
-    assert all((x[off] == 0).all() for x in (y, gradients[0], gradients[3]))
-    return y, gradients
+    assert all((found[name][off] == 0).all() for name in ("y", "q", "gate"))
+    return found
 
 
 CASES = {
@@ -127,10 +122,9 @@ def test_keys_and_values_of_a_head_that_nobody_selected_get_no_gradient():
         leaves["gate"][:, :, 2:] = 0
         leaves["k"][:, :, 1] = torch.nan
         leaves["v"][:, :, 1] = torch.nan
-    y, (dq, dk, dv, dgate) = value_and_gradients(leaves, options, kernels.head_attention)
-    assert all(x.isfinite().all() for x in (y, dq, dk, dv, dgate))
-    assert (dk[:, :, 1] == 0).all()
-    assert (dv[:, :, 1] == 0).all()
+    found = computed(leaves, options)
+    assert all(x.isfinite().all() for x in found.values())
+    assert all((found[name][:, :, 1] == 0).all() for name in "kv")
 
 
 def test_neither_queries_that_are_off_nor_blocks_of_keys_that_nobody_sees_are_read():
@@ -140,23 +134,22 @@ def test_neither_queries_that_are_off_nor_blocks_of_keys_that_nobody_sees_are_re
         leaves["q"][leaves["gate"] == 0] = torch.nan
         leaves["k"][:, 32:] = torch.nan
         leaves["v"][:, 32:] = torch.nan
-    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
-    assert all(x.isfinite().all() for x in (y, *gradients))
-    assert (y[leaves["gate"] != 0] != 0).all()
+    found = computed(leaves, options)
+    assert all(x.isfinite().all() for x in found.values())
+    assert (found["y"][leaves["gate"] != 0] != 0).all()
 
 
 def test_all_heads_off_gives_zero():
     leaves, options = case(on=-1, causal=True)
-    y, gradients = value_and_gradients(leaves, options, kernels.head_attention)
-    assert all((x == 0).all() for x in (y, *gradients))
+    assert all((x == 0).all() for x in computed(leaves, options).values())
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
     leaves, options = case(on=1)
     options["mask"] = torch.ones(1, 1, 37, 37, dtype=torch.bool, device=DEVICE)
     options["mask"][:, :, 3] = False
-    y, gradients = assert_equal_to(reference.head_attention, leaves, options)
-    assert all((x[:, 3] == 0).all() for x in (y, gradients[0], gradients[3]))
+    found = assert_equal_to(reference.head_attention, leaves, options)
+    assert all((found[name][:, 3] == 0).all() for name in ("y", "q", "gate"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -167,8 +160,7 @@ def test_strided_operands_and_gates_of_any_dtype(dtype):
     channels_strided = leaves["v"].detach().transpose(2, 3).contiguous().transpose(2, 3)
     leaves = dict(zip(("q", "k", "v"), (*heads_first[:2], channels_strided), strict=True))
     leaves = {name: x.requires_grad_() for name, x in (leaves | {"gate": gate}).items()}
-    _, gradients = assert_equal_to(dense.head_attention, leaves, options)
-    assert gradients[3].dtype == dtype
+    assert assert_equal_to(dense.head_attention, leaves, options)["gate"].dtype == dtype
 
 
 @pytest.mark.parametrize("how", ["odd stride", "odd start", "one batch entry for two"])
@@ -196,23 +188,12 @@ def test_an_off_token_gives_zero_whatever_the_values_of_others_are():
 @pytest.mark.parametrize("causal", [False, True])
 def test_error_is_at_most_twice_that_of_plain_attention(dtype, causal):
     leaves, options = case(T=61, S=61, on=0.7, causal=causal)
-    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-    q, k, v, gate = leaves.values()
-    ours = value_and_gradients(leaves, options, kernels.head_attention)
-    heads = scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
-    ).transpose(1, 2)
-    y = heads * gate.unsqueeze(-1)
-    upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(dtype)
-    plain = y, torch.autograd.grad(y, (q, k, v, gate), upstream)
-    true = exact(leaves, options, dense.head_attention)
-    on = gate != 0
-    triples = zip((ours[0], *ours[1]), (plain[0], *plain[1]), (true[0], *true[1]), strict=True)
-    for got, torch_s, want in triples:
-        # The plain gradient of a gate that is off is not 0; ours is, by definition.
-        if got.shape == gate.shape:
-            got, torch_s, want = got[on], torch_s[on], want[on]
-        assert (got.double() - want).norm() <= 2 * (torch_s.double() - want).norm()
+    leaves = leaves_of(leaves, dtype)
+    results = (
+        computed(leaves, options), plain_attention(leaves, causal),
+        exact(leaves, options, dense.head_attention),
+    )  # fmt: skip
+    assert_at_most_twice(*(where_on(found, leaves["gate"]) for found in results))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -231,9 +212,7 @@ def test_compiles_without_a_break():
         return kernels.triton_attention(x.q, x.k, x.v, x.gate, True, x.mask, x.scale)[0]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert_close(
-        value_and_gradients(leaves, options, compiled), value_and_gradients(leaves, options, call)
-    )
+    assert_close(computed(leaves, options, compiled), computed(leaves, options, call))
 
 
 def test_flops_count_the_rows_that_are_on():

@@ -83,10 +83,7 @@ def test_a_row_depends_on_its_own_token_only():
     assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize(
-    "impl",
-    ["grouped", "reference"],
-)
+@pytest.mark.parametrize("impl", ["grouped", "reference"])
 def test_no_tokens_give_no_rows(impl):
     up, down = torch.randn(E, HIDDEN, D), torch.randn(E, D, HIDDEN)
     none = torch.zeros(0, K, dtype=torch.long)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import assert_at_most_twice, leaves, value_and_gradients
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,11 +32,10 @@ def arguments(N=13, D=22, E=11, K=3, hidden=14, gated=True, size=1.0):
     }, torch.randint(-1, E, (N, K))
 
 
-def value_and_gradients(tensors, indices, impl, dtype, activation):
-    wide = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+def computed(tensors, indices, impl, dtype, activation="silu"):
+    wide = leaves(tensors, dtype)
     y = expert_mlp(**wide, indices=indices, activation=activation, impl=impl)
-    upstream = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(wide.values()), upstream)]
+    return value_and_gradients(y, wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,20 +45,20 @@ def test_error_is_at_most_twice_that_of_plain_experts(name, dtype):
     activation = given.pop("activation", "silu")
     tensors, indices = arguments(**given)
     tensors = {name: x.to(dtype) for name, x in tensors.items()}
-    ours = value_and_gradients(tensors, indices, "native", dtype, activation)
-    plain = value_and_gradients(tensors, indices, "reference", dtype, activation)
-    exact = value_and_gradients(tensors, indices, "reference", torch.float64, activation)
-    for got, usual, true in zip(ours, plain, exact, strict=True):
-        error, usual_error = ((x.double() - true).norm() for x in (got, usual))
-        assert error <= 2 * usual_error + torch.finfo(dtype).eps / 8 * true.norm()
-    assert (ours[0][(indices == -1).all(-1)] == 0).all()
+    ours = computed(tensors, indices, "native", dtype, activation)
+    plain = computed(tensors, indices, "reference", dtype, activation)
+    exact = computed(tensors, indices, "reference", torch.float64, activation)
+    for name, true in exact.items():
+        floor = torch.finfo(dtype).eps / 8 * true.norm()
+        assert_at_most_twice({name: ours[name]}, {name: plain[name]}, {name: true}, floor)
+    assert (ours["y"][(indices == -1).all(-1)] == 0).all()
 
 
 def test_one_token():
     tensors, indices = arguments(N=1)
-    got = value_and_gradients(tensors, indices, "native", torch.float32, "silu")
-    want = value_and_gradients(tensors, indices, "reference", torch.float64, "silu")
-    assert_close(got, [x.float() for x in want])
+    got = computed(tensors, indices, "native", torch.float32)
+    want = computed(tensors, indices, "reference", torch.float64)
+    assert_close(got, {name: x.float() for name, x in want.items()})
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -94,3 +94,14 @@ def test_flops_count_the_choices_that_go_somewhere():
     with FlopCounterMode(display=False) as counter:
         expert_mlp(**tensors, indices=indices, impl="native")
     assert counter.get_total_flops() == 2 * 8 * 3 * 3 * 14 * 22
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_auto_chooses_for_what_autocast_makes_of_the_tensors(dtype):
+    """Float32 is native's; float16, which it computes under autocast, is not."""
+    tensors, indices = arguments()
+    want = expert_mlp(**tensors, indices=indices)
+    with torch.autocast("cpu", dtype=dtype):
+        y = expert_mlp(**tensors, indices=indices)
+    assert y.dtype == dtype
+    assert_close(y.float(), want, rtol=0, atol=0.05 * want.abs().max().item())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import threads
 from torch import nn
 from torch.nn.functional import linear
 from torch.testing import assert_close
@@ -52,18 +53,13 @@ def test_equals_float64(size, dtype, bias):
     assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_any_number_of_threads(threads):
+@pytest.mark.parametrize("number", [1, 3])
+def test_any_number_of_threads(number):
     x, values, (w_in, b_in, w_out, b_out), gate = case(torch.float32, tokens=131)
     want = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out, gate)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         got = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out, gate)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(got, want, strict=True):
-        assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_registered_as_operators():

@@ -1,5 +1,7 @@
 """FLOPs by formula against torch's counter and by hand; what has no formula is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -7,10 +9,10 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
 )
 
+import tiny
 from headwise import MHMoE, MHMoEConfig, MoEConfig, MoHAttention, MoHConfig, convert
 from headwise.parity import count_flops, measure_flops
 
@@ -18,15 +20,10 @@ B, T = 2, 48
 EXPERTS = {"num_experts": 5, "top_k": 2, "expert_dim": 56}
 
 
-def llama(**changes: object) -> LlamaForCausalLM:
-    config = {
-        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 6,
-    }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+llama = partial(tiny.llama, vocab_size=97, hidden_size=48, intermediate_size=112)
 
 
-def measured(model: LlamaForCausalLM) -> float:
+def measured(model: PreTrainedModel) -> float:
     """FLOPs per token that torch's counter sees in a forward."""
     ids = torch.randint(0, 97, (B, T))
     positions = torch.arange(T)[None]
@@ -115,10 +112,7 @@ def test_mh_moe_layer_by_hand():
 
 
 def test_a_head_of_classes_runs_once_a_sequence_or_for_every_token():
-    config = BertConfig(
-        vocab_size=31, hidden_size=24, num_attention_heads=6, num_hidden_layers=1,
-        intermediate_size=29, num_labels=7,
-    )  # fmt: skip
+    config = BertConfig(**tiny.SIZES, num_labels=7)
     once = count_flops(BertForSequenceClassification(config), sequence_length=11)
     assert once["bert.pooler.dense"] == pytest.approx(2 * 24 * 24 / 11)
     assert once["classifier"] == pytest.approx(2 * 24 * 7 / 11)
@@ -127,9 +121,8 @@ def test_a_head_of_classes_runs_once_a_sequence_or_for_every_token():
 
 
 def test_sequence_length_is_checked():
-    with pytest.raises(
-        ValueError, match="sequence_length is 0; it must be an int of at least 1 or None"
-    ):
+    message = "sequence_length is 0; it must be an int of at least 1 or None"
+    with pytest.raises(ValueError, match=message):
         count_flops(torch.nn.Linear(2, 3), sequence_length=0)
 
 
@@ -149,10 +142,7 @@ WINDOW = {"head_dim": 4, "num_heads": 2, "is_causal": False, "sliding_window": 5
     [
         (torch.nn.MultiheadAttention(6, 2), r"MultiheadAttention with weights in_proj_weight \[18"),
         (torch.nn.Conv2d(3, 5, 3, padding=1), r"Conv2d with weights weight \[5, 3, 3, 3\]"),
-        (
-            of_kind("LatentAttention", is_causal=True),
-            "does not say how wide its heads are",
-        ),
+        (of_kind("LatentAttention", is_causal=True), "does not say how wide its heads are"),
         (of_kind("NewAttention", head_dim=4), "does not say how many heads it has"),
         (of_kind("LocalAttention", **WINDOW), "a window of 5 that is not causal"),
         (of_kind("Decoder", config=GPT2Config(add_cross_attention=True)), "has cross attention"),

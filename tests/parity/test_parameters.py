@@ -1,10 +1,10 @@
 """Total and active parameters of layers and models, by hand."""
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise import MHMoE, MHMoEConfig, MoEConfig, convert
 from headwise.parity import count_parameters
+from tiny import llama
 
 
 def test_of_a_layer():
@@ -31,12 +31,7 @@ def test_of_a_layer():
     ids=["moe", "mh_moe"],
 )  # fmt: skip
 def test_of_a_model(mlp, of_layer, of_expert, used):
-    dense = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97, hidden_size=48, intermediate_size=112, num_hidden_layers=2,
-            num_attention_heads=6, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    dense = llama(hidden_size=48, intermediate_size=112, tie_word_embeddings=True)
     total = sum(p.numel() for p in dense.parameters())
     assert count_parameters(dense) == (total, total)
     rest = total - 3 * 48 * 112 + of_layer

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from headwise.models import DiT, DiTConfig
 from headwise.recipes import dit, train
+from tiny import llama
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("kornia", reason="kornia is not installed")
@@ -53,9 +54,7 @@ def vae_of(directory, *, channels: int = 3, depth: int = 2, latent: int = 4):
 def models(tmp_path_factory, pictures):
     """Directories with models that are not what is asked for, or not quite."""
     root = tmp_path_factory.mktemp("models")
-    sizes = {"hidden_size": 8, "intermediate_size": 11, "num_hidden_layers": 1, "vocab_size": 13}
-    language = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
-    LlamaForCausalLM(language).save_pretrained(root / "language")
+    llama().save_pretrained(root / "language")
     names = {"id2label": {0: "bright", 1: "dark"}}
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_channels=1, **names)
     ResNetForImageClassification(resnet).save_pretrained(root / "resnet")
@@ -69,10 +68,8 @@ def models(tmp_path_factory, pictures):
     torch.manual_seed(0)
     for name, channels in {"pixels": 1, "latents": 4, "null": 1}.items():
         dropout = 0.0 if name == "null" else 0.1
-        sizes = {"input_size": SIDE, "in_channels": channels} | names
-        DiT(DiTConfig.preset("dit-test", class_dropout=dropout, **sizes)).save_pretrained(
-            root / name
-        )
+        sizes = {"input_size": SIDE, "in_channels": channels, "class_dropout": dropout} | names
+        DiT(DiTConfig.preset("dit-test", **sizes)).save_pretrained(root / name)
     vae_of(root / "vae")
     vae_of(root / "vae_16", latent=16)
     unet = diffusers.UNet2DModel(
@@ -96,10 +93,7 @@ def models(tmp_path_factory, pictures):
     ("changes", "message"),
     [
         ({"image_size": 5}, "image_size is 5, and images are 5 × 5; patches of 2 × 2 must divide"),
-        (
-            {"batch_size": 1000},
-            r"batch_size is 1000; it must be at most \d+, the examples",
-        ),
+        ({"batch_size": 1000}, r"batch_size is 1000; it must be at most \d+, the examples"),
         ({"sampling_steps": 1001}, "sampling_steps is 1001; it must be at most 1000"),
         ({"samples": 1}, "samples is 1, which makes 2 images of 2 classes; it takes 4 or more"),
         ({"active_heads": 0.01}, "active_heads"),
@@ -182,10 +176,7 @@ def test_directories_that_cannot_be_drawn_with_are_refused(directory, message, m
     [
         ({"scheduler": "dmp"}, "scheduler is 'dmp'; it must be one of 'ddim', 'ddpm', 'dpm'"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        (
-            {"guidance_scale": float("inf")},
-            "guidance_scale is inf; it must be at least 0",
-        ),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf; it must be at least 0"),
         ({"guidance_scale": -3.0}, "guidance_scale is -3.0; it must be at least 0"),
         ({"seed": -1}, r"seed is -1; it must lie in 0\.\.4294967295"),
         ({"output": "there.png"}, "output is .*there.png, which exists; choose another"),

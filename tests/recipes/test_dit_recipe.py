@@ -50,20 +50,19 @@ def run_of(output, pictures, classifier, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pictures, classifier):
     output = tmp_path_factory.mktemp("runs") / "dit"
-    changes = {"steps": 700, "batch_size": 16, "eval_every": 700, "save_every": 700}
     run = run_of(
-        output,
-        pictures,
-        classifier,
-        models=("moh_75",),
-        sampling_steps=20,
-        averaging=0.9,
-        learning_rate=3e-3,
+        output, pictures, classifier, models=("moh_75",), steps=700, batch_size=16,
+        eval_every=700, save_every=700, sampling_steps=20, averaging=0.9, learning_rate=3e-3,
         warmup_steps=10,
-        **changes,
-    )
+    )  # fmt: skip
     train(run)
     return run
+
+
+@pytest.fixture
+def drawer(finished):
+    """The directory of the model that was trained."""
+    return finished.output / "models" / "moh_75-seed0"
 
 
 def test_it_draws_bright_and_dark(finished):
@@ -77,18 +76,17 @@ def test_it_draws_bright_and_dark(finished):
     assert "Diffusion transformers" in (finished.output / "report.html").read_text()
 
 
-def test_what_is_saved_is_the_average(finished):
-    directory = finished.output / "models" / "moh_75-seed0"
-    saved = DiT.from_pretrained(directory).state_dict()
+def test_what_is_saved_is_the_average(finished, drawer):
+    saved = DiT.from_pretrained(drawer).state_dict()
     checkpoint = finished.output / "checkpoints" / "moh_75-seed0" / "checkpoint-700"
     trained = DiT.from_pretrained(checkpoint).state_dict()
     assert not torch.equal(saved["final_layer.linear.weight"], trained["final_layer.linear.weight"])
     assert torch.equal(saved["positions"], trained["positions"])
 
 
-def test_loads_are_counted_for_each_class(finished):
+def test_loads_are_counted_for_each_class(finished, drawer):
     task = read(finished)
-    model = DiT.from_pretrained(finished.output / "models" / "moh_75-seed0").eval()
+    model = DiT.from_pretrained(drawer).eval()
     loads = task._loads(model).head_loads()
     assert list(loads.by_domain) == ["bright", "dark"]
     active = [b.active_heads for b in model.config.budgets]
@@ -137,12 +135,9 @@ def test_resumed_is_never_stopped(tmp_path, pictures, classifier):
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm"])
-def test_a_grid_has_a_row_a_class(finished, tmp_path, scheduler):
-    directory, output = finished.output / "models" / "moh_75-seed0", tmp_path / "grid.png"
-    run = DrawingRun(
-        directory=directory, output=output, per_class=3, steps=20, scheduler=scheduler, scale=2
-    )
-    draw(run)
+def test_a_grid_has_a_row_a_class(drawer, tmp_path, scheduler):
+    output, options = tmp_path / "grid.png", {"steps": 20, "scheduler": scheduler}
+    draw(DrawingRun(directory=drawer, output=output, per_class=3, scale=2, **options))
     with Image.open(output) as grid:
         assert grid.size == (3 * (2 * 8 + 4), 2 * (2 * 8 + 4))
         pixels = np.asarray(grid).astype(float)
@@ -150,13 +145,12 @@ def test_a_grid_has_a_row_a_class(finished, tmp_path, scheduler):
     assert rows[0] > rows[1] + 50
 
 
-def test_seeds_repeat_a_grid_and_choose_its_images(finished, tmp_path):
-    directory = finished.output / "models" / "moh_75-seed0"
+def test_seeds_repeat_a_grid_and_choose_its_images(drawer, tmp_path):
     grids = []
     # Two grids are drawn in two parts, the third in one.
     for name, classes, seed in (("a", (0, 1), 0), ("b", (0, 1), 0), ("c", (1,), 60)):
         run = DrawingRun(
-            directory=directory, output=tmp_path / f"{name}.png", classes=classes, per_class=60,
+            directory=drawer, output=tmp_path / f"{name}.png", classes=classes, per_class=60,
             steps=3, seed=seed,
         )  # fmt: skip
         draw(run)
@@ -192,13 +186,12 @@ def test_wrong_fields_are_refused(changes, message):
         dataclasses.replace(DiffusionRun(), **changes)
 
 
-def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
+def test_what_cannot_be_sampled_from_is_refused(finished, drawer, tmp_path, classifier):
     output = tmp_path / "grid.png"
     with pytest.raises(ValueError, match=r"no config.json\); the run in it has .*moh_75-seed0"):
         draw(DrawingRun(directory=finished.output, output=output))
     with pytest.raises(ValueError, match=r"an image classifier .*, not a DiT; `headwise eval"):
         draw(DrawingRun(directory=classifier, output=output))
-    directory = finished.output / "models" / "moh_75-seed0"
     for changes, message in (
         ({"classes": (7,)}, r"classes holds 7; the model knows 0..1 \(bright to dark\)"),
         ({"classes": ("drak",)}, "unknown class 'drak'; did you mean 'dark'"),
@@ -206,7 +199,7 @@ def test_what_cannot_be_sampled_from_is_refused(finished, tmp_path, classifier):
         ({"vae": str(tmp_path)}, "holds no AutoencoderKL"),
     ):
         with pytest.raises(ValueError, match=message):
-            draw(DrawingRun(directory=directory, output=output, per_class=1, **changes))
+            draw(DrawingRun(directory=drawer, output=output, per_class=1, **changes))
     with pytest.raises(ValueError, match=r"must be the name of a \.png file"):
         DrawingRun(directory=classifier, output=tmp_path / "grid.gif")
     assert not output.exists()

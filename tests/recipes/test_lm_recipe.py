@@ -1,6 +1,5 @@
 """The language-model recipe: equal cost, checked fields, and a step of every model."""
 
-import csv
 import dataclasses
 import re
 
@@ -14,21 +13,12 @@ from headwise.recipes import RECIPES, recipe_run, train
 from headwise.recipes.lm import LanguageModelRun
 from headwise.recipes.multilingual import MultilingualRun, read
 from headwise.recipes.text import TextRun, build_model
+from headwise.results.rows import read_csv
+from tiny import ONE_STEP, RUN
 
 VARIANTS = {variant.name: variant for variant in LanguageModelRun().variants()}
 ON_TEXT = [name for name in RECIPES if issubclass(recipe_run(name), TextRun)]
-TINY = {
-    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
-    "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
-    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1, "speed_contexts": (),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "numbers.txt"
-    file.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(1000)))
-    return str(file)
+TINY = RUN | ONE_STEP | {"speed_contexts": ()}
 
 
 def build(run: LanguageModelRun, name: str, vocab_size: int = 31, seed: int = 0):
@@ -37,19 +27,20 @@ def build(run: LanguageModelRun, name: str, vocab_size: int = 31, seed: int = 0)
 
 
 @pytest.mark.parametrize("recipe", ON_TEXT)
-def test_recipe_makes_a_step_of_every_model(recipe, text, tmp_path):
-    run = recipe_run(recipe)(output=tmp_path / "run", data=text, **TINY)
+def test_recipe_makes_a_step_of_every_model(recipe, numbers, tmp_path):
+    run = recipe_run(recipe)(output=tmp_path / "run", data=numbers, **TINY)
     train(run)
-    with (run.output / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(run.output / "results.csv")
     assert [row["model"] for row in rows] == [variant.name for variant in run.variants()]
     record = from_json((run.output / "record.json").read_text())
     assert [model.label for model in record.models] == [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize("prompt", ["", "ZYXWVUTSRQPON&{}~!"])
-def test_a_prompt_that_leaves_nothing_to_write_is_refused_before_training(text, tmp_path, prompt):
-    fields = {"output": tmp_path / "run", "data": text, "sample_prompt": prompt} | TINY
+def test_a_prompt_that_leaves_nothing_to_write_is_refused_before_training(
+    numbers, tmp_path, prompt
+):
+    fields = {"output": tmp_path / "run", "data": numbers, "sample_prompt": prompt} | TINY
     with pytest.raises(ValueError, match=r"sample_prompt has \d+ tokens; .* sequence_length = 16"):
         train(dataclasses.replace(LanguageModelRun(), **fields))
     assert not (tmp_path / "run").exists()

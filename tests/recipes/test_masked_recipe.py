@@ -1,6 +1,5 @@
 """The masked recipe: equal cost, a step of every model, resumed, and what it measures."""
 
-import csv
 import dataclasses
 import re
 import shutil
@@ -20,6 +19,7 @@ from headwise.data.patches import in_floats, patches_of, visual_tokens
 from headwise.parity import measure_flops
 from headwise.recipes import train
 from headwise.recipes.masked import MaskedRun, MaskedTask, read
+from headwise.results.rows import Row, read_csv
 from headwise.training.comparison import Variant
 from headwise.training.table import comparison
 
@@ -61,9 +61,8 @@ def perplexities(pairs: MaskedTask, model: torch.nn.Module) -> tuple[float, floa
     return columns["perplexity_text"], columns["perplexity_patches"]
 
 
-def rows(run: MaskedRun) -> list[dict[str, str]]:
-    with (run.output / "results.csv").open() as file:
-        return list(csv.DictReader(file))
+def rows(run: MaskedRun) -> list[Row]:
+    return read_csv(run.output / "results.csv")
 
 
 def test_a_row_for_every_model_and_seed(finished):
@@ -90,9 +89,8 @@ def test_the_page_tells_tokens_from_patches(finished):
         if model.experts:
             assert list(model.experts.by_domain) == ["text", "patches"]
             # 4 patches, 4 held-out pairs masked 3 times; each goes to one expert, or to 2 twice.
-            assert model.experts.assignments["patches"] == [
-                48 * (4 if model.name == "mh_moe" else 1)
-            ]
+            choices = 4 if model.name == "mh_moe" else 1
+            assert model.experts.assignments["patches"] == [48 * choices]
 
 
 def test_a_finished_model_is_what_was_measured(finished):
@@ -105,9 +103,8 @@ def test_a_finished_model_is_what_was_measured(finished):
         want = (float(row["perplexity_text"]), float(row["perplexity_patches"]))
         assert perplexities(pairs, model) == pytest.approx(want, abs=1e-3)
         patches = patches_of(in_floats(pairs.training.pixels), finished.patch_size)
-        assert torch.equal(
-            visual_tokens(patches, model.codebook), torch.from_numpy(pairs.training.visual)
-        )
+        want = torch.from_numpy(pairs.training.visual)
+        assert torch.equal(visual_tokens(patches, model.codebook), want)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(pairs.training.tokens[0][: pairs.training.lengths[0]]) in (
         "one", "two", "a picture of one", "a picture of two", "this picture shows one",
@@ -129,15 +126,13 @@ def test_resumed_equals_never_stopped(finished, tmp_path, capsys):
     train(dataclasses.replace(finished, output=output, resume=True))
     assert "step 2/4" not in capsys.readouterr().out
     for name in NAMES:
-        weights = (f"models/{name}-seed{seed}/model.safetensors" for seed in (0, 1))
-        for file in weights:
-            assert_close(
-                load_file(output / file), load_file(finished.output / file), rtol=0, atol=0
-            )
+        for seed in (0, 1):
+            file = f"models/{name}-seed{seed}/model.safetensors"
+            got, want = load_file(output / file), load_file(finished.output / file)
+            assert_close(got, want, rtol=0, atol=0)
+    again = rows(dataclasses.replace(finished, output=output))
     for key in ("perplexity_text", "perplexity_patches"):
-        assert [row[key] for row in rows(finished)] == [
-            row[key] for row in rows(dataclasses.replace(finished, output=output))
-        ]
+        assert [row[key] for row in rows(finished)] == [row[key] for row in again]
 
 
 def test_perplexity_is_that_of_all_masked_tokens_together(finished):
@@ -151,9 +146,8 @@ def test_perplexity_is_that_of_all_masked_tokens_together(finished):
     with torch.no_grad():
         for head in (model.text_head, model.image_head):
             head.weight.zero_()
-    assert perplexities(pairs, model) == pytest.approx(
-        (len(pairs.tokenizer), finished.codebook_size)
-    )
+    vocabularies = (len(pairs.tokenizer), finished.codebook_size)
+    assert perplexities(pairs, model) == pytest.approx(vocabularies)
 
 
 def test_default_models_cost_what_dense_does(images):

@@ -12,9 +12,8 @@ COMMON = {
 def row(stage: str, active: str, seed: int, step: int, perplexity: float) -> dict[str, str]:
     numbers = {"seed": seed, "step": step, "tokens": 64 * step, "perplexity": perplexity}
     numbers["recovery"] = round(100 * 3 / perplexity, 2)
-    return (
-        {"stage": stage, "active_heads": active} | {k: str(v) for k, v in numbers.items()} | COMMON
-    )
+    kind = {"stage": stage, "active_heads": active}
+    return kind | {name: str(x) for name, x in numbers.items()} | COMMON
 
 
 ROWS = [

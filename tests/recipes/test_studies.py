@@ -17,6 +17,7 @@ from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import build_model, domain_names
 from headwise.recipes.vit import VisionTask
 from headwise.results.published import PUBLISHED
+from tiny import LINES
 
 V = 211
 TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]
@@ -141,7 +142,7 @@ def test_impossible_studies_are_refused(fields, message):
 
 
 def test_models_that_cannot_be_built_are_found_before_anything_is_trained(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(2000)))
+    (tmp_path / "text.txt").write_text(LINES)
     run = dataclasses.replace(
         tiny("combined"), data=str(tmp_path / "text.txt"), output=tmp_path / "run", every=1
     )

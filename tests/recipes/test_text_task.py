@@ -1,6 +1,5 @@
 """A run's text: from files, from a mixture that is streamed, and one domain at a time."""
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -14,13 +13,11 @@ from headwise.data.streams import BlockStream
 from headwise.recipes import train
 from headwise.recipes.lm import LanguageModelRun, read
 from headwise.recipes.text import domain_names
+from headwise.results.rows import read_csv
 from headwise.training.comparison import Variant
+from tiny import LINES, RUN
 
-TINY = {
-    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300, "steps": 4,
-    "sequence_length": 16, "batch_size": 2, "warmup_steps": 0, "eval_blocks_per_file": 1,
-    "models": ("moh_mh_moe",),
-}  # fmt: skip
+TINY = RUN | {"steps": 4, "models": ("moh_mh_moe",)}
 ALL, SQUARES = (
     Variant(name=n, label=n, train_on=t) for n, t in (("all", ()), ("one", ("squares",)))
 )
@@ -49,7 +46,7 @@ def test_a_mixture_is_streamed_and_its_held_out_documents_are_scored(mixture, tm
 @pytest.mark.parametrize("streamed", [True, False])
 def test_killed_between_the_last_step_and_the_result(mixture, tmp_path, streamed):
     """Nothing is trained any more: a stream has no end at which Trainer would stop by itself."""
-    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(2000)))
+    (tmp_path / "text.txt").write_text(LINES)
     data = mixture if streamed else str(tmp_path / "text.txt")
     run = LanguageModelRun(output=tmp_path / "run", data=data, save_every=2, **TINY)
     train(run)
@@ -62,8 +59,7 @@ def test_killed_between_the_last_step_and_the_result(mixture, tmp_path, streamed
 
 
 def result(run: LanguageModelRun) -> dict[str, str]:
-    with (run.output / "results.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_csv(run.output / "results.csv")
     return row
 
 

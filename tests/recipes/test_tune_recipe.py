@@ -1,6 +1,5 @@
 """Tuning runs on a tiny model and real text: what they leave, and what they refuse."""
 
-import csv
 import dataclasses
 import shutil
 import textwrap
@@ -10,47 +9,38 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwise import MoHConfig, convert
-from headwise.data.text import END_OF_TEXT, load_text, train_tokenizer
 from headwise.recipes.tune import SCHEDULES, TuningRun, tune
+from headwise.results.rows import Row, read_csv
+from tiny import llama, tokenizer
 
 TEXT = Path(textwrap.__file__)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(load_text(str(TEXT)), vocab_size=300)
+def of_the_text() -> PreTrainedTokenizerFast:
+    return tokenizer(TEXT.read_text())
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, tokenizer) -> Path:
+def original(tmp_path_factory, of_the_text) -> Path:
     """A random model with the tokenizer of the text."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_attention_heads": 4}
     path = tmp_path_factory.mktemp("original")
-    LlamaForCausalLM(config).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(path)
+    for part in (llama(**sizes, bos_token_id=0, eos_token_id=0), of_the_text):
+        part.save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def converted(original, tmp_path_factory, tokenizer) -> Path:
+def converted(original, tmp_path_factory, of_the_text) -> Path:
     path = tmp_path_factory.mktemp("converted")
     attention = MoHConfig(shared=1, active=3, router="query_norm")
-    convert(original, attention=attention).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(path)
+    for part in (convert(original, attention=attention), of_the_text):
+        part.save_pretrained(path)
     return path
 
 
@@ -65,9 +55,12 @@ def run(path: Path, output: Path, *, dense: int = 0, routed: int = 4, **changes)
     return dataclasses.replace(small, **(tiny | changes))
 
 
-def rows(output: Path) -> list[dict[str, str]]:
-    with (output / "results.csv").open() as file:
-        return list(csv.DictReader(file))
+def rows(output: Path) -> list[Row]:
+    return read_csv(output / "results.csv")
+
+
+def final(output: Path, model: str = "routed-seed0") -> dict[str, torch.Tensor]:
+    return load_file(output / "models" / model / "model.safetensors")
 
 
 def test_two_stages(converted, tmp_path, capsys):
@@ -87,9 +80,9 @@ def test_two_stages(converted, tmp_path, capsys):
     dense, routed = (output / "models" / f"{stage}-seed0" for stage in ("dense", "routed"))
     assert type(AutoModelForCausalLM.from_pretrained(dense)) is LlamaForCausalLM
     model = AutoModelForCausalLM.from_pretrained(routed)
-    assert str(model.model.layers[0].self_attn.router.budget) == str(
-        AutoModelForCausalLM.from_pretrained(converted).model.layers[0].self_attn.router.budget
-    )
+    given = AutoModelForCausalLM.from_pretrained(converted)
+    budgets = [str(x.model.layers[0].self_attn.router.budget) for x in (model, given)]
+    assert budgets[0] == budgets[1]
     assert PreTrainedTokenizerFast.from_pretrained(routed)("def").input_ids
     card = (routed / "README.md").read_text()
     assert f"{rows(output)[-1]['recovery']} % recovered" in card
@@ -99,10 +92,7 @@ def test_two_stages(converted, tmp_path, capsys):
 
 def test_the_routed_stage_begins_where_the_dense_one_ended(converted, tmp_path):
     tune(run(converted, tmp_path / "run", dense=2, routed=1))
-    dense, routed = (
-        load_file(tmp_path / "run" / "models" / f"{stage}-seed0" / "model.safetensors")
-        for stage in ("dense", "routed")
-    )
+    dense, routed = (final(tmp_path / "run", f"{stage}-seed0") for stage in ("dense", "routed"))
     began = load_file(converted / "model.safetensors")
     for name in began:
         moved = (dense[name] - began[name]).abs().max()
@@ -120,9 +110,7 @@ def test_two_runs_with_a_seed_are_equal_and_another_seed_differs(converted, tmp_
     weights = {}
     for name, seed in seeds.items():
         tune(run(converted, tmp_path / name, seed=seed))
-        weights[name] = load_file(
-            tmp_path / name / "models" / f"routed-seed{seed}" / "model.safetensors"
-        )
+        weights[name] = final(tmp_path / name, f"routed-seed{seed}")
     assert_close(weights["a"], weights["b"], rtol=0, atol=0)
     with pytest.raises(AssertionError):
         assert_close(weights["a"], weights["c"], rtol=0, atol=0)
@@ -136,16 +124,13 @@ def test_resumed_after_the_first_stage(converted, tmp_path, monkeypatch):
         patch.setattr("headwise.recipes.tune._load", _fails_on_second_stage(cut.output))
         with pytest.raises(KeyboardInterrupt):
             tune(cut)
-    first = (cut.output / "models" / "dense-seed0" / "model.safetensors").stat().st_mtime_ns
+    first = cut.output / "models" / "dense-seed0" / "model.safetensors"
+    written = first.stat().st_mtime_ns
     tune(dataclasses.replace(cut, resume=True))
-    assert (cut.output / "models" / "dense-seed0" / "model.safetensors").stat().st_mtime_ns == first
-    finals = [
-        load_file(r.output / "models" / "routed-seed0" / "model.safetensors") for r in (whole, cut)
-    ]
-    assert_close(*finals, rtol=0, atol=0)
-    assert [r["perplexity"] for r in rows(whole.output)] == [
-        r["perplexity"] for r in rows(cut.output)
-    ]
+    assert first.stat().st_mtime_ns == written
+    assert_close(final(whole.output), final(cut.output), rtol=0, atol=0)
+    want, got = ([row["perplexity"] for row in rows(run.output)] for run in (whole, cut))
+    assert got == want
 
 
 def test_resumed_writes_the_same_tables(converted, tmp_path):
@@ -205,8 +190,7 @@ def test_wrong_input_is_refused_before_anything_is_written(converted, original, 
     short = token_file(tmp_path / "short.parquet", [[3] * 5] * 30)
     other = tmp_path / "other"
     LlamaForCausalLM.from_pretrained(original).save_pretrained(other)
-    words = train_tokenizer(load_text(str(TEXT)), vocab_size=290)
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END_OF_TEXT).save_pretrained(other)
+    tokenizer(TEXT.read_text(), vocab_size=290).save_pretrained(other)
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(bare)
     for changes, message in [

@@ -3,30 +3,27 @@
 import math
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headwise.data.text import END_OF_TEXT, Domain, train_tokenizer
+from headwise.data.text import END_OF_TEXT
 from headwise.training.generation import continue_text
+from tiny import llama, tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    words = train_tokenizer([Domain("a", {"a": "a b c"}, {})], vocab_size=257)
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=END_OF_TEXT)
+def bytewise():
+    return tokenizer("a b c", vocab_size=257, eos_token=None, pad_token=END_OF_TEXT)
 
 
 @pytest.fixture(scope="module")
 def model():
     """Takes 11 tokens, of which each is a byte."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=257, hidden_size=8, intermediate_size=7, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=11, bos_token_id=None, eos_token_id=None,
-    ))  # fmt: skip
+    no_ends = {"bos_token_id": None, "eos_token_id": None}
+    return llama(vocab_size=257, max_position_embeddings=11, **no_ends)
 
 
-def continued(model, tokenizer, prompt="abc", **changes):
+def continued(model, bytewise, prompt="abc", **changes):
     fields = {"max_new_tokens": None, "temperature": 0.0, "seed": 0} | changes
-    return continue_text(model, tokenizer, prompt, **fields)
+    return continue_text(model, bytewise, prompt, **fields)
 
 
 @pytest.mark.parametrize(
@@ -45,25 +42,25 @@ def continued(model, tokenizer, prompt="abc", **changes):
         ({"seed": -1}, "seed is -1; it must lie in 0"),
     ],
 )
-def test_what_cannot_be_written_is_refused_by_name(model, tokenizer, changes, message):
+def test_what_cannot_be_written_is_refused_by_name(model, bytewise, changes, message):
     with pytest.raises(ValueError, match=message):
-        continued(model, tokenizer, **changes)
+        continued(model, bytewise, **changes)
 
 
-def test_without_a_length_it_writes_as_far_as_the_model_goes(model, tokenizer):
+def test_without_a_length_it_writes_as_far_as_the_model_goes(model, bytewise):
     for length, new in ((3, 8), (10, 1)):
-        text = continued(model, tokenizer, "a" * length)
-        assert text == continued(model, tokenizer, "a" * length, max_new_tokens=new)
+        text = continued(model, bytewise, "a" * length)
+        assert text == continued(model, bytewise, "a" * length, max_new_tokens=new)
 
 
-def test_a_length_beyond_memory_is_refused_where_the_model_has_no_end(model, tokenizer):
+def test_a_length_beyond_memory_is_refused_where_the_model_has_no_end(model, bytewise):
     changed = model.config.max_position_embeddings
     model.config.max_position_embeddings = -1  # as XLNet says of none
     with pytest.raises(ValueError, match=r"max_new_tokens is 1000000000000: .* GiB of memory"):
-        continued(model, tokenizer, max_new_tokens=10**12)
+        continued(model, bytewise, max_new_tokens=10**12)
     model.config.max_position_embeddings = changed
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e300])
-def test_the_ends_of_temperature_can_be_sampled_at(model, tokenizer, temperature):
-    assert continued(model, tokenizer, temperature=temperature, max_new_tokens=5)
+def test_the_ends_of_temperature_can_be_sampled_at(model, bytewise, temperature):
+    assert continued(model, bytewise, temperature=temperature, max_new_tokens=5)

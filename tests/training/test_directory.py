@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from damage import contents
 from headwise.recipes import train
 from headwise.recipes.lm import LanguageModelRun
 from headwise.results.files import write_manifest
 from headwise.training import directory
+from tiny import LINES
 
-LINES = "".join(f"line {i}\n" for i in range(2000))
 TINY = {
     "models": ("dense",), "dim": 16, "num_heads": 2, "num_layers": 1, "mlp_dim": 24,
     "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "steps": 1, "warmup_steps": 0,
@@ -36,15 +37,11 @@ def finished(run: LanguageModelRun) -> LanguageModelRun:
     return run
 
 
-def tree(directory: Path) -> dict[Path, bytes | None]:
-    return {p: p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
-
-
 def refuse(run: LanguageModelRun, match: str, **changes: object) -> None:
-    before = tree(run.output.parent)
+    before = contents(run.output.parent)
     with pytest.raises(ValueError, match=match):
         train(dataclasses.replace(run, **changes))
-    assert tree(run.output.parent) == before
+    assert contents(run.output.parent) == before
 
 
 def test_another_run_is_kept(finished):
@@ -185,11 +182,8 @@ def test_damaged_model_is_found_before_another_is_trained(finished, damage):
     for file in broken.iterdir():
         content = file.read_bytes()
         damage(file)
-        refuse(
-            finished,
-            f"^{file} (is|cannot be) .*; delete {broken} to train that model again",
-            **seeds,
-        )
+        match = f"^{file} (is|cannot be) .*; delete {broken} to train that model again"
+        refuse(finished, match, **seeds)
         file.write_bytes(content)
     train(dataclasses.replace(finished, **seeds))
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
 from headwise.training.evaluation import (
@@ -15,20 +14,15 @@ from headwise.training.evaluation import (
     perplexity,
     routed_text,
 )
+from tiny import llama
 
 T = 8
 
 
 @pytest.fixture
 def model():
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=2,
-    )  # fmt: skip
-    return convert(
-        LlamaForCausalLM(config),
-        attention=MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02),
-    ).eval()
+    attention = MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)
+    return convert(llama(num_key_value_heads=2), attention=attention).eval()
 
 
 @pytest.fixture
@@ -87,11 +81,7 @@ def test_loads_count_real_tokens_only(model, files):
 
 
 def head_loads(files, attention, *, num_kv_heads):
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=num_kv_heads,
-    )  # fmt: skip
-    model = convert(LlamaForCausalLM(config), attention=attention).eval()
+    model = convert(llama(num_key_value_heads=num_kv_heads), attention=attention).eval()
     statistics = RoutingStatistics(model)
     file_losses(
         model, files, sequence_length=T, max_blocks=99,
@@ -110,9 +100,8 @@ def test_loads_say_which_heads_are_shared(files):
 
 
 def test_loads_of_routed_groups_are_of_heads(files):
-    attention = MoHConfig(
-        shared=2, active=4, route_groups=True, router="two_stage", router_std=0.02
-    )
+    groups = {"route_groups": True, "router": "two_stage", "router_std": 0.02}
+    attention = MoHConfig(shared=2, active=4, **groups)
     loads = head_loads(files, attention, num_kv_heads=3)
     assert loads.shared_heads == [[0, 1]] * len(loads.by_domain["text"])
     for layer in loads.by_domain["text"]:
@@ -122,14 +111,10 @@ def test_loads_of_routed_groups_are_of_heads(files):
 
 @pytest.mark.parametrize("sub_tokens", [1, 3])
 def test_experts_are_counted_over_all_forwards(files, sub_tokens):
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=29, num_hidden_layers=3,
-        num_attention_heads=6, num_key_value_heads=2,
-    )  # fmt: skip
     mlp = MoEConfig(num_experts=7, top_k=2, expert_dim=5)
     if sub_tokens > 1:
         mlp = MHMoEConfig(num_heads=sub_tokens, num_experts=7, top_k=2, expert_dim=5)
-    model = convert(LlamaForCausalLM(config), mlp=mlp, every=2).eval()
+    model = convert(llama(num_hidden_layers=3), mlp=mlp, every=2).eval()
     statistics = RoutingStatistics(model)
     file_losses(
         model, files, sequence_length=T, max_blocks=99, batch_size=5,

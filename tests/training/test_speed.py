@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.analysis.records import from_json
@@ -15,13 +14,9 @@ from headwise.recipes.lm import LanguageModelRun
 from headwise.training import speed
 from headwise.training.speed import filled_cache, read_token, time_models
 from headwise.training.timing import interleaved
+from tiny import ONE_STEP, RUN, llama
 
 CONTEXTS = (67, 131)
-TINY = {
-    "dim": 32, "num_heads": 4, "num_layers": 2, "mlp_dim": 64, "vocab_size": 300,
-    "sequence_length": 16, "batch_size": 2, "steps": 1, "warmup_steps": 0, "log_every": 1,
-    "eval_every": 1, "save_every": 1, "eval_blocks_per_file": 1,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +24,18 @@ def _brief(monkeypatch):
     monkeypatch.setattr(speed, "_SECONDS", 0.0)
 
 
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=40, num_attention_heads=4, num_key_value_heads=2,
-        num_hidden_layers=2, intermediate_size=53, max_position_embeddings=16,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+def dense():
+    sizes = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(**sizes, max_position_embeddings=16).eval()
 
 
 def routed(router="two_stage"):
     attention = headwise.MoHConfig(shared=1, active=2, router=router, router_std=0.02)
-    return headwise.convert(llama(), attention=attention).eval()
+    return headwise.convert(dense(), attention=attention).eval()
 
 
 def test_prompt_and_token_are_timed_at_each_context():
-    timed = time_models(llama(), routed(), contexts=CONTEXTS)
+    timed = time_models(dense(), routed(), contexts=CONTEXTS)
     assert [(s.step, s.context) for s in timed.speeds] == [
         ("next token", 67), ("prompt", 67), ("next token", 131), ("prompt", 131),
     ]  # fmt: skip
@@ -64,32 +55,25 @@ def test_rounds_that_take_too_long_are_three():
 def test_wrong_logits_are_not_timed(monkeypatch):
     computed = speed.attention.head_attention
     monkeypatch.setattr(speed.attention, "head_attention", lambda *a, **k: 1.1 * computed(*a, **k))
-    timed = time_models(llama(), routed(), contexts=CONTEXTS)
+    timed = time_models(dense(), routed(), contexts=CONTEXTS)
     assert timed.speeds == []
     assert timed.note.startswith("Not timed: MoH's logits have ")
 
 
 def test_a_filled_cache_stays_as_long_and_carries_past_the_trained_positions():
-    for model in (llama(), routed()):
+    for model in (dense(), routed()):
         cache = filled_cache(model, 67)
         read_token(model, torch.tensor([[3]]), cache)
         assert cache.get_seq_length() == 67
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "numbers.txt"
-    file.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(1000)))
-    return str(file)
-
-
 def run_of(text, output, **fields):
-    run = LanguageModelRun(data=text, output=output, speed_contexts=CONTEXTS, **TINY)
-    return dataclasses.replace(run, **fields)
+    tiny = {"speed_contexts": CONTEXTS} | RUN | ONE_STEP
+    return LanguageModelRun(data=text, output=output, **tiny | fields)
 
 
-def test_the_demo_says_and_keeps_its_speed(text, tmp_path, capsys):
-    run = run_of(text, tmp_path / "run", models=("dense", "moh"))
+def test_the_demo_says_and_keeps_its_speed(numbers, tmp_path, capsys):
+    run = run_of(numbers, tmp_path / "run", models=("dense", "moh"))
     train(run)
     printed = " ".join(capsys.readouterr().out.split())
     assert "next token at 67 tokens" in printed
@@ -105,8 +89,8 @@ def test_the_demo_says_and_keeps_its_speed(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fields", [{"models": ("dense", "moe")}, {"speed_contexts": ()}])
-def test_runs_without_both_models_or_contexts_time_nothing(text, tmp_path, capsys, fields):
-    train(run_of(text, tmp_path / "run", **{"models": ("dense", "moh")} | fields))
+def test_runs_without_both_models_or_contexts_time_nothing(numbers, tmp_path, capsys, fields):
+    train(run_of(numbers, tmp_path / "run", **{"models": ("dense", "moh")} | fields))
     assert "Timing" not in capsys.readouterr().out
 
 

@@ -13,8 +13,6 @@ import torch
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
@@ -23,17 +21,13 @@ from transformers import (
 
 from damage import empty, flip_a_bit, halve
 from headwise.training.trainer import SafeTrainer
+from tiny import llama
 
 ROWS = torch.randint(0, 31, (64, 7), generator=torch.Generator().manual_seed(0))
 
 
-def llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+def small() -> PreTrainedModel:
+    return llama(hidden_size=16, num_attention_heads=4, num_key_value_heads=2)
 
 
 def trainer(
@@ -46,7 +40,7 @@ def trainer(
         "logging_nan_inf_filter": False,
     }  # fmt: skip
     return SafeTrainer(
-        model=model or llama(),
+        model=model or small(),
         args=TrainingArguments(output_dir=str(output), **arguments | args),
         train_dataset=[{"input_ids": row, "labels": row} for row in ROWS],
         eval_dataset=[{"input_ids": row, "labels": row} for row in ROWS[:8]],
@@ -140,7 +134,7 @@ def test_resumed_equals_never_stopped(tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_checkpoints(tmp_path):
-    model = llama()
+    model = small()
     run = trainer(tmp_path, model, explodes_after(4, model), max_steps=8, save_steps=4)
     last = re.escape(str(tmp_path / "checkpoint-4"))
     with pytest.raises(FloatingPointError, match=rf"nan.* at step \d; .* is {last}\."):
@@ -152,7 +146,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_checkpoints(tmp_path):
 
 def test_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
     # With weights of 1e30 the loss is still finite (log 31): the norms make zeros of them.
-    model = llama()
+    model = small()
     run = trainer(tmp_path, model, explodes_after(2, model))
     with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 4"):
         run.train()
