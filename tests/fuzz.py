@@ -101,6 +101,7 @@ class Commands:
         # The words of a good call, and the fields beside them.
         self.calls: dict[str, tuple[list[str], list[str]]] = {}
         for name in RECIPES:
+            assert name in tiny, f"tiny lacks the arguments of a tiny run of the recipe {name}"
             self.calls[f"train {name}"] = ([*tiny[name], *small], _fields(recipe_run(name)))
         for name, study in STUDIES.items():
             kind = {"text": "lm"}.get(study.subject, study.subject)

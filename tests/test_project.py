@@ -112,7 +112,7 @@ def test_no_name_hides_a_module():
         bound = vars(import_module(package)).get(name)
         if bound is not None and not isinstance(bound, ModuleType):
             hidden.append(f"{package}.{name}")
-    assert hidden == []
+    assert hidden == [], "a module has the name of what its package defines: rename the module"
 
 
 def test_public_names_are_documented():
