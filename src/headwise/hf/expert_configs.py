@@ -51,9 +51,11 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        # The layer checks its own arguments; on the meta device it costs no memory to build one.
-        with torch.device("meta"):
-            self.build(getattr(self, "num_heads", 1))
+        # The layer checks its own arguments; on the meta device it costs no memory to build one. A
+        # compiled model's config was checked before, and layers are not built in a graph.
+        if not torch.compiler.is_compiling():
+            with torch.device("meta"):
+                self.build(getattr(self, "num_heads", 1))
         if self.experts_from == "mlp":
             self._check_is_an_mlp_in_slices()
 
