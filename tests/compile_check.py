@@ -36,12 +36,12 @@ GROUPS = {
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "two_stage": lambda: MoHAttention(D, **HEADS, causal=True),
-    "two_stage paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
+    "two_stage, paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
     "query_norm": lambda: MoHAttention(D, **HEADS, router="query_norm", num_kv_heads=1),
     "groups": lambda: MoHAttention(D, **GROUPS),
-    "query_norm groups": lambda: MoHAttention(D, **GROUPS, router="query_norm"),
+    "query_norm, groups": lambda: MoHAttention(D, **GROUPS, router="query_norm"),
     "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),
-    "mh_moe cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
+    "mh_moe, cosine": lambda: MHMoE(D, num_heads=3, router="cosine", **EXPERTS),
     "moe": lambda: MoE(D, **EXPERTS),
     "ternary heads": lambda: ternarize(MoHAttention(D, **HEADS, causal=True)),
     "ternary experts": lambda: ternarize(MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS)),
@@ -153,38 +153,24 @@ def aggregated(impl: str) -> None:
 
 # These need the C++ kernels.
 NATIVE_CASES: dict[str, Callable[[], None]] = {
-    "native heads": lambda: layer("native heads"),
-    "native experts": lambda: layer("native experts"),
+    **{name: partial(layer, name) for name in LAYERS if name.startswith("native")},
     "native decode": decoding,
-    "native aggregated": lambda: aggregated("native"),
+    "native aggregated": partial(aggregated, "native"),
 }
+MASKED = ("two_stage", "query_norm", "mh_moe", "moe", "ternary experts")
+INDUCTOR = {"backend": "inductor"}
 CASES: dict[str, Callable[[], None]] = {
-    "aggregated": lambda: aggregated("dense"),
-    "two_stage": lambda: layer("two_stage"),
-    "two_stage, mask": lambda: layer("two_stage", masked=True),
-    "two_stage, paper": lambda: layer("two_stage paper"),
-    "two_stage, inductor": lambda: layer("two_stage", backend="inductor"),
-    "query_norm": lambda: layer("query_norm"),
-    "query_norm, mask": lambda: layer("query_norm", masked=True),
-    "groups": lambda: layer("groups"),
-    "query_norm, groups": lambda: layer("query_norm groups"),
-    "mh_moe": lambda: layer("mh_moe"),
-    "mh_moe, mask": lambda: layer("mh_moe", masked=True),
-    "mh_moe, cosine": lambda: layer("mh_moe cosine"),
-    "mh_moe, inductor": lambda: layer("mh_moe", backend="inductor"),
-    "moe": lambda: layer("moe"),
-    "moe, mask": lambda: layer("moe", masked=True),
-    "moe, inductor": lambda: layer("moe", backend="inductor"),
-    "ternary heads": lambda: layer("ternary heads"),
-    "ternary experts, mask": lambda: layer("ternary experts", masked=True),
-    "model, two_stage": lambda: model("two_stage"),
-    "model, query_norm": lambda: model("query_norm"),
+    "aggregated": partial(aggregated, "dense"),
+    **{n: partial(layer, n) for n in LAYERS if n not in (*NATIVE_CASES, "ternary experts")},
+    **{f"{n}, mask": partial(layer, n, masked=True) for n in MASKED},
+    **{f"{n}, inductor": partial(layer, n, **INDUCTOR) for n in ("two_stage", "mh_moe", "moe")},
+    **{f"model, {router}": partial(model, router) for router in ("two_stage", "query_norm")},
     "model, without labels": without_labels,
-    "generating, two_stage": lambda: generating(
-        "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
+    "generating, two_stage": partial(
+        generating, "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
     ),
-    "generating, query_norm, sliding window": lambda: generating(
-        "query_norm", MistralForCausalLM, MistralConfig(**LLAMA, sliding_window=5)
+    "generating, query_norm, sliding window": partial(
+        generating, "query_norm", MistralForCausalLM, MistralConfig(**LLAMA, sliding_window=5)
     ),
 }
 

@@ -1,4 +1,7 @@
-"""What the tests of this folder convert models to."""
+"""What the tests of this folder convert models to, and a model of diffusers that is converted."""
+
+import pytest
+import torch
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig
 
@@ -12,3 +15,13 @@ ALL_ON = MoHConfig(shared=6, active=6, router="query_norm")
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 MOE = MoEConfig(**EXPERTS)
 MH_MOE = MHMoEConfig(num_heads=3, **EXPERTS)
+
+
+def tiny_dit(num_layers: int = 2) -> torch.nn.Module:
+    """Of 4 heads of 8 channels; 8 × 8 latents of 2 channels, ten classes."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=2, num_layers=num_layers,
+        sample_size=8, norm_num_groups=4, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conversions import MH_MOE, QUERY_NORM, TWO_STAGE
+from conversions import MH_MOE, QUERY_NORM, TWO_STAGE, tiny_dit
 
 import headwise
 from headwise import MHMoE, MoHConfig, convert, record_routing, restore
@@ -105,12 +105,8 @@ def test_what_names_no_layers_is_refused(tiny, options, message):
 
 
 def test_a_model_of_diffusers_too(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=2, num_layers=3, sample_size=8,
-        num_embeds_ada_norm=10,
-    ).eval()  # fmt: skip
+    model = tiny_dit(num_layers=3)
+    original = type(model)
     inputs = {
         "hidden_states": torch.randn(1, 2, 8, 8), "timestep": torch.tensor([3]),
         "class_labels": torch.tensor([1]),
@@ -124,7 +120,7 @@ def test_a_model_of_diffusers_too(tmp_path):
     assert again.conversion.layers == (0, 2)
     assert torch.equal(again(**inputs).sample, model(**inputs).sample)
     back = restore(model)
-    assert type(back) is diffusers.DiTTransformer2DModel
+    assert type(back) is original
     assert torch.equal(back(**inputs).sample, dense)
     back.save_pretrained(tmp_path / "dense")
-    diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "dense")
+    original.from_pretrained(tmp_path / "dense")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conversions import MH_MOE, TWO_STAGE
+from conversions import MH_MOE, TWO_STAGE, tiny_dit
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
@@ -83,11 +83,7 @@ def test_experts_and_options_come_back(tiny, tmp_path):
 
 
 def test_a_converted_model_of_diffusers_comes_back(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=2, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
+    model = tiny_dit()
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="DiTTransformer2DModel of diffusers; load it with that"):
         headwise.load(tmp_path / "dense")

@@ -4,25 +4,17 @@ import copy
 import io
 import multiprocessing
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from conversions import MH_MOE, TWO_STAGE
+from conversions import MH_MOE, TWO_STAGE, tiny_dit
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from headwise import convert
 from tiny import SIZES
 
 IDS = torch.arange(3, 10)[None]
-
-
-def dit():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=3, in_channels=4, num_layers=2, sample_size=4,
-        norm_num_groups=4, num_embeds_ada_norm=7,
-    )  # fmt: skip
-    return convert(model, attention=TWO_STAGE)
 
 
 LLAMA = LlamaConfig(**SIZES)
@@ -32,7 +24,7 @@ MODELS = {
     ),
     "bert": lambda: convert(BertForMaskedLM(BertConfig(**SIZES)), attention=TWO_STAGE),
     "ternary": lambda: convert(LlamaModel(LLAMA), attention=TWO_STAGE, ternary=True),
-    "dit": dit,
+    "dit": lambda: convert(tiny_dit(), attention=replace(TWO_STAGE, active=3)),
 }
 
 
@@ -44,7 +36,7 @@ def model(request):
 
 def output_of(model):
     if "DiT" in type(model).__name__:
-        noise = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)
+        noise = torch.linspace(-1, 1, 128).view(1, 2, 8, 8)
         return model(noise, timestep=torch.tensor([3]), class_labels=torch.tensor([2])).sample
     return model(IDS)[0]
 

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_dit import tiny
 from torch.testing import assert_close
 
 from headwise import record_routing
-from headwise.models import DiT, DiTConfig
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 from headwise.models.dit import pipeline as dit_pipeline  # noqa: E402
@@ -34,21 +34,14 @@ SCHEDULERS = {
 }
 
 
-def tiny(channels: int = CHANNELS, **changes: object) -> DiT:
-    torch.manual_seed(0)
-    config = DiTConfig(
-        input_size=SIDE, in_channels=channels, hidden_size=28, head_dim=7, num_hidden_layers=2,
-        num_heads=[2, 5], shared_heads=[2, 2], active_heads=[2, 4], num_labels=CLASSES, **changes,
-    )  # fmt: skip
-    model = DiT(config).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def pipeline(scheduler: str = "DDIM", **changes: object) -> RoutedDiTPipeline:
-    pipe = RoutedDiTPipeline(tiny(**changes), SCHEDULERS[scheduler]())
+def pipeline(
+    scheduler: str = "DDIM", channels: int = CHANNELS, **changes: object
+) -> RoutedDiTPipeline:
+    sizes = {
+        "in_channels": channels, "num_labels": CLASSES, "num_hidden_layers": 2,
+        "num_heads": [2, 5], "shared_heads": [2, 2], "active_heads": [2, 4],
+    }  # fmt: skip
+    pipe = RoutedDiTPipeline(tiny(**sizes | changes), SCHEDULERS[scheduler]())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -100,6 +100,37 @@ def gates(shape: tuple[int, ...], pattern: str) -> Tensor:
     return gate
 
 
+# Of the tensors of aggregated attention those that have channels.
+OVER_CHANNELS = ("q", "k", "v", "k_pool", "v_pool", "unit_q", "learned_tokens")
+
+
+def map_of(
+    size: tuple[int, int],
+    window: int,
+    pooled: int,
+    heads: int,
+    channels: int,
+    on: float,
+    batch: int,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a call of aggregated attention, in the order of its arguments, and its options."""
+    tokens = size[0] * size[1]
+    shapes = {
+        **dict.fromkeys(("q", "k", "v"), (batch, tokens, heads, channels)),
+        **dict.fromkeys(("k_pool", "v_pool"), (batch, pooled, heads, channels)),
+        "gate": (batch, tokens, heads),
+        "local_bias": (heads, window**2),
+        "pool_bias": (heads, tokens, pooled),
+        "unit_q": (batch, tokens, heads, channels),
+        "learned_tokens": (heads, channels, window**2),
+        "learned_bias": (heads, window**2),
+    }
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    gate = tensors["gate"].abs_().add_(0.1)
+    gate[torch.rand(gate.shape) > on] = 0
+    return tensors, {"size": size, "window": window}
+
+
 PATTERNS = st.sampled_from(["half", "half", "few", "all", "none", "one head", "padding"])
 SEEDS = st.integers(0, 2**31 - 1)
 

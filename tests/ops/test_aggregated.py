@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import value_and_gradients
+from cases import leaves as leaves_of
+from cases import map_of, value_and_gradients
 from torch.nn.functional import unfold
 from torch.testing import assert_close
 
@@ -13,30 +14,10 @@ from headwise.ops import aggregated_attention, head_attention
 B, H, C = 2, 3, 5
 
 
-def case(size=(3, 5), window=3, pooled=7, heads=H, on=0.6, dtype=torch.float64, batch=B):
+def case(size=(3, 5), window=3, pooled=7, on=0.6, dtype=torch.float64, batch=B):
     """Leaf tensors (all gradients wanted) and the options of a call."""
-    tokens = size[0] * size[1]
-
-    def random(*shape):
-        return torch.randn(shape, dtype=dtype)
-
-    gate = torch.rand(batch, tokens, heads, dtype=dtype) + 0.1
-    gate[torch.rand(gate.shape) > on] = 0
-    leaves = {
-        "q": random(batch, tokens, heads, C),
-        "k": random(batch, tokens, heads, C),
-        "v": random(batch, tokens, heads, C),
-        "k_pool": random(batch, pooled, heads, C),
-        "v_pool": random(batch, pooled, heads, C),
-        "gate": gate,
-        "local_bias": random(heads, window**2),
-        "pool_bias": random(heads, tokens, pooled),
-        "unit_q": random(batch, tokens, heads, C),
-        "learned_tokens": random(heads, C, window**2),
-        "learned_bias": random(heads, window**2),
-    }
-    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
-    return leaves, {"size": size, "window": window}
+    tensors, options = map_of(size, window, pooled, H, C, on, batch)
+    return leaves_of(tensors, dtype), options
 
 
 def computed(leaves, options, impl):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_at_most_twice, threads, value_and_gradients
+from cases import OVER_CHANNELS, assert_at_most_twice, map_of, threads, value_and_gradients
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +11,6 @@ from headwise.ops.aggregated import choose
 from headwise.ops.native.aggregated import native_aggregated_attention
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
-OVER_CHANNELS = ("q", "k", "v", "k_pool", "v_pool", "unit_q", "learned_tokens")
 SIZES = {
     "plain": {},
     "channels of TransNeXt": {"channels": 24},
@@ -35,22 +34,8 @@ def case(
     size=(5, 7), window=3, pooled=11, heads=3, channels=10, on=0.6, batch=5, dtype=torch.float32
 ):
     """Tensors of a call, those with channels in `dtype`, and its options."""
-    tokens = size[0] * size[1]
-    shapes = {
-        **dict.fromkeys(("q", "k", "v"), (batch, tokens, heads, channels)),
-        **dict.fromkeys(("k_pool", "v_pool"), (batch, pooled, heads, channels)),
-        "gate": (batch, tokens, heads),
-        "local_bias": (heads, window**2),
-        "pool_bias": (heads, tokens, pooled),
-        "unit_q": (batch, tokens, heads, channels),
-        "learned_tokens": (heads, channels, window**2),
-        "learned_bias": (heads, window**2),
-    }
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    tensors |= {name: tensors[name].to(dtype) for name in OVER_CHANNELS}
-    gate = tensors["gate"].abs_().add_(0.1)
-    gate[torch.rand(gate.shape) > on] = 0
-    return tensors, {"size": size, "window": window}
+    tensors, options = map_of(size, window, pooled, heads, channels, on, batch)
+    return tensors | {name: tensors[name].to(dtype) for name in OVER_CHANNELS}, options
 
 
 def computed(tensors, options, impl, dtype=torch.float32):

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_released import TOLERANCE, assert_near, golden
 
 from headwise import load_released, record_routing
 from headwise.models import TransNeXtForImageClassification
-from test_released import TOLERANCE, assert_near, golden
 
 SIZES = {
     "img_size": 28, "patch_size": 2, "embed_dims": [10, 18], "num_heads": [2, 3], "depths": [1, 2],

@@ -9,10 +9,10 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_released import TOLERANCE, assert_near, golden
 
 from headwise import load_released
 from headwise.models import DiT, DiTConfig
-from test_released import TOLERANCE, assert_near, golden
 
 # Of the released constructor; no layer is like another.
 SIZES = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from headwise import MHMoE, MoHAttention, balance_loss, load_released, record_routing
 from headwise.ops import load_and_probability
 
-GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
+GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 ATTENTIONS = ("a", "b", "shared_only", "routed_only")
 MIXTURES = ("h2", "h3_raw", "h1_shared")
