@@ -8,8 +8,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import head_attention
-from headwise.ops.attention import Operands, gathered, pieces, ragged
-from headwise.ops.attention.plan import _torch_is_faster
+from headwise.ops.attention import Operands, _torch_is_faster, gathered, pieces, ragged
 
 B, C = 2, 11
 # The share of heads that may be on for "gathered" to gather: always, never, and in small parts.
