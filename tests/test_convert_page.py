@@ -45,8 +45,8 @@ def commands() -> list[str]:
 def tiny(directory: Path) -> None:
     """In place of the page's first Python block."""
     model = llama(
-        vocab_size=300, hidden_size=36, num_attention_heads=9, num_key_value_heads=3,
-        bos_token_id=0, eos_token_id=0,
+        vocab_size=300, hidden_size=36, intermediate_size=40, num_attention_heads=9,
+        num_key_value_heads=3, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     for part in (model, tokenizer((directory / "text.txt").read_text())):
         part.save_pretrained(directory / "smollm2")
