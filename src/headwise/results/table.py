@@ -9,6 +9,7 @@ from typing import Any
 import rich.table
 from rich.box import SIMPLE_HEAD
 
+_TERMINAL = 80  # columns
 # What may stand in a form. Files hold forms, too, and Python's format does more than print.
 _FORM = re.compile(r"[^{}]*(\{(:,?(\.\d[fg%])?)?\}[^{}]*)?")
 
@@ -120,10 +121,10 @@ class Table:
         return f"{drawn}\n\n{self.legend}\nMeasured on {self.measured_on}.\n"
 
     def for_terminal(self, title: str | None = None, padding: int = 1) -> rich.table.Table:
-        """A rich table with the legend below, as narrow as it can be.
+        """A rich table with the legend below, for terminals of 80 columns.
 
-        What stands behind a number (its spread, its quartiles) goes to a line of its own, and
-        heads are broken between words.
+        What stands behind a number (its spread, its quartiles) goes to a line of its own. Where
+        whole heads are too wide together, each is broken between words, as narrow as it can be.
 
         Args:
             title: What stands above.
@@ -137,9 +138,14 @@ class Table:
             [re.sub(r" (?=± |\()", "\n", str(x)) if isinstance(x, Number) else x for x in row]
             for row in self.rows
         ]
-        for index, column in enumerate(self.columns):
-            parts = [part for row in rows for part in row[index].split("\n")]
-            width = max(map(len, parts + column.split()))
+        cells = [[x for row in rows for x in row[i].split("\n")] for i in range(len(self.columns))]
+        whole = [max(map(len, [*x, head])) for x, head in zip(cells, self.columns, strict=True)]
+        if sum(whole) + (padding + 1) * len(whole) <= _TERMINAL:
+            widths = whole
+        else:
+            heads = (head.split() for head in self.columns)
+            widths = [max(map(len, x + words)) for x, words in zip(cells, heads, strict=True)]
+        for index, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
             if index < self.left:
                 shown.add_column(column)
             else:
