@@ -1,6 +1,6 @@
 """Images from noise: diffusion transformers, and the same with routed heads (MoH-DiT)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.images import ImageSet, load_images
 from headwise.data.patches import in_floats
-from headwise.data.sampling import draw, spread
 from headwise.hf import record_routing
 from headwise.memory import check_memory
 from headwise.models import DiT, DiTConfig
@@ -25,6 +24,7 @@ from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.drawing import check_steps, draw_images, pipeline_of, schedule
 from headwise.recipes.images import (
     ImageRun,
+    ImageTask,
     LabelledImages,
     check_classes,
     class_fields,
@@ -32,14 +32,12 @@ from headwise.recipes.images import (
     only,
 )
 from headwise.recipes.vae import encoded, images_for, load_vae
-from headwise.training.comparison import Examples, Scores, Task, Variant
-from headwise.training.directory import fingerprint
+from headwise.training.comparison import Scores, Variant
 from headwise.training.evaluation import RoutingStatistics
 from headwise.training.fields import check_at_least, check_batch_size, check_guidance
 from headwise.training.pictures import routed_images, sample_grid
 from headwise.training.trainer import SafeTrainer
 
-_CURVE_IMAGES = 256
 _AT_A_TIME = 100
 # Classes, and images of each, that the page shows.
 _ROWS, _COLUMNS = 10, 8
@@ -169,37 +167,25 @@ def _check_measurable(run: DiffusionRun, images: ImageSet) -> None:
 
 
 @dataclass(frozen=True)
-class DiffusionTask(Task):
-    """Images and their classes.
+class DiffusionTask(ImageTask):
+    """Images to learn to draw.
 
     Attributes:
-        run: Whose data they are.
-        training, validation: Images with labels.
         values: What the models learn to draw, of both: pixels in -1..1, or latents.
         vae: Which made these latents, and makes images of them.
         classifier: Of the images.
     """
 
     run: DiffusionRun
-    training: ImageSet
-    validation: ImageSet
     values: tuple[NDArray[np.float32], ...]
     vae: Any
     classifier: Any
-    unit = "image"
+    curve_images = 256
     loss_unit = "hybrid loss per image"
 
     @property
     def processor(self) -> Any:
         return schedule()
-
-    @property
-    def length(self) -> int:
-        return 1
-
-    def fingerprint(self) -> dict[str, str]:
-        parts = {"training": self.training, "validation": self.validation}
-        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
 
     def check(self) -> None:
         with torch.device("meta"):
@@ -240,15 +226,8 @@ class DiffusionTask(Task):
         zero = torch.zeros(1, dtype=torch.long, device=model.device)
         return {"x": x, "t": zero, "y": zero}
 
-    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """Images to train on, each once before one comes again; some of the held-out ones."""
-        run = self.run
-        order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
-        curve = spread(len(self.validation), _CURVE_IMAGES)
-        return (
-            LabelledImages(self.values[0], labels_of(self.training), order),
-            LabelledImages(self.values[1], labels_of(self.validation), curve),
-        )
+    def seen(self) -> Sequence[NDArray[Any]]:
+        return self.values
 
     def trainer(self, **arguments: Any) -> SafeTrainer:
         # diffusers is for those who draw.

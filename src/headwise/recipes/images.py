@@ -1,5 +1,6 @@
 """What recipes on images of classes share: their fields, and images with labels as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from headwise.data.images import ImageSet
+from headwise.data.sampling import draw, spread
 from headwise.hf import MoHConfig
 from headwise.ops import Routing
 from headwise.ops.choice import look_up
-from headwise.training.comparison import ComparisonRun, Variant
+from headwise.training.comparison import ComparisonRun, Examples, Task, Variant
+from headwise.training.directory import fingerprint
 from headwise.training.fields import check_at_least
 
 
@@ -86,6 +89,45 @@ class ImageRun(ComparisonRun):
         """Of an image one channel at least."""
         side = self.image_size or 1
         return side**2, {} if side == 1 else {"image_size": side}
+
+
+@dataclass(frozen=True)
+class ImageTask(Task):
+    """Images and their classes.
+
+    Attributes:
+        run: Whose data they are.
+        training, validation: Images with labels.
+    """
+
+    run: ImageRun
+    training: ImageSet
+    validation: ImageSet
+    unit = "image"
+    # Of the held-out images, those that the validation curve is measured on.
+    curve_images: ClassVar[int]
+
+    @property
+    def length(self) -> int:
+        return 1
+
+    def fingerprint(self) -> dict[str, str]:
+        parts = {"training": self.training, "validation": self.validation}
+        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
+
+    def seen(self) -> Sequence[NDArray[Any]]:
+        """What a model is given of the images to train on and of those held out."""
+        return self.training.pixels, self.validation.pixels
+
+    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
+        """Images to train on, each once before one comes again; some of the held-out ones."""
+        count, (training, validation) = self.run.steps * self.run.batch_size, self.seen()
+        order = draw(len(self.training), count, np.random.default_rng(seed))
+        curve = spread(len(self.validation), self.curve_images)
+        return (
+            LabelledImages(training, labels_of(self.training), order),
+            LabelledImages(validation, labels_of(self.validation), curve),
+        )
 
 
 class LabelledImages(Dataset[dict[str, Tensor]]):

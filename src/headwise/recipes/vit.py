@@ -12,28 +12,26 @@ from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPi
 
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.augmentation import Augmentation, check_augmentation
-from headwise.data.images import ImageSet, load_images
-from headwise.data.sampling import draw, spread
+from headwise.data.images import load_images
+from headwise.data.sampling import spread
 from headwise.hf import record_routing
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
 from headwise.nn import HeadBudget
 from headwise.parity import count_flops
 from headwise.recipes.images import (
     ImageRun,
+    ImageTask,
     LabelledImages,
     check_classes,
     class_fields,
     labels_of,
     only,
 )
-from headwise.training.comparison import Examples, Scores, Task, Variant
-from headwise.training.directory import fingerprint
+from headwise.training.comparison import Scores, Variant
 from headwise.training.evaluation import RoutingStatistics, count_hits
 from headwise.training.fields import check_at_least, check_batch_size
 from headwise.training.pictures import routed_images
 from headwise.training.trainer import SafeTrainer
-
-_CURVE_IMAGES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +114,11 @@ def read(run: VisionRun) -> "VisionTask":
 
 
 @dataclass(frozen=True)
-class VisionTask(Task):
-    """Images and their classes.
-
-    Attributes:
-        run: Whose data they are.
-        training, validation: Images with labels.
-    """
+class VisionTask(ImageTask):
+    """Images to classify."""
 
     run: VisionRun
-    training: ImageSet
-    validation: ImageSet
-    unit = "image"
+    curve_images = 512
     loss_unit = "nats per image"
 
     @property
@@ -137,14 +128,6 @@ class VisionTask(Task):
         return PvtImageProcessorPil(
             size={"height": size, "width": size}, image_mean=half, image_std=half
         )
-
-    @property
-    def length(self) -> int:
-        return 1
-
-    def fingerprint(self) -> dict[str, str]:
-        parts = {"training": self.training, "validation": self.validation}
-        return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
 
     def check(self) -> None:
         self._augmentation()
@@ -185,17 +168,6 @@ class VisionTask(Task):
     def example(self, model: TransNeXtForImageClassification) -> dict[str, Tensor]:
         shape = self.training.pixels.shape[1:]
         return {"pixel_values": torch.zeros(1, *shape, device=model.device)}
-
-    def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """Images to train on, each once before one comes again; some of the held-out ones."""
-        run = self.run
-        order = draw(len(self.training), run.steps * run.batch_size, np.random.default_rng(seed))
-        curve = spread(len(self.validation), _CURVE_IMAGES)
-        training, validation = self.training, self.validation
-        return (
-            LabelledImages(training.pixels, labels_of(training), order),
-            LabelledImages(validation.pixels, labels_of(validation), curve),
-        )
 
     def trainer(self, **arguments: Any) -> SafeTrainer:
         return ImageTrainer(augmentation=self._augmentation(), **arguments)
