@@ -30,12 +30,12 @@ step card 20 nvidia-smi
 step env 60 python3 -m headwise env
 step smoke 120 python3 benchmarks/gpu/smoke.py
 step tests 180 python3 -m pytest -q -x -n 8 -p no:cacheprovider -p no:benchmark \
-    tests/ops/test_attention_triton.py tests/ops/test_on_gpu.py
+    tests/ops/test_*_triton.py tests/ops/test_on_gpu.py
 step tiles 150 python3 benchmarks/gpu/tiles.py "$output/tiles.csv"
 for which in attention decode experts layer model; do
     step "$which" 200 python3 -m headwise bench "$which" --device cuda --output "$output/$which"
 done
-step generate 90 python3 benchmarks/gpu/generate.py "$output/generate.csv"
+step models 150 python3 benchmarks/gpu/models.py "$output/models.csv"
 step train 180 python3 -m headwise train lm --models dense moh --sequence-length 4096 \
     --dim 512 --mlp-dim 1376 --num-heads 8 --num-layers 8 --steps 60 --warmup-steps 10 \
     --batch-size 8 --precision bf16 --eval-every 60 --save-every 60 --output "$output/train"

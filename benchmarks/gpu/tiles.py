@@ -1,4 +1,7 @@
-"""Times of the Triton kernels for many tilings: the best are the tables in ops/attention."""
+"""Times of the Triton kernels for many tilings: the best are the tables in ops.
+
+python benchmarks/gpu/tiles.py OUTPUT.csv [KERNEL ...]
+"""
 
 import csv
 import multiprocessing
@@ -16,6 +19,7 @@ from triton.testing import do_bench
 
 from headwise.ops.attention import triton as kernels
 from headwise.ops.attention import triton_decode
+from headwise.ops.experts import triton as experts
 
 LENGTH, HEADS = 16384, 16
 Tiling, usual_tiling = kernels.Tiling, kernels.tiling
@@ -34,6 +38,8 @@ CANDIDATES: list[Candidate] = [
     *(("keys", 64, Tiling(*x)) for x in product((128,), (32, 64, 128), (8,), (2, 3))),
     *(("keys", 128, Tiling(*x)) for x in product((64,), (32, 64), (4, 8), (2, 3))),
     *(("keys", 128, Tiling(*x)) for x in product((128,), (32, 64), (8,), (2, 3))),
+    *(("experts", 256, Tiling(*x)) for x in product((64, 128), (32, 64), (4, 8), (2, 3))),
+    *(("experts", 128, Tiling(*x)) for x in product((64, 128), (64, 128), (4, 8), (2, 3))),
 ]
 
 
@@ -41,20 +47,23 @@ CANDIDATES: list[Candidate] = [
 DECODING = [*product((32, 64, 128), (512, 1024, 2048, 4096), (64,)), (64, 2048, 16)]
 
 
-def main(path: Path) -> None:
+def main(path: Path, chosen: list[str]) -> None:
     """Compile all of them side by side, then time one after the other; rows as they come."""
+    candidates = [each for each in CANDIDATES if not chosen or each[0] in chosen]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(12, mp_context=spawn) as pool:
-        errors = list(pool.map(compiled, CANDIDATES))
+        errors = list(pool.map(compiled, candidates))
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        for candidate, error in zip(CANDIDATES, errors, strict=True):
+        for candidate, error in zip(candidates, errors, strict=True):
             kernel, channels, tiling = candidate
             # Of a backward both kernels count, the other one as it is.
             result = error or f"{median(call(candidate)):.4f}"
             rows.writerow([kernel, channels, *tiling, result])
             print(kernel, channels, *tiling, result, flush=True)
-        for batch, sizes in product((1, 16, 64), DECODING):
+        for batch, sizes in product(
+            (1, 16, 64), DECODING if "decode" in chosen or not chosen else ()
+        ):
             result = f"{median(decoding(batch, *sizes)):.4f}"
             rows.writerow([f"decode of {batch}", 128, *sizes, "", result])
             print("decode of", batch, *sizes, result, flush=True)
@@ -79,6 +88,8 @@ def median(run: Callable[[], Any]) -> float:
 def call(candidate: Candidate) -> Callable[[], Any]:
     """A call of the op with the kernel so tiled: half of the heads on, causal, bfloat16."""
     kernel, channels, tiling = candidate
+    if kernel == "experts":
+        return experts_call(channels, tiling)
 
     def chosen(width: int, dtype: torch.dtype, name: str) -> Tiling:
         return tiling if name == kernel else usual_tiling(width, dtype, name)  # type: ignore[arg-type]
@@ -91,6 +102,18 @@ def call(candidate: Candidate) -> Callable[[], Any]:
     y, lse = kernels.triton_attention(q, k, v, gate, *options)
     dy = torch.randn_like(y)
     return partial(kernels.triton_attention_backward, dy, q, k, v, gate, y, lse, *options)
+
+
+def experts_call(channels: int, tiling: Tiling) -> Callable[[], Any]:
+    """96 experts of 512 hidden units, three for each of 49,152 rows."""
+    experts.tiling = lambda _: experts.Tiling(*tiling)
+    torch.manual_seed(0)
+    x, up, down = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
+        for shape in ((3 * LENGTH, channels), (96, 1024, channels), (96, channels, 512))
+    )
+    weights, indices = torch.rand(3 * LENGTH, 96, device="cuda").topk(3)
+    return partial(experts.expert_mlp, x, weights, indices, up, down, "silu")
 
 
 def decoding(batch: int, block: int, programs: int, splits: int) -> Callable[[], Any]:
@@ -115,4 +138,4 @@ def inputs(batch: int, tokens: int, keys: int, channels: int) -> tuple[Tensor, .
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("not measured: no CUDA device")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.ops import expert_mlp, head_attention
+from headwise.ops import (
+    expert_mlp,
+    head_attention,
+    route_heads,
+    route_heads_by_query_norm,
+    route_tokens,
+)
 from headwise.ops.experts import choose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -67,18 +73,40 @@ def test_decoding_is_as_exact_as_torchs(queries):
     assert (got.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
 
 
-def test_experts_by_grouped_products():
-    x = torch.randn(389, 64, device="cuda")
+@pytest.mark.parametrize(("impl", "dim"), [("triton", 256), ("triton", 72), ("grouped_mm", 320)])
+def test_experts_are_as_exact_as_plain_products(impl, dim):
+    x = torch.randn(389, dim, device="cuda")
     weights, indices = torch.rand(389, 3, device="cuda").topk(2)
-    up, down = torch.randn(3, 96, 64, device="cuda") / 8, torch.randn(3, 64, 48, device="cuda") / 8
+    up, down = (torch.randn(3, *size, device="cuda") / 8 for size in ((96, dim), (dim, 48)))
     leaves = [t.bfloat16().requires_grad_() for t in (x, weights, up, down)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    assert choose(leaves[0], leaves[3], "silu") == "grouped_mm"
+    assert choose(leaves[0], leaves[3], "silu") == impl
 
     def compute(impl):
         return lambda x, weights, up, down: expert_mlp(x, weights, indices, up, down, impl=impl)
 
-    got = value_and_gradients(compute("grouped_mm"), leaves)
+    got = value_and_gradients(compute("auto"), leaves)
     exact = value_and_gradients(compute("grouped"), wide)
     for ours, true in zip(got, exact, strict=True):
         assert (ours.double() - true).norm() <= 0.02 * true.norm()
+
+
+ROUTINGS = {
+    "queries": (
+        lambda q: route_heads_by_query_norm(q, shared_heads=[1, 4], top_k=3),
+        (2, 99, 9, 64),
+    ),
+    "heads": (lambda z: route_heads(*z.split([2, 7, 2], -1), top_k=4), (2, 99, 11)),
+    "tokens": (lambda z: route_tokens(z, top_k=3), (2, 99, 96)),
+}
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_is_that_of_a_cpu(name, learning):
+    route, shape = ROUTINGS[name]
+    scores = torch.randn(shape, device="cuda", requires_grad=learning)
+    got, want = route(scores), route(scores.detach().cpu())
+    assert got.weights.requires_grad == learning
+    for ours, usual in zip(got[:4], want[:4], strict=True):
+        assert_close(ours.detach().cpu(), usual, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,6 @@ import inspect
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -78,7 +77,7 @@ def attend(
         if routing is None and not isinstance(router, QueryNormRouter):
             raise ValueError(f"{type(module).__name__} was given a routing and did not pass it on")
         if routing is None:
-            routing = router(rearrange(query, "b h t c -> b t h c"))
+            routing = router(query.transpose(1, 2))
     by_norm = isinstance(router, QueryNormRouter)
     all_on = router is None or (by_norm and router.budget.active_share == 1)
     if all_on or dropout:
@@ -87,7 +86,8 @@ def attend(
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
         return heads if all_on else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
-    q, k, v = (rearrange(x, "b h t c -> b t h c") for x in (query, key, value))
+    # [B, H, T, C] → [B, T, H, C]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     tokens = q.shape[1]
     if tokens == 1:

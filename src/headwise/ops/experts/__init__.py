@@ -4,6 +4,7 @@ reference   A loop over tokens and choices: the specification.
 grouped     One expert after the other over its rows, activations kept in the caches: for CPUs.
 native      The same in C++, several experts at once, where `headwise compile` has built it.
 grouped_mm  torch's grouped matrix product: for GPUs.
+triton      Both products in one kernel, for narrow rows on CUDA devices.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.experts import native_mlp
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
 
-Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm"]
+Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm", "triton"]
 
 _NATIVE_ACTIVATIONS = ("silu", "relu")
+_MOST_CHANNELS = 256  # of impl "triton", which keeps a row's sums in registers
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.expert_mlp,
     "grouped": grouped_mlp,
@@ -60,8 +62,9 @@ def expert_mlp(
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
-        impl: "auto" is grouped_mm on CUDA devices, native on CPUs where it is built, and grouped
-            elsewhere and where those cannot compute this; a named one is that one or an error.
+        impl: "auto" is triton on CUDA devices for rows of up to 256 channels in half precision, and
+            grouped_mm for others; native on CPUs where it is built; and grouped elsewhere and where
+            those cannot compute this. A named one is that one or an error.
 
     Returns:
         y in x's dtype; 0 for a token whose choices are all -1.
@@ -81,7 +84,13 @@ def expert_mlp(
         return x.clone().zero_()
     if impl != "reference":
         x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
-    compute = _IMPLEMENTATIONS[choose(x, down_proj, activation, impl)]
+    impl = choose(x, down_proj, activation, impl)
+    if impl == "triton":
+        # Triton is on machines with a GPU, and `import headwise` does without.
+        from headwise.ops.experts import triton
+
+        return triton.expert_mlp(x, weights, indices.long(), up_proj, down_proj, activation)
+    compute = _IMPLEMENTATIONS[impl]
     return compute(x, weights, indices.long(), up_proj, down_proj, activation)
 
 
@@ -95,13 +104,19 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "a
     """
     if impl == "auto":
         if x.device.type == "cuda" and grouped_mm.computes(x, down_proj):
-            return "grouped_mm"
+            return "triton" if _triton_computes(x, down_proj) else "grouped_mm"
         return "native" if _native_computes(x, down_proj, activation) and is_ready() else "grouped"
     if impl == "native" and not _native_computes(x, down_proj, activation):
         raise ValueError(
             f"x {list(x.shape)} is {x.dtype} on {x.device}, down_proj {list(down_proj.shape)}, "
             f'activation {activation!r}; impl "native" takes float32 and bfloat16 of even widths '
             f'on CPUs with {" or ".join(_NATIVE_ACTIVATIONS)}; impl "grouped" takes all'
+        )
+    if impl == "triton" and not _triton_computes(x, down_proj):
+        raise ValueError(
+            f"x {list(x.shape)} and down_proj {list(down_proj.shape)} are {x.dtype} on {x.device}; "
+            f'impl "triton" takes float16 and bfloat16 on CUDA devices, up to {_MOST_CHANNELS} '
+            'channels, in widths that are multiples of 8; impl "grouped_mm" takes all'
         )
     if impl == "grouped_mm" and not grouped_mm.computes(x, down_proj):
         raise ValueError(
@@ -116,6 +131,12 @@ def _native_computes(x: Tensor, down_proj: Tensor, activation: Activation) -> bo
     """Whether the kernel in C++ computes this, where it is built."""
     known = x.device.type == "cpu" and x.dtype in DTYPES and activation in _NATIVE_ACTIVATIONS
     return known and down_proj.shape[1] % 2 == 0 and down_proj.shape[2] % 2 == 0
+
+
+def _triton_computes(x: Tensor, down_proj: Tensor) -> bool:
+    """Whether the kernel in Triton computes this."""
+    half = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+    return half and x.shape[1] <= _MOST_CHANNELS and grouped_mm.computes(x, down_proj)
 
 
 def _check(x: Tensor, weights: Tensor, indices: Tensor, up_proj: Tensor, down_proj: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The experts that tokens are sent to, checked before they decide what is read and written."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,3 +31,28 @@ def known_choices(indices: Tensor, num_experts: int) -> Tensor:
 @known_choices.register_fake
 def _(indices: Tensor, *_: Any) -> Tensor:
     return indices.new_empty(indices.numel())
+
+
+class Runs(NamedTuple):
+    """Choices sorted by expert, those that go nowhere last.
+
+    Attributes:
+        order: Places of the choices in [N·K]: first those of expert 0 as they stood, then of 1, …
+        ends: Where each expert's run ends, and N·K after them, int32 [E + 1].
+    """
+
+    order: Tensor
+    ends: Tensor
+
+
+def runs_of_experts(indices: Tensor, num_experts: int) -> Runs:
+    """The choices [N, K] sorted by expert, without reading a size back from a device.
+
+    By example: choices 1, 0, -1, 1 of two experts are in the order 1, 0, 3, 2; ends 1, 3, 4.
+    """
+    choices = known_choices(indices, num_experts)
+    # A radix sort takes a pass for each byte of its keys.
+    narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int32
+    experts, order = torch.sort(choices.to(narrow), stable=True)
+    each = torch.arange(num_experts + 1, device=experts.device, dtype=narrow)
+    return Runs(order, torch.searchsorted(experts, each, right=True, out_int32=True))

@@ -126,14 +126,16 @@ for op in (grouped_mlp, native_mlp):
 @register_flop_formula(
     [torch.ops.headwise.grouped_mlp, torch.ops.headwise.native_mlp], get_raw=True
 )
-def _flops(
+def forward_flops(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, *_: Any, **__: Any
 ) -> int:
+    """Two for each weight of a choice that goes somewhere."""
     return 2 * int((indices >= 0).sum()) * (up[0].numel() + down[0].numel())
 
 
 @register_flop_formula(torch.ops.headwise.grouped_mlp_backward, get_raw=True)
-def _backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
+def backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
     """Twice the forward, and the first product once more."""
     x, weights, indices, up, down, *_rest = args
-    return 2 * _flops(x, weights, indices, up, down) + 2 * int((indices >= 0).sum()) * up[0].numel()
+    again = 2 * int((indices >= 0).sum()) * up[0].numel()
+    return 2 * forward_flops(x, weights, indices, up, down) + again

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from headwise.ops.activations import Activation, activate
-from headwise.ops.experts.choices import known_choices
+from headwise.ops.experts.choices import runs_of_experts
 
 # torch's kernel loads rows in pieces of this many bytes.
 _ALIGNMENT = 16
@@ -18,11 +18,10 @@ def expert_mlp(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     num_experts, top_k = up.shape[0], indices.shape[1]
+    order, ends = runs_of_experts(indices, num_experts)
+    ends = ends[:-1]
     # Choices that go nowhere come last, where the kernel leaves rows as they were.
-    experts, order = torch.sort(known_choices(indices, num_experts), stable=True)
-    each = torch.arange(num_experts, device=experts.device)
-    ends = torch.searchsorted(experts, each, right=True).to(torch.int32)
-    counts = (experts < num_experts).unsqueeze(1)
+    counts = (torch.arange(len(order), device=x.device) < ends[-1]).unsqueeze(1)
     rows = torch.where(counts, x[order // top_k], 0)
     hidden = activate(grouped_mm(rows, up.mT, offs=ends), activation, down.shape[2])
     hidden = torch.where(counts, hidden, 0)
