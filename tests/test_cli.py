@@ -1,6 +1,7 @@
 """The command line: help, wrong input, and directories that it must not touch."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,14 @@ def test_usage_lists_every_command(capsys, monkeypatch, arguments):
     headwise_command.main()
     printed = capsys.readouterr().out
     assert all(f"\n  {command} " in printed for command in cli._COMMANDS)
+
+
+def test_a_command_runs_with_the_garbage_collector_on(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["headwise", "--version"])
+    monkeypatch.setattr(cli, "_run", lambda *_: print(gc.isenabled()))
+    headwise_command.main()
+    gc.unfreeze()
+    assert capsys.readouterr().out == "True\n"
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "--help"]])

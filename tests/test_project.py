@@ -14,7 +14,8 @@ import pytest
 
 import headwise
 import headwise.parity
-from headwise.cli import main
+from headwise.cli import _COMMANDS, main
+from headwise.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,7 @@ HEAVY = (
     "matplotlib", "headwise.ops.attention.triton", "diffusers", "kornia", "sklearn", "timm",
     "torchmetrics",
 )  # fmt: skip
+MACHINERY = ("datasets", "pandas", "pyarrow", "transformers.trainer", "transformers.training_args")
 ONLY_FOR_DEVELOPERS = ("beartype", "pytest", "hypothesis", "tensorboard", "lm_eval", "peft")
 PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",
@@ -84,6 +86,18 @@ def test_import_pulls_in_nothing_heavy():
         f"print(sorted({{*{HEAVY}}} & set(sys.modules) - before))"
     )
     assert run_python(program).strip() == "[]"
+
+
+def test_help_is_quick():
+    """It comes without what trains, draws and reads data, which takes seconds to load."""
+    calls = [[name] for name in _COMMANDS] + [["train", name] for name in RECIPES]
+    program = (
+        "import sys, headwise; from contextlib import suppress; from headwise.cli import main\n"
+        f"before = set(sys.modules)\nfor call in {calls}:\n"
+        "    with suppress(SystemExit): main([*call, '--help'])\n"
+        f"print(sorted({{*{(*HEAVY, *MACHINERY)}}} & set(sys.modules) - before))"
+    )
+    assert run_python(program).splitlines()[-1] == "[]"
 
 
 def test_works_without_what_only_developers_install(tmp_path):

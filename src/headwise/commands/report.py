@@ -6,7 +6,6 @@ from typing import Annotated
 import tyro
 
 from headwise.analysis.records import from_json
-from headwise.analysis.report import render_report, write_page
 from headwise.errors import reading
 from headwise.parsing import called
 
@@ -22,6 +21,9 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         directory: Directory of the run, for example runs/lm.
     """
+    # Not above: it brings matplotlib, and help does without.
+    from headwise.analysis.report import render_report, write_page
+
     file = directory / "record.json"
     if not file.is_file():
         raise ValueError(f"{directory} holds no finished run (no record.json)")

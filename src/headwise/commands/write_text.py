@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import datasets
 import torch
 import tyro
-from transformers import set_seed
+from accelerate.utils import set_seed
 
 from headwise.data.token_files import TOKEN_COLUMN, TOKEN_FILE
 from headwise.loading import check_length, load_causal_lm
@@ -63,6 +62,9 @@ def write_text(run: WritingRun) -> None:
     Raises:
         ValueError: If there is no model, or it has no first token (`bos_token_id`).
     """
+    # Not above: help does without.
+    from datasets import Dataset
+
     model = load_causal_lm(run.path).eval()
     check_length("length", run.length, model, run.path)
     first = model.config.bos_token_id
@@ -76,7 +78,7 @@ def write_text(run: WritingRun) -> None:
             (min(run.batch_size, run.count - start), 1), first, device=model.device
         )
         rows += _continue(model, first_tokens, run.length)
-    tokens = datasets.Dataset.from_dict({TOKEN_COLUMN: rows})
+    tokens = Dataset.from_dict({TOKEN_COLUMN: rows})
     write_whole(run.output, lambda partial: tokens.to_parquet(str(partial)))
     print(f"{run.count:,} texts of {run.length} tokens in {run.output}")
 

@@ -116,3 +116,8 @@ def _in_colour(change: Any, images: Tensor) -> Tensor:
     if images.shape[1] == 3:
         return change(images)
     return change(images.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+
+
+def in_model_range(images: Tensor) -> Tensor:
+    """0..1 → -1..1, as the image processor does."""
+    return 2 * images - 1

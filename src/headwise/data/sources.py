@@ -1,11 +1,10 @@
 """Parts of a mixture of text: Hugging Face datasets, read a row at a time and never kept whole."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-
-import datasets
+from typing import Any
 
 from headwise.data.text import Domain
 
@@ -76,12 +75,15 @@ def sample_domains(sources: Sequence[Source], *, held_out: int, training: int) -
     return domains
 
 
-def open_rows(source: Source) -> datasets.IterableDataset:
-    """The rows of a source, with the text's column alone.
+def open_rows(source: Source) -> Any:
+    """The rows of a source, with the text's column alone: an `IterableDataset` of datasets.
 
     Raises:
         ValueError: If it cannot be read, is empty, or has no such column.
     """
+    # Not above: few runs stream text, and all import this.
+    import datasets
+
     files = source.data_files
     try:
         rows = datasets.load_dataset(
@@ -106,7 +108,7 @@ def open_rows(source: Source) -> datasets.IterableDataset:
     return rows.select_columns([source.column])
 
 
-def read_texts(rows: datasets.IterableDataset, source: Source) -> Iterator[str]:
+def read_texts(rows: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
     """The texts of a source's rows that are not blank.
 
     Raises:

@@ -21,7 +21,6 @@ from hashlib import sha256
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -206,7 +205,7 @@ class _Packed:
         self.buffers += 1
         return generator.permutation(tokens[:whole].reshape(-1, self.length))
 
-    def _documents(self, rows: datasets.IterableDataset) -> Iterator[str]:
+    def _documents(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         """The source's texts, without what is held out."""
         texts = read_texts(rows, self.source)
         return (text for text in texts if _digest(text) not in self.left_out)

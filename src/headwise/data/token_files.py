@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
-from pyarrow import compute, parquet
 
 from headwise.errors import UnreadableError, reading
 
@@ -36,6 +34,10 @@ def token_rows(file: Path) -> list[Tokens]:
         ValueError: If there is no such file, it has no column "input_ids", or that holds something
             else than rows of tokens.
     """
+    # Not above: few read such files, and help does without.
+    import pyarrow
+    from pyarrow import compute, parquet
+
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     with reading(file, "a Parquet file"):

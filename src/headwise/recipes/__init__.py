@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from headwise.ops.choice import look_up
 from headwise.training.comparison import ComparisonRun
-from headwise.training.train import train as train_with
 
 __all__ = ["RECIPES", "Recipe", "recipe_run", "train"]
 
@@ -67,4 +66,7 @@ def train(run: ComparisonRun) -> None:
         ValueError: For data or an output directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
+    # Not above: help does without what trains.
+    from headwise.training.train import train as train_with
+
     train_with(run, import_module(type(run).__module__).read)

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from transformers import TrainingArguments, default_data_collator
+from transformers import default_data_collator
 
 from headwise.data.images import ImageSet
 from headwise.data.sampling import draw
@@ -19,6 +19,9 @@ _STEPS, _BATCH = 200, 64
 
 def train_classifier(images: ImageSet, *, steps: int = _STEPS) -> TransNeXtForImageClassification:
     """A dense TransNeXt of size "test", trained on the images: half a minute on 8 × 8 pixels."""
+    # Not above: help does without what trains.
+    from transformers import TrainingArguments
+
     run = VisionRun(steps=steps, cutmix=0.0, smoothing=0.0)
     task = VisionTask(run, images, images)
     model = task.model(run.variants()[0], seed=0)

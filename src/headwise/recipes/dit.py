@@ -19,7 +19,6 @@ from headwise.memory import check_memory
 from headwise.models import DiT, DiTConfig
 from headwise.parity import count_flops
 from headwise.quality.features import ClassifierFeatures, collect_features
-from headwise.quality.metrics import FEWEST, sample_quality
 from headwise.recipes.classifier import load_classifier, train_classifier
 from headwise.recipes.drawing import check_steps, draw_images, pipeline_of, schedule
 from headwise.recipes.images import (
@@ -36,7 +35,6 @@ from headwise.training.comparison import Scores, Variant
 from headwise.training.evaluation import RoutingStatistics
 from headwise.training.fields import check_at_least, check_batch_size, check_guidance
 from headwise.training.pictures import routed_images, sample_grid
-from headwise.training.trainer import SafeTrainer
 
 _AT_A_TIME = 100
 # Classes, and images of each, that the page shows.
@@ -153,6 +151,9 @@ def read(run: DiffusionRun) -> "DiffusionTask":
 
 def _check_measurable(run: DiffusionRun, images: ImageSet) -> None:
     """Refuse what `sample_quality` would refuse when all models are trained."""
+    # torchmetrics is for those who draw.
+    from headwise.quality.metrics import FEWEST
+
     drawn = run.samples * len(images.classes)
     if drawn < FEWEST:
         raise ValueError(
@@ -229,7 +230,7 @@ class DiffusionTask(ImageTask):
     def seen(self) -> Sequence[NDArray[Any]]:
         return self.values
 
-    def trainer(self, **arguments: Any) -> SafeTrainer:
+    def trainer(self, **arguments: Any) -> Any:
         # diffusers is for those who draw.
         from headwise.training.diffusion import DiffusionTrainer
 
@@ -240,6 +241,8 @@ class DiffusionTask(ImageTask):
 
     def score(self, model: Any) -> Scores:
         """Images of each class, drawn and compared with real ones by the classifier."""
+        from headwise.quality.metrics import sample_quality
+
         model.eval()
         features = ClassifierFeatures(self.classifier.to(model.device), spatial="backbone.stages.0")
         shown: list[NDArray[np.uint8]] = []

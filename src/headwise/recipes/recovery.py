@@ -11,7 +11,6 @@ from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
 from headwise.results.rows import Row, measured_on, write_csv
 from headwise.results.table import Cell, Number, Table, mean
-from headwise.training.distillation import RecoveringTrainer
 
 _LEGEND = (
     "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. To "
@@ -34,10 +33,11 @@ class Point(NamedTuple):
     tokens_per_second: int | None
 
 
-def points(
-    stage: str, model: Any, trainer: RecoveringTrainer, *, tokens_before: int
-) -> list[Point]:
-    """The evaluations of a stage, by step; shares of heads are means over the layers."""
+def points(stage: str, model: Any, trainer: Any, *, tokens_before: int) -> list[Point]:
+    """The evaluations of a stage, by step; shares of heads are means over the layers.
+
+    `trainer` is the `RecoveringTrainer` that trained it.
+    """
     shared, active = _shares(model)
     evaluations = {int(x["step"]): x for x in trainer.state.log_history if "eval_loss" in x}
     return [

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from headwise.data.sampling import spread
 from headwise.data.text import MixedBlocks, check_exponent, load_text, tokenize
@@ -26,9 +27,7 @@ from headwise.recipes import recovery
 from headwise.recipes.recovery import Point
 from headwise.results.files import write_manifest, write_whole
 from headwise.results.rows import Row, environment
-from headwise.training.arguments import prepare, training_arguments
 from headwise.training.directory import RunDirectory, fingerprint
-from headwise.training.distillation import RecoveringTrainer
 from headwise.training.fields import Stage, TrainingRun, check_at_least
 
 Schedule = Literal["small", "paper"]
@@ -162,6 +161,9 @@ def tune(run: TuningRun) -> None:
         ValueError: For a model, text or directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
+    # Not above: help does without what trains.
+    from headwise.training.arguments import prepare
+
     state, directory = prepare(run)
     model, tokenizer = _load(run.path), load_tokenizer(run.path)
     if not isinstance(model, Routed) and not run.dense.steps:
@@ -285,9 +287,11 @@ def _card(run: TuningRun, directory: Path, model: Any, points: list[Point]) -> s
     return model_card(model, run.original or run.path, name, weights=weights, figures=figures)
 
 
-def _trainer(
-    setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset
-) -> RecoveringTrainer:
+def _trainer(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> Any:
+    # Not above: help does without what trains.
+    from headwise.training.arguments import training_arguments
+    from headwise.training.distillation import RecoveringTrainer
+
     run, directory = setting.run, setting.directory
     return RecoveringTrainer(
         model=model,

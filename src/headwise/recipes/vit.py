@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 
 from headwise.analysis.image_records import RoutedImage
-from headwise.data.augmentation import Augmentation, check_augmentation
+from headwise.data.augmentation import Augmentation, check_augmentation, in_model_range
 from headwise.data.images import load_images
 from headwise.data.sampling import spread
 from headwise.hf import record_routing
@@ -31,7 +31,6 @@ from headwise.training.comparison import Scores, Variant
 from headwise.training.evaluation import RoutingStatistics, count_hits
 from headwise.training.fields import check_at_least, check_batch_size
 from headwise.training.pictures import routed_images
-from headwise.training.trainer import SafeTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,10 @@ class VisionTask(ImageTask):
         shape = self.training.pixels.shape[1:]
         return {"pixel_values": torch.zeros(1, *shape, device=model.device)}
 
-    def trainer(self, **arguments: Any) -> SafeTrainer:
+    def trainer(self, **arguments: Any) -> Any:
+        # Not above: help does without what trains.
+        from headwise.training.classification import ImageTrainer
+
         return ImageTrainer(augmentation=self._augmentation(), **arguments)
 
     def _augmentation(self) -> Augmentation:
@@ -224,24 +226,3 @@ class VisionTask(ImageTask):
             + ("grey" if channels == 1 else "in colour"),
             "Number": f"{len(self.training)} to train on, {len(self.validation)} held out",
         }
-
-
-class ImageTrainer(SafeTrainer):
-    """Changes images at random, on their device, before the model trains on them."""
-
-    def __init__(self, *args: Any, augmentation: Augmentation, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.augmentation = augmentation
-
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Of images in uint8 and labels."""
-        images, labels = inputs["pixel_values"].float() / 255, inputs["labels"]
-        if model.training:
-            images, labels = self.augmentation(images, labels)
-        changed = {"pixel_values": in_model_range(images), "labels": labels}
-        return super().compute_loss(model, changed, *args, **kwargs)
-
-
-def in_model_range(images: Tensor) -> Tensor:
-    """0..1 → -1..1, as the image processor does."""
-    return 2 * images - 1

@@ -20,7 +20,6 @@ from headwise.memory import check_memory
 from headwise.training.directory import RunDirectory
 from headwise.training.fields import Stage, TrainingRun, check_at_least, check_seed
 from headwise.training.speed import Timed
-from headwise.training.trainer import SafeTrainer
 
 _OF_A_PROCESS = 2**27  # bytes: torch alone needs more
 
@@ -236,8 +235,11 @@ class Task(ABC):
     def facts(self) -> Mapping[str, str]:
         """What the page says of the data."""
 
-    def trainer(self, **arguments: Any) -> SafeTrainer:
-        """What trains a model."""
+    def trainer(self, **arguments: Any) -> Any:
+        """What trains a model: a `SafeTrainer`."""
+        # Not above: help does without what trains.
+        from headwise.training.trainer import SafeTrainer
+
         return SafeTrainer(**arguments)
 
     def speed(self, directory: RunDirectory) -> Timed | None:

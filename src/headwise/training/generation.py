@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from headwise.loading import longest_sequence

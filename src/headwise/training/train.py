@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from transformers import default_data_collator, set_seed
+from accelerate.utils import set_seed
+from transformers import default_data_collator
 
 from headwise.results.files import write_whole
 from headwise.training.arguments import prepare, training_arguments

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from rich.console import Console
-from transformers import set_seed
 
 from headwise.commands.eval.documents import read_documents, source_of
 from headwise.commands.eval.run import EvalRun
