@@ -2,9 +2,11 @@
 
 import os
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from cases import assert_at_most_twice, value_and_gradients
+from cases import SEEDS, assert_at_most_twice, value_and_gradients
+from hypothesis import given
 from test_experts_impls import ROUTINGS
 from torch.testing import assert_close
 
@@ -26,20 +28,24 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 E, D, HIDDEN = 11, 24, 40
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "tiling", lambda _: kernel.Tiling(16, 16, 4, 1))
+@pytest.fixture(autouse=True, scope="module")
+def _small_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "tiling", lambda _: kernel.Tiling(16, 16, 4, 1))
+        yield
 
 
-def leaves(N=13, K=3, gated=True, dtype=torch.float16):
+def leaves(N=13, K=3, gated=True, sizes=(E, D, HIDDEN)):
+    experts, dim, hidden = sizes
     shapes = {
-        "x": (N, D),
+        "x": (N, dim),
         "weights": (N, K),
-        "up_proj": (E, 2 * HIDDEN if gated else HIDDEN, D),
-        "down_proj": (E, D, HIDDEN),
+        "up_proj": (experts, 2 * hidden if gated else hidden, dim),
+        "down_proj": (experts, dim, hidden),
     }
     tensors = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
-    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+    tensors["up_proj"] /= dim**0.5
+    return {name: x.half().requires_grad_() for name, x in tensors.items()}
 
 
 def by_kernel(x, weights, up_proj, down_proj, *, indices, activation="silu"):
@@ -74,6 +80,16 @@ def test_every_activation(activation):
 
 def test_more_rows_of_an_expert_than_a_tile_has():
     assert_as_exact(leaves(N=101, K=2), torch.randint(3, (101, 2), device=DEVICE) * 5)
+
+
+@given(data=st.data(), seed=SEEDS)
+def test_any_sizes(data, seed):
+    torch.manual_seed(seed)
+    N, K, experts = (data.draw(st.integers(1, most)) for most in (40, 4, 20))
+    sizes = (experts, *(8 * data.draw(st.integers(1, 9)) for _ in range(2)))
+    tensors = leaves(N, K, data.draw(st.booleans()), sizes)
+    indices = torch.randint(-1, experts, (N, K), device=DEVICE)
+    assert_as_exact(tensors, indices, data.draw(st.sampled_from(["silu", "relu", "gelu"])))
 
 
 def test_nothing_but_padding_gives_zero_and_no_gradient():

@@ -19,6 +19,9 @@ from headwise.ops.experts.choices import runs_of_experts
 from headwise.ops.experts.grouped import backward_flops, forward_flops
 from headwise.ops.tensors import adjacent
 
+# What the tensor cores take.
+_SMALLEST_PRODUCT = 16
+
 
 class Tiling(NamedTuple):
     """Rows of a program, hidden units of a step, and how it is launched."""
@@ -50,7 +53,7 @@ def expert_mlp(
     order, ends = runs_of_experts(indices, num_experts)
     x, weights, up, down = adjacent(x), weights.flatten(), up.contiguous(), down.contiguous()
     y = x.new_empty(len(order), channels)
-    width = triton.next_power_of_2(channels)
+    width = max(_SMALLEST_PRODUCT, triton.next_power_of_2(channels))
     rows, step, num_warps, num_stages = tiling(width)
     # The last tile of each run may be part full. What goes nowhere is a run, too.
     most_tiles = triton.cdiv(len(order), rows) + num_experts + 1
