@@ -69,7 +69,7 @@ def test_help_of_a_command(capsys, command):
     ("arguments", "message"),
     [
         (["trian", "lm"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzz"], "unknown command 'zzz'; there are train, experiment, convert, tune"),
+        (["samples"], "unknown command 'samples'; there are train, experiment, convert, tune"),
         (["train", "lms"], "unknown recipe 'lms'; did you mean 'lm'?"),
         (["train", "zzz"], "unknown recipe 'zzz'; there are lm"),
         (["train", "lm", "--stepz", "3"], "--steps"),
@@ -95,8 +95,10 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
 
 
 def test_a_file_is_no_directory_of_a_model(fails):
-    said = fails(2, "generate", __file__, "--prompt", "x")
-    assert f"{__file__} is a file; give the directory" in said
+    new = f"{__file__}.new"
+    for command in (("generate", "--prompt", "x"), ("convert", "-o", new), ("tune", "-o", new)):
+        said = fails(2, command[0], __file__, *command[1:])
+        assert said == f"headwise: {__file__} is a file; give the directory of a model"
 
 
 @pytest.mark.parametrize(

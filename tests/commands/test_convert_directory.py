@@ -57,8 +57,8 @@ def test_layers_that_are_not_named_stay_as_they_are(original, tmp_path, capsys):
     routed = [hasattr(layer.self_attn, "router") for layer in model.model.layers]
     assert routed == [False, True]
     with pytest.raises(SystemExit, match="2"):
-        main(["convert", str(original), "-o", str(tmp_path / "other"), "--layers", "2"])
-    assert "layers has 2; the model has 2 layers" in capsys.readouterr().err
+        main(["convert", str(original), "-o", str(tmp_path / "other"), "--layers", "2", "1", "3"])
+    assert "original: layers has 2, 3; the model has 2 layers" in capsys.readouterr().err
 
 
 def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_what_it_refuses(original, tmp_path, fails):
     def refusal(path, *options, output=new):
         return fails(2, "convert", path, "-o", output, *options)
 
-    assert "there is no directory" in refusal(tmp_path / "none")
+    assert "there is no such directory" in refusal(tmp_path / "none")
     assert "there is no such directory, and" in refusal("no/none")
     (tmp_path / "empty").mkdir()
     assert "holds no model" in refusal(tmp_path / "empty")

@@ -150,7 +150,7 @@ def test_a_directory_as_transformers_saves_it(tmp_path):
         load_released("moh_llama", tmp_path, config=LLAMA)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match=r"moh_llama: .*the weights in .*missing_keys"):
+    with pytest.raises(ValueError, match=r"^the weights in .*missing_keys"):
         load_released("moh_llama", tmp_path)
 
 

@@ -109,7 +109,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     try:
         convert(model, attention=attention, layers=run.layers or None)
     except ValueError as error:
-        raise ValueError(f"{run.path} cannot be converted: {error}") from error
+        raise ValueError(f"{run.path}: {error}") from error
     image_processor = cached_file(
         run.path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False
     )

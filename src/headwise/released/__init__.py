@@ -63,7 +63,9 @@ def load_released(
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
     if not isinstance(source, Mapping | str | os.PathLike):
-        raise ValueError(f"source is {source!r}; it must be tensors by name, or a path")
+        raise ValueError(
+            f"source is a {type(source).__name__}; it must be tensors by name, or a path"
+        )
     of = "" if isinstance(source, Mapping) else f" of {source}"
     if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
         for field, value in (("preset", preset), ("config", config)):
@@ -71,7 +73,8 @@ def load_released(
                 raise ValueError(
                     f"{field} is {value!r}; it must be None, {source} has its own sizes"
                 )
-        return _route_llama(_llama_of_directory(source))
+        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, source)
+        return _route_llama(model)
     rename = _KINDS[kind][1]
     module = _built(kind, preset, config)
     tensors = _tensors(source)
@@ -183,15 +186,6 @@ def _llama(**config: Any) -> nn.Module:
     if unknown:
         raise TypeError(f"LlamaConfig has no {', '.join(unknown)}")
     return _route_llama(LlamaForCausalLM(LlamaConfig(**config)))
-
-
-def _llama_of_directory(path: Any) -> nn.Module:
-    try:
-        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, path)
-    except Exception as error:
-        # transformers ends a damaged directory in errors of many kinds.
-        raise ValueError(f"moh_llama: {path} is no whole model: {error}") from error
-    return model
 
 
 def _route_llama(model: Any) -> Any:
