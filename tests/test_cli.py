@@ -82,6 +82,10 @@ def test_help_of_a_command(capsys, command):
         ),
         (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
         (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),
+        (
+            ["tune", "a", "-o", "b", "--routed.learning-rate", "-1"],
+            "routed: learning_rate is -1.0; it must be above 0",
+        ),
         (["tune", "no/none", "-o", "b"], "no/none holds no model that can be loaded: there is no"),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
         (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
@@ -119,6 +123,23 @@ def test_a_missing_directory_is_refused_before_torch_is_loaded(fails, arguments)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.strip() == fails(2, *arguments)
+
+
+def test_a_missing_directory_has_a_traceback_with_debug(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["headwise", "report", "no/such", "--debug"])
+    with pytest.raises(SystemExit, match="2"):
+        headwise_command.main()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_page_is_named_by_what_it_is(fails, tmp_path):
+    for file, what in (
+        ("config.json", "it is a model's: give the directory of the run"),
+        ("run.json", "the run in it has not ended"),
+        ("recovery.png", "it is of `headwise tune`, which draws no page"),
+    ):
+        (tmp_path / file).touch()
+        assert f"no finished run (no record.json); {what}" in fails(2, "report", tmp_path)
 
 
 def test_broken_model_is_named(fails, tmp_path):

@@ -75,6 +75,18 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
         assert again.conversion == model.conversion
 
 
+@pytest.mark.parametrize("calibrated", [1.5, 2.5])
+def test_calibration_that_made_it_worse_says_so(
+    original, tmp_path, capsys, monkeypatch, calibrated
+):
+    perplexities = {"all on": 1.0, "the first ones shared": 2.0, "calibrated": calibrated}
+    monkeypatch.setattr("headwise.commands.convert._comparison", lambda *_: perplexities)
+    convert_directory(
+        ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
+    )
+    assert ("calibrated is worse here" in capsys.readouterr().out) == (calibrated > 2)
+
+
 @pytest.mark.parametrize(("longest", "calibrated", "compared"), [(512, 10, 4), (11, 48, 16)])
 def test_calibration_takes_at_most_64_pieces_and_none_longer_than_the_model_was_made_for(
     original, tmp_path, capsys, longest, calibrated, compared

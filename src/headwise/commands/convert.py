@@ -106,6 +106,10 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
             f"compared on the next {kept}"
         )
         console.print(_table(perplexities).for_terminal())
+        if perplexities["calibrated"] > perplexities["the first ones shared"]:
+            console.print(
+                "calibrated is worse here than the first ones: give more text, or no --calibrate"
+            )
     try:
         convert(model, attention=attention, layers=run.layers or None)
     except ValueError as error:
