@@ -21,6 +21,7 @@ from headwise.hf.loading import load_original
 from headwise.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
+from headwise.ops.fields import check_fields
 from headwise.parsing import parsed
 from headwise.progress import followed, plain_console
 from headwise.results.files import check_new, write_whole
@@ -68,6 +69,7 @@ class ConversionRun:
     by: Measure = "gradient"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_new("output", self.output, or_empty=True)
         if self.calibrate is not None and not self.calibrate.is_file():
             raise ValueError(
