@@ -85,7 +85,7 @@ def test_help_of_a_command(capsys, command):
         (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),
         (
             ["tune", "a", "-o", "b", "--routed.learning-rate", "-1"],
-            "routed: learning_rate is -1.0; it must be above 0",
+            "headwise: routed.learning_rate is -1.0; it must be above 0",
         ),
         (["tune", "no/none", "-o", "b"], "no/none holds no model that can be loaded: there is no"),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),

@@ -106,7 +106,8 @@ def _read(form: Any, argv: list[str], command: str, annotated: Any) -> Any:
         for name in field.split("."):
             annotated = get_type_hints(annotated, include_extras=True)[name]
         said = f"{field} is {misfit[2]}; it must be {describe(annotated)}"
-    raise ValueError(said)
+    # What a part of a run, such as tuning's stage "routed", says of its field.
+    raise ValueError(re.sub(r"^Error parsing (\w+): (\w+ is )", r"\1.\2", said))
 
 
 def _in_a_line(box: str) -> str:
