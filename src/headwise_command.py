@@ -52,9 +52,9 @@ def main() -> None:
             # Python would flush again at its end, and say that it cannot.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    # Options may come before the directory, or a name be none that a line can show; then the
-    # command finds out by itself.
-    plain = path.isprintable() and not path.startswith("-")
+    # Options may come before the directory, or a name be none that a line can show, or a traceback
+    # be wanted; then the command finds out by itself.
+    plain = path.isprintable() and not path.startswith("-") and "--debug" not in sys.argv
     if command in _MISSING and path and plain and not os.path.exists(path):
         print(f"headwise: {_MISSING[command].format(Path(path))}", file=sys.stderr)
         raise SystemExit(2)

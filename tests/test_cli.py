@@ -78,19 +78,24 @@ def test_help_of_a_command(capsys, command):
     ("arguments", "message"),
     [
         (["trian", "lm"], "unknown command 'trian'; did you mean 'train'?"),
-        (["zzz"], "unknown command 'zzz'; there are train, experiment, convert, tune"),
+        (["samples"], "unknown command 'samples'; there are train, experiment, convert, tune"),
         (["train", "lms"], "unknown recipe 'lms'; did you mean 'lm'?"),
         (["train", "zzz"], "unknown recipe 'zzz'; there are lm"),
         (["train", "lm", "--stepz", "3"], "--steps"),
-        (["train", "lm", "--steps", "few"], "--steps: invalid literal for int()"),
+        (["tune", "a", "-o", "b", "--routed.steps", "few"], "routed.steps is 'few'; it must be an"),
+        (["convert", "a", "-o", "b", "--layers", "1", "b"], "layers is '1', 'b'; it must be a"),
         (["train", "lm", "--models", "mohh"], "mohh"),
         (["train", "lm", "--shared-heads", "9"], "headwise: shared_heads is 9; it must"),
         (
-            ["convert", "a", "-o", "b", "--shared", "1.5"],
-            "headwise: shared is 1.5; it must be an int of at least 0 or a number in 0..1",
+            ["convert", "a", "-o", "b", "--active", "1.5"],
+            "headwise: active is 1.5; it must be an int of at least 0 or a number in 0..1",
         ),
         (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
         (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),
+        (
+            ["tune", "a", "-o", "b", "--routed.learning-rate", "-1"],
+            "headwise: routed.learning_rate is -1.0; it must be above 0",
+        ),
         (["tune", "no/none", "-o", "b"], "no/none holds no model that can be loaded: there is no"),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
         (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
@@ -104,8 +109,10 @@ def test_wrong_input_ends_with_status_2_and_says_why(fails, arguments, message):
 
 
 def test_a_file_is_no_directory_of_a_model(fails):
-    said = fails(2, "generate", __file__, "--prompt", "x")
-    assert f"{__file__} is a file; give the directory" in said
+    new = f"{__file__}.new"
+    for command in (("generate", "--prompt", "x"), ("convert", "-o", new), ("tune", "-o", new)):
+        said = fails(2, command[0], __file__, *command[1:])
+        assert said == f"headwise: {__file__} is a file; give the directory of a model"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +133,23 @@ def test_a_missing_directory_is_refused_before_torch_is_loaded(fails, arguments)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.strip() == fails(2, *arguments)
+
+
+def test_a_missing_directory_has_a_traceback_with_debug(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["headwise", "report", "no/such", "--debug"])
+    with pytest.raises(SystemExit, match="2"):
+        headwise_command.main()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_page_is_named_by_what_it_is(fails, tmp_path):
+    for file, what in (
+        ("config.json", "it is a model's: give the directory of the run"),
+        ("run.json", "the run in it has not ended"),
+        ("recovery.png", "it is of `headwise tune`, which draws no page"),
+    ):
+        (tmp_path / file).touch()
+        assert f"no finished run (no record.json); {what}" in fails(2, "report", tmp_path)
 
 
 def test_broken_model_is_named(fails, tmp_path):
@@ -202,10 +226,7 @@ def test_tracker_that_is_not_installed_is_refused_before_anything_is_written(fai
     ("arguments", "line"),
     [
         ("train lm --stepz 3", "Unrecognized options: --stepz, 3; Perhaps you meant: --steps INT"),
-        (
-            "train lm --steps few",
-            "Error parsing --steps: invalid literal for int() with base 10: 'few'",
-        ),
+        ("train lm --steps few", "steps is 'few'; it must be an int"),
         ("tune", "Missing from headwise tune: STR -o PATH, --output PATH"),
         ("generate", "Missing from headwise generate: PATH --prompt STR"),
         ("train lm --shared-heads 9", "shared_heads is 9; it must lie in 0..8 (num_heads)"),

@@ -1,5 +1,6 @@
 """Errors of headwise's own, and what every other error becomes while a user's file is read."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,11 +51,11 @@ def reason(error: BaseException, *, first_line: bool = False) -> str:
 
     Args:
         error: Of any kind.
-        first_line: Whether the lines after the first are left out: transformers lists there all
-            classes that it has.
+        first_line: Whether the lines after the first are left out, unless it ends in a colon:
+            transformers lists there all classes that it has.
     """
     text = str(getattr(error, "strerror", None) or error)
-    said = in_a_line(text.partition("\n")[0] if first_line else text)
+    said = in_a_line(re.split(r"(?<!:)\n", text)[0] if first_line else text)
     if isinstance(error, KeyError) and said:
         return f"it has no {said}"
     if isinstance(error, ValueError | OSError | HeadwiseError) and said:

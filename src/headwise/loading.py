@@ -38,9 +38,7 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
 
 def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
     """The config of the model in a directory, or of that name on the Hugging Face hub."""
-    # A name on the hub is no Path.
-    if isinstance(path, Path) or Path(path).is_dir():
-        check_holds_model(Path(path))
+    check_holds_model(path)
     with reading_model(path):
         check_place(str(path))
         config = AutoConfig.from_pretrained(path)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 from rich.text import Text
 
+from headwise.ops.fields import describe
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ def parsed(kind: type[T], argv: list[str], command: str, default: T | None = Non
         command: What they were given to.
         default: Where the values of other fields come from; without it the fields' own defaults.
     """
-    given = vars(_read(_form(kind, default), argv, command))
+    given = vars(_read(_form(kind, default), argv, command, kind))
     for group in given.keys() - get_type_hints(kind):
         given |= vars(given.pop(group))
     for name, value in given.items():
@@ -83,19 +85,29 @@ def called(function: Callable[..., None], argv: list[str], command: str) -> None
     def arguments(**given: Any) -> dict[str, Any]:
         return given
 
-    function(**_read(arguments, argv, command))
+    function(**_read(arguments, argv, command, function))
 
 
-def _read(form: Any, argv: list[str], command: str, **options: Any) -> Any:
-    """What tyro makes of the arguments; what it refuses is a ValueError, as all that we refuse."""
+def _read(form: Any, argv: list[str], command: str, annotated: Any) -> Any:
+    """What tyro makes of the arguments; what it refuses is a ValueError, as all that we refuse.
+
+    `annotated` is the class or function whose annotations say what an argument must be.
+    """
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(form, args=argv, prog=command, **options)
+            return tyro.cli(form, args=argv, prog=command)
     except SystemExit as end:
         if not end.code:
             raise
-    raise ValueError(_in_a_line(box.getvalue()))
+    said = _in_a_line(box.getvalue())
+    if misfit := re.match(r"Error parsing --([\w.-]+): [^'\"]*(['\"].*['\"])", said):
+        field = misfit[1].replace("-", "_")
+        for name in field.split("."):
+            annotated = get_type_hints(annotated, include_extras=True)[name]
+        said = f"{field} is {misfit[2]}; it must be {describe(annotated)}"
+    # What a part of a run, such as tuning's stage "routed", says of its field.
+    raise ValueError(re.sub(r"^Error parsing (\w+): (\w+ is )", r"\1.\2", said))
 
 
 def _in_a_line(box: str) -> str:

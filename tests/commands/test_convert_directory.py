@@ -57,8 +57,8 @@ def test_layers_that_are_not_named_stay_as_they_are(original, tmp_path, capsys):
     routed = [hasattr(layer.self_attn, "router") for layer in model.model.layers]
     assert routed == [False, True]
     with pytest.raises(SystemExit, match="2"):
-        main(["convert", str(original), "-o", str(tmp_path / "other"), "--layers", "2"])
-    assert "layers has 2; the model has 2 layers" in capsys.readouterr().err
+        main(["convert", str(original), "-o", str(tmp_path / "other"), "--layers", "2", "1", "3"])
+    assert "original: layers has 2, 3; the model has 2 layers" in capsys.readouterr().err
 
 
 def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
@@ -73,6 +73,18 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
         assert "| calibrated |" in (tmp_path / by / "README.md").read_text()
         again = AutoModelForCausalLM.from_pretrained(tmp_path / by)
         assert again.conversion == model.conversion
+
+
+@pytest.mark.parametrize("calibrated", [1.5, 2.5])
+def test_calibration_that_made_it_worse_says_so(
+    original, tmp_path, capsys, monkeypatch, calibrated
+):
+    perplexities = {"all on": 1.0, "the first ones shared": 2.0, "calibrated": calibrated}
+    monkeypatch.setattr("headwise.commands.convert._comparison", lambda *_: perplexities)
+    convert_directory(
+        ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
+    )
+    assert ("calibrated is worse here" in capsys.readouterr().out) == (calibrated > 2)
 
 
 @pytest.mark.parametrize(("longest", "calibrated", "compared"), [(512, 10, 4), (11, 48, 16)])
@@ -135,7 +147,7 @@ def test_what_it_refuses(original, tmp_path, fails):
     def refusal(path, *options, output=new):
         return fails(2, "convert", path, "-o", output, *options)
 
-    assert "there is no directory" in refusal(tmp_path / "none")
+    assert "there is no such directory" in refusal(tmp_path / "none")
     assert "there is no such directory, and" in refusal("no/none")
     (tmp_path / "empty").mkdir()
     assert "holds no model" in refusal(tmp_path / "empty")

@@ -122,8 +122,10 @@ def test_what_it_refuses(tiny, batches):
     with pytest.raises(ValueError, match="batches holds no labels in a dict; each must"):
         calibrate(tiny(), [{"input_ids": ids}], QUERY_NORM)
     calibrate(tiny(), [{"input_ids": ids}], QUERY_NORM, by="query_norm")
-    with pytest.raises(ValueError, match="batches is empty"):
-        calibrate(tiny(), [], QUERY_NORM)
+    wrong = {"empty": [], "a NoneType": None, "a Tensor": ids, "a dict": batches[0]}
+    for what, given in wrong.items():
+        with pytest.raises(ValueError, match=f"batches is {what}; it must be a list of at least"):
+            calibrate(tiny(), given, QUERY_NORM)
     with pytest.raises(ValueError, match="by is 'norm'"):
         calibrate(tiny(), batches, QUERY_NORM, by="norm")
     with pytest.raises(ValueError, match="is converted already; calibrate the original"):

@@ -94,10 +94,12 @@ def test_a_converted_model_of_diffusers_comes_back(tmp_path):
 
 
 def test_what_is_no_model_of_ours_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="path is 3; it must be a directory"):
-        headwise.load(3)
-    with pytest.raises(ValueError, match="where there is no directory"):
-        headwise.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="path is a GPT2LMHeadModel; it must be a directory"):
+        headwise.load(gpt2())
+    for path, message in (("none", "there is no such directory"), ("file", "is a file; give")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match=f"{path}.* {message}"):
+            headwise.load(tmp_path / path)
     with pytest.raises(ValueError, match=r"holds no model \(no config.json\)"):
         headwise.load(tmp_path)
     gpt2().save_pretrained(tmp_path)

@@ -95,7 +95,7 @@ def test_a_directory_without_a_model(original, tmp_path):
     refuse(tmp_path / "empty", r"empty holds no model \(no config\.json\)$")
     (original / "model.safetensors").unlink()
     refuse(original, r"holds no model that can be loaded: .*no file named model\.safetensors")
-    with pytest.raises(ValueError, match=r"path is .*none, where there is no directory"):
+    with pytest.raises(ValueError, match="none holds no model: there is no such directory"):
         convert(tmp_path / "none", attention=QUERY_NORM)
 
 
@@ -113,8 +113,8 @@ def test_a_converted_directory(tiny, tmp_path):
     convert(tiny(), attention=QUERY_NORM).save_pretrained(directory)
     refuse(directory, "converted already; give the original")
     edit_json(directory / "config.json", lambda config: config["headwise"].update(format=99))
-    refuse(directory, "headwise format 99, this version reads up to 3; upgrade with")
-    with pytest.raises(ValueError, match="headwise format 99"):
+    refuse(directory, "by a newer headwise, in format 99; this version reads up to 3")
+    with pytest.raises(ValueError, match="in format 99"):
         AutoConfig.from_pretrained(directory)
     edit_json(directory / "config.json", lambda config: config.pop("headwise"))
     refuse(directory, r"config\.json's 'headwise' is not understood")

@@ -47,8 +47,10 @@ def test_weights_are_copies():
 
 
 def test_what_has_no_original_is_refused():
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not converted"):
-        restore(llama())
+    for model in (llama(), "some/path", None):
+        kind = type(model).__name__
+        with pytest.raises(ValueError, match=f"model is a {kind}; it must be a converted model"):
+            restore(model)
     experts = convert(llama(), mlp=MoEConfig(num_experts=2, top_k=1, expert_dim=8))
-    with pytest.raises(ValueError, match="replaced by experts"):
+    with pytest.raises(ValueError, match=r"has experts for its MLPs, so .*; load the original"):
         restore(experts)

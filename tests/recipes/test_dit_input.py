@@ -108,6 +108,7 @@ def models(tmp_path_factory, pictures):
         ({"classifier": "renamed"}, "classes dark, bright; the images have bright, dark, and"),
         ({"classifier": "large"}, "1 channels and side 8; these have 1 channels and side 6"),
         ({"classifier": "colour"}, "3 channels and side 8; these have 1 channels and side 6"),
+        ({"vae": __file__}, "holds no AutoencoderKL: .* is a file"),
         ({"vae": "empty"}, "vae .*empty holds no AutoencoderKL: "),
         ({"vae": "language"}, "vae .*language holds no AutoencoderKL: .* it is of class None"),
         ({"vae": "unet"}, "vae .*unet holds no AutoencoderKL: .* class 'UNet2DModel'"),

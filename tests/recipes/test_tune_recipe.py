@@ -74,7 +74,7 @@ def test_two_stages(converted, tmp_path, capsys):
     assert rows(output)[0]["recovery"] == "100.0"
     assert (output / "recovery.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "routed  step 3  perplexity" in printed
+    assert printed.count("routed  step 3  perplexity") == 1
     assert "75 %" in printed
 
     dense, routed = (output / "models" / f"{stage}-seed0" for stage in ("dense", "routed"))

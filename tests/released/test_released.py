@@ -150,13 +150,13 @@ def test_a_directory_as_transformers_saves_it(tmp_path):
         load_released("moh_llama", tmp_path, config=LLAMA)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match=r"moh_llama: .*the weights in .*missing_keys"):
+    with pytest.raises(ValueError, match=r"^the weights in .*missing_keys"):
         load_released("moh_llama", tmp_path)
 
 
 def test_a_llama_that_does_not_fit_is_refused():
     tensors = LlamaForCausalLM(LlamaConfig(**LLAMA)).state_dict()
-    with pytest.raises(ValueError, match=r"config does not fit moh_llama.*shared_head"):
+    with pytest.raises(ValueError, match="unknown field of config 'shared_head'"):
         load_released("moh_llama", tensors, config=LLAMA | {"shared_head": 3})
     del tensors["model.norm.weight"]
     with pytest.raises(ValueError, match=r"(?s)moh_llama: .*model\.norm\.weight"):
@@ -251,8 +251,10 @@ def test_tensors_left_over_or_misshapen_are_errors(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_configs_that_do_not_fit_are_errors(kind):
     make, config = KINDS[kind]
-    with pytest.raises(ValueError, match=r"config does not fit.*num_layers"):
-        load_released(kind, make(), config=config | {"num_layers": 2})
+    with pytest.raises(
+        ValueError, match="unknown field of config 'num_head'; did you mean 'num_heads'"
+    ):
+        load_released(kind, make(), config=config | {"num_head": 2})
     with pytest.raises(ValueError, match=r"config does not fit.*num_heads"):
         load_released(kind, make(), config={k: v for k, v in config.items() if k != "num_heads"})
     with pytest.raises(ValueError, match="size mismatch"):

@@ -62,11 +62,11 @@ def test_a_damaged_directory_is_named(config, tmp_path):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
         (tmp_path / "model.safetensors").write_text("x")
-    with pytest.raises(ValueError, match=re.escape(f"moh_llama: {tmp_path} is no whole model")):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         load_released("moh_llama", tmp_path)
 
 
 @pytest.mark.parametrize("source", [None, 3, []])
 def test_what_is_no_source_is_named(source):
-    with pytest.raises(ValueError, match=r"source is .*; it must be tensors by name, or a path"):
+    with pytest.raises(ValueError, match=r"source is a .*; it must be tensors by name, or a path"):
         load_released("mh_moe", source, **KINDS["mh_moe"])

@@ -137,7 +137,7 @@ def test_presets_by_name_dense_ones_too():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 3}, "config does not fit moh_dit: .*num_layers"),
+        ({"num_layers": 3}, "unknown field of config 'num_layers'"),
         ({"routed_head": [0, 1]}, "active_heads has 2 entries"),
         ({"routed_head": [0, 3, 2]}, r"active_heads is 4; it must lie in 1\.\.3"),
     ],

@@ -148,7 +148,7 @@ def test_every_tensor_is_accounted_for():
     [
         ({"preset": "moh-vit-s-57"}, "unknown preset 'moh-vit-s-57'; did you mean 'moh-vit-s-75'?"),
         (None, "config is None; 'moh_transnext' needs a dict of its sizes (num_heads, …) or p"),
-        (SIZES | {"layers": 3}, "config does not fit moh_transnext: "),
+        (SIZES | {"layers": 3}, "unknown field of config 'layers'"),
         ({"img_size": 28}, "missing 5 required keyword-only arguments: 'patch_size'"),
         (SIZES | {"routed_head": None}, "active_heads is None; give both"),
         (SIZES | {"routed_head": [0]}, "active_heads has 1 entries"),

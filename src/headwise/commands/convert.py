@@ -21,6 +21,7 @@ from headwise.hf.loading import load_original
 from headwise.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.nn import Budget
 from headwise.nn.moh import HeadRouterName
+from headwise.ops.fields import check_fields
 from headwise.parsing import parsed
 from headwise.progress import followed, plain_console
 from headwise.results.files import check_new, write_whole
@@ -68,6 +69,7 @@ class ConversionRun:
     by: Measure = "gradient"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_new("output", self.output, or_empty=True)
         if self.calibrate is not None and not self.calibrate.is_file():
             raise ValueError(
@@ -106,10 +108,14 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
             f"compared on the next {kept}"
         )
         console.print(_table(perplexities).for_terminal())
+        if perplexities["calibrated"] > perplexities["the first ones shared"]:
+            console.print(
+                "calibrated is worse here than the first ones: give more text, or no --calibrate"
+            )
     try:
         convert(model, attention=attention, layers=run.layers or None)
     except ValueError as error:
-        raise ValueError(f"{run.path} cannot be converted: {error}") from error
+        raise ValueError(f"{run.path}: {error}") from error
     image_processor = cached_file(
         run.path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False
     )

@@ -9,6 +9,13 @@ from headwise.analysis.records import from_json
 from headwise.errors import reading
 from headwise.parsing import called
 
+# What else a directory is that has such a file.
+_INSTEAD = {
+    "recovery.png": "; it is of `headwise tune`, which draws no page: see recovery.png",
+    "run.json": "; the run in it has not ended, and its command with --resume goes on with it",
+    "config.json": "; it is a model's: give the directory of the run, in which models/ lies",
+}
+
 
 def main(argv: list[str]) -> None:
     """Run the command."""
@@ -26,7 +33,8 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
 
     file = directory / "record.json"
     if not file.is_file():
-        raise ValueError(f"{directory} holds no finished run (no record.json)")
+        hint = next((x for name, x in _INSTEAD.items() if (directory / name).exists()), "")
+        raise ValueError(f"{directory} holds no finished run (no record.json){hint}")
     # Values that do not fit are found out as they are drawn.
     with reading(file):
         page = render_report(from_json(file.read_text()))

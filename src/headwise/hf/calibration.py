@@ -1,7 +1,7 @@
 """Which heads to share: those that a model misses most, instead of the first ones."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from headwise.progress import followed
 
 Measure = Literal["gradient", "loss", "query_norm"]
 Batches = Sequence[Mapping[str, Tensor]]
+_A_BATCH = 'a dict of what the model\'s forward takes, such as {"input_ids": ids, "labels": ids}'
 
 
 def calibrate(
@@ -61,15 +62,13 @@ def calibrate(
         raise ValueError(f"model is a {type(model).__name__}; it must be a transformers model")
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; calibrate the original")
-    if not batches:
-        raise ValueError("batches is empty; it must hold at least one")
+    if not isinstance(batches, Sized) or isinstance(batches, Tensor | Mapping) or not len(batches):
+        what = "empty" if isinstance(batches, Sequence) else f"a {type(batches).__name__}"
+        raise ValueError(f"batches is {what}; it must be a list of at least one, each {_A_BATCH}")
     for batch in batches:
         if not isinstance(batch, Mapping) or (by != "query_norm" and "labels" not in batch):
             found = "no labels in a dict" if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"batches holds {found}; each must be a dict of what the model's forward takes, "
-                'such as {"input_ids": ids, "labels": ids}'
-            )
+            raise ValueError(f"batches holds {found}; each must be {_A_BATCH}")
     num_layers = len(attention_modules(model))
     config = config.resolve(num_layers)
     routers = build_routers(model, config, range(num_layers))

@@ -61,10 +61,10 @@ class Conversion:
         the attention of layers 1, 2, 4 and 5, and the MLPs of layers 2 and 5.
         """
         layers = list(range(num_layers) if self.layers is None else self.layers)
-        if layers and layers[-1] >= num_layers:
+        if beyond := [str(layer) for layer in layers if layer >= num_layers]:
             raise ValueError(
-                f"layers has {layers[-1]}; the model has {num_layers} layers, so each must lie in "
-                f"0..{num_layers - 1}"
+                f"layers has {', '.join(beyond)}; the model has {num_layers} layers, so each must "
+                f"lie in 0..{num_layers - 1}"
             )
         of_mlp = layers[self.every - 1 :: self.every]
         if self.mlp is not None and not of_mlp:
@@ -109,8 +109,8 @@ class Conversion:
         try:
             if fields["format"] > FORMAT_VERSION:
                 raise ValueError(
-                    f"the model has headwise format {fields['format']}, this version reads up to "
-                    f"{FORMAT_VERSION}; upgrade with `pip install --upgrade headwise`"
+                    f"the model was saved by a newer headwise, in format {fields['format']}; this "
+                    f"version reads up to {FORMAT_VERSION}; upgrade with `pip install -U headwise`"
                 )
             attention, mlp = fields["attention"], fields["mlp"]
             return cls(

@@ -131,15 +131,20 @@ def restore(model: Any) -> Any:
         device, in the same dtype and mode.
 
     Raises:
-        ValueError: If the model is not converted, its MLPs were replaced by experts, or it is
+        ValueError: If it is no converted model, its MLPs were replaced by experts, or it is
             ternary: then the original's weights are gone.
     """
     if not isinstance(model, Converted):
-        raise ValueError(f"{type(model).__name__} is not converted; it is its own original")
-    if model.conversion.mlp is not None:
-        raise ValueError("the model's MLPs were replaced by experts; its original must be given")
-    if model.conversion.ternary != "no":
-        raise ValueError("the model is ternary; its original must be given")
+        raise ValueError(
+            f"model is a {type(model).__name__}; it must be a converted model, as "
+            "`headwise.convert` returns it and `headwise.load` reads it"
+        )
+    if model.conversion.mlp is not None or model.conversion.ternary != "no":
+        made = "is ternary" if model.conversion.mlp is None else "has experts for its MLPs"
+        raise ValueError(
+            f"the model {made}, so the original's weights are gone; load the original from "
+            "where it lies (`headwise tune` takes it as --original, with --dense.steps 0)"
+        )
     routed: Any = model
     if isinstance(routed, PreTrainedModel):
         original_class = routed.original_class

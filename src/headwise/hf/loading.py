@@ -15,9 +15,15 @@ from headwise.hf.auto import MODEL_TYPE, class_named
 from headwise.hf.reading import load_strictly, reading_model
 
 
-def check_holds_model(directory: Path) -> None:
-    """Raises ValueError if no model was saved there, with those of the run that may be there."""
+def check_holds_model(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if no model was saved there, with those of the run that may be there.
+
+    Text that may be a name on the hub passes.
+    """
+    directory = Path(path)
     if not directory.exists():
+        if isinstance(path, str) and not path.startswith((".", "/", "~")):
+            return
         raise ValueError(f"{directory} holds no model: there is no such directory")
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file; give the directory of a model")
@@ -100,14 +106,11 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
 def _opened(path: str | os.PathLike[str], otherwise: str) -> Iterator[str]:
     """The name of a place that has a model; inside, errors are those of reading it."""
     if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path is {path!r}; it must be a directory, or a name on the hub")
+        raise ValueError(
+            f"path is a {type(path).__name__}; it must be a directory, or a name on the hub"
+        )
+    check_holds_model(path)
     name = os.fspath(path)
-    directory = Path(name)
-    named_as_one = not isinstance(path, str) or name.startswith((".", "/", "~"))
-    if named_as_one and not directory.is_dir():
-        raise ValueError(f"path is {name}, where there is no directory")
-    if directory.is_dir():
-        check_holds_model(directory)
     with reading_model(name, otherwise):
         check_place(name)
         yield name

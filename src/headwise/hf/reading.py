@@ -82,19 +82,31 @@ def load_strictly(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading_model(path):
         model, info = load(path, *args, **kwargs | told)
-    wrong = {kind: sorted(map(str, info[kind])) for kind in _KINDS_OF_KEYS if info[kind]}
+    wrong = {kind: sorted(map(_with_shapes, info[kind])) for kind in _KINDS_OF_KEYS if info[kind]}
     if surplus_allowed:
         numberless = {_without_numbers(name) for name in model.state_dict()}
         surplus = wrong.pop("unexpected_keys", [])
         if more := [name for name in surplus if _without_numbers(name) in numberless]:
             wrong["unexpected_keys"] = more
     if wrong:
-        raise UnreadableError(f"the weights in {path} do not fit the model: {wrong}")
+        kinds = "; ".join(f"{kind}: {first_of(names)}" for kind, names in wrong.items())
+        raise UnreadableError(f"the weights in {path} do not fit the model: {kinds}")
     if not_finite := _not_finite(model):
         raise UnreadableError(
-            f"the weights in {path} have values that are not finite: {not_finite}"
+            f"the weights in {path} have values that are not finite: {first_of(not_finite)}"
         )
     return model, info
+
+
+def first_of(names: list[str]) -> str:
+    """The first three of the names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _with_shapes(key: Any) -> str:
+    """A weight's name; of a misshapen one, which comes as a tuple, its shape and the model's."""
+    return key if isinstance(key, str) else f"{key[0]} {list(key[1])}, not {list(key[2])}"
 
 
 class StrictlyLoaded:
@@ -130,6 +142,7 @@ def _check_counts(directory: Path) -> None:
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEADS = ("num_attention_heads", "num_heads", "n_head")
+_SHOWN = 3  # of the names that do not fit
 _KINDS_OF_KEYS = ("missing_keys", "mismatched_keys", "unexpected_keys")
 
 

@@ -20,7 +20,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
 
     Keys are the names of the routers, in the model's order ("model.layers.0.self_attn.router").
     Padding that the model is told of (`attention_mask`) is marked in them. A backward pass that
-    computes a layer again (activation checkpointing) does not count twice.
+    computes a layer again (activation checkpointing) does not count twice. A model without routers
+    leaves the dict empty.
 
     Raises:
         ValueError: If the model is no module.

@@ -23,7 +23,7 @@ def look_up(kind: str, name: str, known: Mapping[str, T], *, listed: bool = Fals
     """
     if name in known:
         return known[name]
-    near, names = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4), ", ".join(known)
+    near, names = difflib.get_close_matches(str(name), known, n=1), ", ".join(known)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {names}"
     more = f" There are {names}" if near and listed else ""
     raise ValueError(f"unknown {kind} {name!r}; {hint}{more}")

@@ -236,8 +236,6 @@ def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Datas
     set_seed(run.seed)
     trainer = _trainer(setting, name, stage, model, blocks)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
-    if trainer.state.global_step % run.eval_every:
-        trainer.evaluate()
     before = run.dense.steps * trainer.speed.per_step if name == "routed" else 0
     points = recovery.points(name, model, trainer, tokens_before=before)
     # Gathered from shards, tied weights come as copies of each other.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from headwise.data.images import ImageSet
 from headwise.data.patches import in_floats
-from headwise.hf.loading import check_place
+from headwise.hf.loading import check_holds_model, check_place
 
 _AT_A_TIME = 64
 
@@ -23,6 +23,7 @@ def load_vae(path: str) -> Any:
     from diffusers import AutoencoderKL
 
     try:
+        check_holds_model(path)
         check_place(path)
         kind = AutoencoderKL.load_config(path).get("_class_name")
         if kind != AutoencoderKL.__name__:

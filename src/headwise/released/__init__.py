@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.hf import MoHConfig, convert
-from headwise.hf.reading import load_strictly
+from headwise.hf.reading import first_of, load_strictly
 from headwise.models import DiT, TransNeXtForImageClassification
-from headwise.nn import MHMoE, MoHAttention
+from headwise.nn import MHMoE, MoE, MoHAttention
+from headwise.ops.choice import look_up
 from headwise.ops.fields import check
 from headwise.released import constructors, names
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
-
-# Of the tensors that do not fit.
-_SHOWN = 3
 
 
 def load_released(
@@ -63,7 +61,9 @@ def load_released(
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(_KINDS)}")
     if not isinstance(source, Mapping | str | os.PathLike):
-        raise ValueError(f"source is {source!r}; it must be tensors by name, or a path")
+        raise ValueError(
+            f"source is a {type(source).__name__}; it must be tensors by name, or a path"
+        )
     of = "" if isinstance(source, Mapping) else f" of {source}"
     if kind == "moh_llama" and not isinstance(source, Mapping) and Path(source).is_dir():
         for field, value in (("preset", preset), ("config", config)):
@@ -71,7 +71,8 @@ def load_released(
                 raise ValueError(
                     f"{field} is {value!r}; it must be None, {source} has its own sizes"
                 )
-        return _route_llama(_llama_of_directory(source))
+        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, source)
+        return _route_llama(model)
     rename = _KINDS[kind][1]
     module = _built(kind, preset, config)
     tensors = _tensors(source)
@@ -106,8 +107,14 @@ def _built(kind: str, preset: str | None, config: Mapping[str, Any] | None) -> n
         raise ValueError(
             f"config is {config!r}; {kind!r} needs a dict of its sizes (num_heads, …){or_preset}"
         )
+    build = _KINDS[kind][0]
+    places = _FIELDS.get(kind, (build,))
+    known = {name: place for place in places for name in inspect.signature(place).parameters}
+    for field in config:
+        if field != "rope_theta":  # LlamaConfig has it among its **kwargs.
+            look_up("field of config", field, known)
     try:
-        return _KINDS[kind][0](**config)
+        return build(**config)
     except TypeError as error:
         raise ValueError(f"config does not fit {kind}: {error}") from None
 
@@ -169,29 +176,11 @@ def _misfits(module: nn.Module, tensors: dict[str, Tensor]) -> str:
         "missing": [f"{name} {shape}" for name, shape in wanted.items() if name not in given],
         "left over": [f"{name} {shape}" for name, shape in given.items() if name not in wanted],
     }
-    return "; ".join(
-        f"{kind}: {', '.join(names[:_SHOWN])}"
-        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        for kind, names in kinds.items()
-        if names
-    )
+    return "; ".join(f"{kind}: {first_of(names)}" for kind, names in kinds.items() if names)
 
 
 def _llama(**config: Any) -> nn.Module:
-    known = inspect.signature(LlamaConfig).parameters
-    unknown = sorted(set(config) - set(known) - {"rope_theta"})
-    if unknown:
-        raise TypeError(f"LlamaConfig has no {', '.join(unknown)}")
     return _route_llama(LlamaForCausalLM(LlamaConfig(**config)))
-
-
-def _llama_of_directory(path: Any) -> nn.Module:
-    try:
-        model, _ = load_strictly(LlamaForCausalLM.from_pretrained, path)
-    except Exception as error:
-        # transformers ends a damaged directory in errors of many kinds.
-        raise ValueError(f"moh_llama: {path} is no whole model: {error}") from error
-    return model
 
 
 def _route_llama(model: Any) -> Any:
@@ -206,4 +195,6 @@ _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict], dict[str, Ten
     "moh_transnext": (constructors.transnext, names.transnext),
     "moh_dit": (constructors.dit, names.dit),
 }
+# What has the fields of a config as arguments, where the constructor takes them as **fields.
+_FIELDS: dict[str, tuple[Any, ...]] = {"moh_llama": (LlamaConfig,), "mh_moe": (MHMoE, MoE)}
 _PRESETS: dict[str, Any] = {"moh_transnext": TransNeXtForImageClassification, "moh_dit": DiT}

@@ -8,6 +8,7 @@ from typing import Literal
 from headwise.data.text import is_text
 from headwise.memory import check_memory
 from headwise.ops.choice import check_choice
+from headwise.ops.fields import Positive, check
 
 Precision = Literal["fp32", "bf16"]
 
@@ -31,13 +32,12 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps"):
             check_at_least(0, name, getattr(self, name))
-        if not 0 <= self.final_learning_rate <= self.learning_rate < float("inf"):
+        check("learning_rate", self.learning_rate, Positive)
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"final_learning_rate is {self.final_learning_rate}; it must lie between 0 and "
                 f"learning_rate = {self.learning_rate}"
             )
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate is 0; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
