@@ -90,7 +90,7 @@ CASES = {
     "mask of keys": {"B": 2, "mask": (2, 1, 1, 37), "T": 29},
     "mask": {"mask": (1, 2, 37, 37), "causal": True},
     "mask of queries, grouped": {"mask": (1, 1, 29, 37), "T": 29, "H": 2, "kv_heads": 1},
-    "scale": {"scale": -0.3, "T": 17},
+    "scale": {"scale": 0.3, "T": 17},
 }
 
 

@@ -15,7 +15,6 @@ from headwise.ops import (
     route_tokens,
 )
 
-LN3 = math.log(3)
 SIZES = [(0, 5, 2), (1, 5, 3), (3, 5, 0), (3, 0, 0), (2, 1, 1), (2, 7, 7)]
 
 

@@ -44,7 +44,7 @@ def assert_same(got, want, fields):
 )
 def test_queries_route_as_in_torch(heads, shared, top_k, scale_by_std, dtype):
     q = torch.randn(2, 11, heads, 24, device=DEVICE).to(dtype)
-    got = kernels.query_norm_gates(q, shared, top_k, scale_by_std)
+    got = kernels.query_norm_routing(q, shared, top_k, scale_by_std)
     options = {"shared_heads": shared, "top_k": top_k, "scale_by_std": scale_by_std}
     want = route_heads_by_query_norm(q.double(), **options)
     assert_same(got, want, ("weights", "indices", "probabilities", "logits"))
@@ -54,13 +54,13 @@ def test_queries_of_any_strides():
     q = torch.randn(2, 5, 11, 24, device=DEVICE).transpose(1, 2)
     views = q, q[..., ::2], torch.stack([q, q], dim=-1).unbind(-1)[0]
     for view in views:
-        got = kernels.query_norm_gates(view, [0], 2, True)
-        want = kernels.query_norm_gates(view.contiguous(), [0], 2, True)
+        got = kernels.query_norm_routing(view, [0], 2, True)
+        want = kernels.query_norm_routing(view.contiguous(), [0], 2, True)
         assert_close(got, want, rtol=0, atol=0)
 
 
 def test_equal_norms_count_as_no_deviation_and_the_first_win():
-    _, indices, probabilities, logits = kernels.query_norm_gates(
+    _, indices, probabilities, logits = kernels.query_norm_routing(
         torch.full((1, 3, 6, 16), 0.3, device=DEVICE), [0], 2, True
     )
     assert (indices == torch.tensor([0, 1], device=DEVICE)).all()
@@ -76,7 +76,7 @@ def test_equal_norms_count_as_no_deviation_and_the_first_win():
 def test_two_stages_route_as_in_torch(shared, routed, top_k, mode):
     scores = 3 * torch.randn(3, 13, shared + routed + 2, device=DEVICE)
     logits = scores.split([shared, routed, 2], dim=-1)
-    got = kernels.two_stage_gates(*logits, top_k, mode == "paper")
+    got = kernels.two_stage_routing(*logits, top_k, mode == "paper")
     want = route_heads(*(x.double() for x in logits), top_k=top_k, mode=mode)
     assert_same(got, want, ("weights", "indices", "probabilities"))
 
@@ -85,7 +85,7 @@ def test_two_stages_route_as_in_torch(shared, routed, top_k, mode):
 @pytest.mark.parametrize(("experts", "top_k"), [(96, 3), (8, 1), (5, 5), (130, 8)])
 def test_tokens_route_as_in_torch(experts, top_k, normalize):
     logits = 3 * torch.randn(2, 7, 3, experts, device=DEVICE)
-    got = kernels.token_choices(logits, top_k, normalize)
+    got = kernels.token_routing(logits, top_k, normalize)
     want = route_tokens(logits.double(), top_k=top_k, normalize=normalize)
     assert_same(got, want, ("weights", "indices", "probabilities"))
 
@@ -93,10 +93,10 @@ def test_tokens_route_as_in_torch(experts, top_k, normalize):
 @pytest.mark.parametrize("batch", [(0,), (1,), (2, 0, 3)])
 def test_any_number_of_tokens(batch):
     logits = torch.randn(*batch, 8, device=DEVICE)
-    weights, indices, probabilities = kernels.token_choices(logits, 2, True)
+    weights, indices, probabilities = kernels.token_routing(logits, 2, True)
     assert weights.shape == indices.shape == (*batch, 2)
     assert probabilities.shape == logits.shape
-    assert kernels.two_stage_gates(logits, logits, logits[..., :2], 2, False)[0].shape == (
+    assert kernels.two_stage_routing(logits, logits, logits[..., :2], 2, False)[0].shape == (
         *batch,
         16,
     )
@@ -106,6 +106,6 @@ def test_any_number_of_tokens(batch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_ties_go_to_the_lowest_index_and_what_is_no_number_to_an_expert_that_exists():
     logits = torch.zeros(3, 9, device=DEVICE)
-    assert (kernels.token_choices(logits, 4, True)[1] == torch.arange(4, device=DEVICE)).all()
-    _, indices, _ = kernels.token_choices(logits / 0, 4, True)
+    assert (kernels.token_routing(logits, 4, True)[1] == torch.arange(4, device=DEVICE)).all()
+    _, indices, _ = kernels.token_routing(logits / 0, 4, True)
     assert ((indices >= 0) & (indices < 9)).all()

@@ -10,7 +10,7 @@ from torch import Tensor
 from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import widened
 from headwise.ops.fields import Index, check
-from headwise.ops.gradients import learns
+from headwise.ops.gpu import is_plain, runs_triton
 from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 from headwise.ops.tensors import check_operands
@@ -87,6 +87,8 @@ def _switched_off(routing: Routing, mask: Tensor) -> tuple[Tensor, Tensor, Tenso
     )
 
 
+# Of the Triton kernel for queries, which marks shared heads in an integer of 64 bits.
+_MOST_HEADS = 62
 # Up to this share of the candidates, finding one maximum after the other is faster than sorting.
 _FEW = 1 / 8
 
@@ -168,20 +170,15 @@ def route_heads(
     if num_shared > 0 and num_routed > 0 and stage_logits is None:
         raise ValueError("stage_logits is None; with shared and routed heads it must be given")
     routed_logits = widened(routed_logits)
+    compute = None
     if native.has_kernel(routed_logits, scores):
+        compute = native.gates
+    elif scores == "softmax" and _in_one_kernel(shared_logits, routed_logits, stage_logits):
+        from headwise.ops.triton_routing import two_stage_routing as compute
+    if compute is not None:
         stage = None if stage_logits is None else widened(stage_logits)
-        weights, indices, p = native.gates(
-            widened(shared_logits), routed_logits, stage, top_k, mode == "paper"
-        )
-        return HeadRouting(weights, indices, p, routed_logits)
-    if scores == "softmax" and _in_one_kernel(shared_logits, routed_logits, stage_logits):
-        # Triton is on machines with a GPU, and `import headwise` does without.
-        from headwise.ops.triton_routing import two_stage_gates
-
-        stage = None if stage_logits is None else widened(stage_logits)
-        weights, indices, p = two_stage_gates(
-            widened(shared_logits), routed_logits, stage, top_k, mode == "paper"
-        )
+        paper = mode == "paper"
+        weights, indices, p = compute(widened(shared_logits), routed_logits, stage, top_k, paper)
         return HeadRouting(weights, indices, p, routed_logits)
     shared = widened(shared_logits).softmax(-1)
     p, probabilities = affinities(routed_logits, scores)
@@ -242,10 +239,9 @@ def route_heads_by_query_norm(
         )
     _check_top_k(top_k, num_heads - len(shared), lowest=0)
     if len(shared) < num_heads <= _MOST_HEADS and _in_one_kernel(q):
-        # Triton is on machines with a GPU, and `import headwise` does without.
-        from headwise.ops.triton_routing import query_norm_gates
+        from headwise.ops.triton_routing import query_norm_routing
 
-        return HeadRouting(*query_norm_gates(q, list(shared), top_k, scale_by_std))
+        return HeadRouting(*query_norm_routing(q, list(shared), top_k, scale_by_std))
     first = list(shared) == list(range(len(shared)))
     routed = q[..., len(shared) :, :] if first else _without(q, shared, dim=-2)
     norms = torch.linalg.vector_norm(widened(routed), dim=-1)
@@ -298,10 +294,9 @@ def route_tokens(
     logits = widened(logits)
     _check_top_k(top_k, sizes["E"], lowest=1)
     if scores == "softmax" and bias is None and _in_one_kernel(logits):
-        # Triton is on machines with a GPU, and `import headwise` does without.
-        from headwise.ops.triton_routing import token_choices
+        from headwise.ops.triton_routing import token_routing
 
-        return ExpertRouting(*token_choices(logits, top_k, normalize), logits)
+        return ExpertRouting(*token_routing(logits, top_k, normalize), logits)
     p, probabilities = affinities(logits, scores)
     indices = top_k_lowest_first(p if bias is None else p.detach() + bias, top_k)
     weights = p.gather(-1, indices)
@@ -313,19 +308,11 @@ def route_tokens(
     return ExpertRouting(weights, indices, probabilities, logits)
 
 
-# Of the kernel for queries, which marks shared heads in an integer of 64 bits.
-_MOST_HEADS = 62
-
-
 def _in_one_kernel(*tensors: Tensor | None) -> bool:
-    """Whether a Triton kernel routes: on a GPU, where nothing learns.
-
-    torch.compile makes few kernels of the steps by itself, and tensors of other kinds (fake or
-    sharded ones) have no memory that a kernel could read.
-    """
+    """Whether a Triton kernel routes by these: on a GPU, where nothing learns."""
     given = [x for x in tensors if x is not None]
-    ready = all(type(x) is Tensor and x.is_cuda and x.dtype != torch.float64 for x in given)
-    return ready and not learns(*given) and not torch.compiler.is_compiling()
+    narrow = all(runs_triton(x) and x.dtype != torch.float64 for x in given)
+    return narrow and is_plain(*given)
 
 
 def arrange_gates(

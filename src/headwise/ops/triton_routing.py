@@ -12,19 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.ops.tensors import adjacent
+from headwise.ops.triton_rows import FUSION
 
 # Numbers that a program holds at a time.
 _NUMBERS, _WARPS = 2048, 4
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
-def query_norm_gates(
+def query_norm_routing(
     q: Tensor, shared: list[int], top_k: int, scale_by_std: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates [B, T, H], chosen heads, probabilities and logits of queries [B, T, H, C].
-
-    As `ops.route_heads_by_query_norm` has them.
-    """
+    """The fields of `ops.route_heads_by_query_norm`'s routing, in order; q is [B, T, H, C]."""
     batch, tokens, heads, channels = q.shape
     q, routed = adjacent(q), heads - len(shared)
     gates = q.new_empty(batch, tokens, heads, dtype=torch.float32)
@@ -37,15 +35,15 @@ def query_norm_gates(
             q, gates, indices, probabilities, logits, q.stride(),
             batch * tokens, tokens, heads, routed, sum(1 << head for head in shared),
             K=top_k, KEPT=triton.next_power_of_2(max(1, top_k)), SCALED=scale_by_std and routed > 1,
-            C=channels, WIDTH=width, HEADS=rows, TOKENS=at_once, num_warps=_WARPS,
+            C=channels, WIDTH=width, HEADS=rows, TOKENS=at_once, num_warps=_WARPS, **FUSION,
         )  # fmt: skip
     return gates, indices, probabilities, logits
 
 
-def two_stage_gates(
+def two_stage_routing(
     shared: Tensor, routed: Tensor, stage: Tensor | None, top_k: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, chosen heads and probabilities of logits [..., n], as `ops.route_heads` has them."""
+    """The first fields of `ops.route_heads`'s routing, in order, of logits [..., n]."""
     batch, num_shared, num_routed = shared.shape[:-1], shared.shape[-1], routed.shape[-1]
     tokens = batch.numel()
     rows = [adjacent(x.reshape(tokens, x.shape[-1])) for x in (shared, routed)]
@@ -60,13 +58,14 @@ def two_stage_gates(
             *rows, gates, indices, probabilities, *(x.stride(0) for x in rows), tokens,
             SHARED=num_shared, ROUTED=num_routed, K=top_k,
             KEPT=triton.next_power_of_2(max(1, top_k)), PAPER=paper,
-            SHARED_WIDTH=widths[0], ROUTED_WIDTH=widths[1], TOKENS=at_once, num_warps=_WARPS,
+            SHARED_WIDTH=widths[0], ROUTED_WIDTH=widths[1], TOKENS=at_once,
+            num_warps=_WARPS, **FUSION,
         )  # fmt: skip
     return gates, indices, probabilities
 
 
-def token_choices(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, chosen experts and probabilities of logits [..., E], as `ops.route_tokens` has."""
+def token_routing(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The first fields of `ops.route_tokens`'s routing, in order, of logits [..., E]."""
     batch, experts = logits.shape[:-1], logits.shape[-1]
     tokens = batch.numel()
     rows = adjacent(logits.reshape(tokens, experts))
@@ -78,7 +77,7 @@ def token_choices(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
         _token_kernel[(triton.cdiv(tokens, at_once),)](
             rows, weights, indices, probabilities, rows.stride(0), tokens, experts,
             K=top_k, KEPT=triton.next_power_of_2(top_k), NORMALIZED=normalize,
-            WIDTH=width, TOKENS=at_once, num_warps=_WARPS,
+            WIDTH=width, TOKENS=at_once, num_warps=_WARPS, **FUSION,
         )  # fmt: skip
     return weights, indices, probabilities
 

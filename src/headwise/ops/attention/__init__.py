@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
 from headwise.ops.choice import check_choice
+from headwise.ops.gpu import runs_triton
 from headwise.ops.gradients import learns
 from headwise.ops.native import DTYPES, is_built, is_ready
 from headwise.ops.native.attention import largest_share, native_attention
@@ -118,7 +119,6 @@ def head_attention(
         limit = largest_share(x.q.dtype, learning=plan.learning)
         return native_attention(x.q, x.k, x.v, gate, x.causal, x.scale, limit)[0]
     if plan.impl == "triton":
-        # Triton is on machines with a GPU, and `import headwise` does without.
         from headwise.ops.attention import triton
 
         return (triton.decode_attention if plan.decoding else triton.head_attention)(x)
@@ -165,7 +165,8 @@ def _fastest(x: Operands, decoding: bool, share_on: float | None) -> Impl:
             return "dense"
         channels = x.q.shape[3]
         kernel = x.bias is None and channels % 16 == 0 and 32 <= channels <= 256
-        return "triton" if kernel and x.q.dtype != torch.float64 else "gathered"
+        kernel = kernel and runs_triton(x.q) and x.q.dtype != torch.float64
+        return "triton" if kernel else "gathered"
     if x.q.device.type != "cpu":
         return "dense"
     long = decoding or x.k.shape[1] >= _FEWEST_KEYS
@@ -210,7 +211,6 @@ def _check_computes(x: Operands, plan: Plan) -> None:
             raise ValueError(
                 f"bias has shape {list(bias.shape)}; impl='triton' takes none, impl='gathered' does"
             )
-        # Triton is on machines with a GPU, and `import headwise` does without.
         from headwise.ops.attention import triton_tiles
 
         triton_tiles.check_queries(q)

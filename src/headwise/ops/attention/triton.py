@@ -5,7 +5,7 @@ ranks and gathers their rows straight from q. No size depends on how many tokens
 waits for the device: a program whose ranks do not exist returns at once.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import triton
@@ -16,21 +16,13 @@ from headwise.ops.attention.triton_backward import keys_kernel, queries_kernel
 from headwise.ops.attention.triton_decode import decode_attention
 from headwise.ops.attention.triton_forward import forward_kernel
 from headwise.ops.attention.triton_ranks import ranked
-from headwise.ops.attention.triton_tiles import FUSION, described, expanded
+from headwise.ops.attention.triton_tiles import described, expanded
 from headwise.ops.gates import flops_of_what_is_on
 from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import adjacent
+from headwise.ops.triton_rows import FUSION, Tiling
 
 __all__ = ["decode_attention", "head_attention"]
-
-
-class Tiling(NamedTuple):
-    """Rows that a program holds, rows it reads in one step, and how it is launched."""
-
-    own: int
-    step: int
-    num_warps: int
-    num_stages: int
 
 
 # Forward, backward of queries, backward of keys, by channels: the fastest on an H100 at T = 16,384

@@ -28,14 +28,13 @@ import triton.language as tl
 from headwise.ops.attention.triton_tiles import (
     LOG2E,
     last_key,
-    load_tile,
     longest_first,
     ranked_tokens,
-    store_tile,
     tile_of,
     visible,
     whole_blocks,
 )
+from headwise.ops.triton_rows import load_tile, store_tile
 
 
 @triton.jit
@@ -65,9 +64,9 @@ def queries_kernel(
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     # Gather the rows: tiles are [ROWS, WIDTH], what belongs to a row is [ROWS].
-    q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
-    dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH, True).to(tl.float32)
-    y_tile = load_tile(y, rows * y_strides[1], valid, C, WIDTH, True)
+    q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH)
+    dy_tile = load_tile(dy, rows * dy_strides[1], valid, C, WIDTH).to(tl.float32)
+    y_tile = load_tile(y, rows * y_strides[1], valid, C, WIDTH)
     gates = tl.load(gate + rows * gate_strides[1], mask=valid, other=1).to(tl.float32)
     lses = tl.load(lse + pair * T + t, mask=valid, other=0)
     deltas = tl.sum(y_tile.to(tl.float32) * dy_tile, 1)
@@ -140,8 +139,8 @@ def keys_kernel(
     rows = s.to(tl.int64)
     k += b * k_strides[0] + g * k_strides[2]
     v += b * v_strides[0] + g * v_strides[2]
-    k_tile = load_tile(k, rows * k_strides[1], s < S, C, WIDTH, True)
-    v_tile = load_tile(v, rows * v_strides[1], s < S, C, WIDTH, True)
+    k_tile = load_tile(k, rows * k_strides[1], s < S, C, WIDTH)
+    v_tile = load_tile(v, rows * v_strides[1], s < S, C, WIDTH)
     keys = (k_tile, v_tile, s, mask, mask_strides, T, S)
     k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     v_sums = tl.zeros([KEYS, WIDTH], tl.float32)

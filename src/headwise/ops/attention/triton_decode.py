@@ -13,21 +13,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.attention.triton_tiles import (
-    FUSION,
     LOG2E,
     attend,
     described,
     expanded,
     last_key,
-    load_tile,
     whole_blocks,
 )
 from headwise.ops.gates import flops_of_what_is_on
 from headwise.ops.plain_attention import Operands
 from headwise.ops.tensors import adjacent
+from headwise.ops.triton_rows import FUSION, load_tile
 
 # Programs that fill a GPU: a constant, so that the order of sums does not depend on the device.
-# Like all sizes here, this was reasoned and not measured on a GPU yet.
+# They and the block of keys were swept on an H100 (benchmarks/gpu/tiles.py).
 PROGRAMS = 512
 MAX_SPLITS = 64
 
@@ -121,11 +120,10 @@ def _split_kernel(
     if mask is not None:
         mask += b * mask_strides[0]
     last = tl.where(t < T, last_key(t, T, S, CAUSAL), S - 1)
-    q_tile = load_tile(q, rows * q_strides[1] + h * q_strides[2], on, C, WIDTH, True)
+    q_tile = load_tile(q, rows * q_strides[1] + h * q_strides[2], on, C, WIDTH)
     # Of a mask only rows that are on exist; the others look at the first key's.
     mask_offsets = tl.where(on, rows * mask_strides[2] + h * mask_strides[1], 0)
-    q_tile = q_tile if scale >= 0 else -q_tile
-    scale = tl.abs(scale) * LOG2E
+    scale *= LOG2E
     queries = (q_tile, last, mask_offsets)
     head = (b.to(tl.int32), g.to(tl.int32))
     keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
@@ -170,7 +168,7 @@ def _merge_kernel(
         highest = tl.max(peak, 0)
         shares = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
         total = tl.sum(shares * tl.load(totals + place, mask=there, other=0.0), 0)
-        tile = load_tile(sums, place * C, there, C, WIDTH, True)
+        tile = load_tile(sums, place * C, there, C, WIDTH)
         out = tl.sum(shares[:, None] * tile, 0)
         out *= weight.to(tl.float32) / tl.where(total == 0, 1.0, total)
     y += b * y_strides[0] + t * y_strides[1] + h * y_strides[2]

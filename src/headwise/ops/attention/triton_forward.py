@@ -12,11 +12,10 @@ from headwise.ops.attention.triton_tiles import (
     LOG2E,
     attend,
     last_key,
-    load_tile,
     longest_first,
-    store_tile,
     whole_blocks,
 )
+from headwise.ops.triton_rows import load_tile, store_tile
 
 
 @triton.jit
@@ -48,11 +47,8 @@ def forward_kernel(
     q += b * q_strides[0] + h * q_strides[2]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
-    q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH, True)
-    # The softmax needs the largest score times scale; where scale is negative, -q and -scale are
-    # used instead.
-    q_tile = q_tile if scale >= 0 else -q_tile
-    scale = tl.abs(scale) * LOG2E
+    q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH)
+    scale *= LOG2E
     queries = (q_tile, last, rows * mask_strides[2])
     head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
     keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.ops.triton_rows import FUSION
+
 _TOKENS = 4096
 
 
@@ -20,6 +22,7 @@ def ranked(gate: Tensor) -> tuple[Tensor, Tensor]:
         _rank_kernel[(batch * heads,)](
             gate, positions, on_so_far, gate.stride(), tokens, heads,
             TOKENS=min(_TOKENS, triton.next_power_of_2(tokens)), num_warps=16,
+            **FUSION,
         )  # fmt: skip
     return positions, on_so_far
 

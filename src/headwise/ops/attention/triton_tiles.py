@@ -1,4 +1,4 @@
-"""What the Triton kernels share: checks of queries, tiles they load, the online softmax."""
+"""What the Triton kernels of attention share: checks of queries, keys, the online softmax."""
 
 from typing import no_type_check
 
@@ -10,8 +10,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton reads this as well, once: when a kernel is decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# Given explicitly, because Triton's default is about to change and Triton warns.
-FUSION = {"enable_fp_fusion": True}
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,30 +61,6 @@ def expanded(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, 
 
 
 # no_type_check keeps jaxtyping's import hook from wrapping what Triton must read as source.
-@triton.jit
-@no_type_check
-def load_tile(start, offsets, valid, C: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
-    """[rows, WIDTH] at start + offsets: 0 beyond C channels and, if CHECKED, in rows not valid."""
-    channels = tl.arange(0, WIDTH)
-    pointers = start + offsets[:, None] + channels[None, :]
-    if CHECKED:
-        inside = valid[:, None] & (channels < C)[None, :]
-        tile = tl.load(pointers, mask=inside, other=0.0)
-    elif C < WIDTH:
-        tile = tl.load(pointers, mask=(channels < C)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-@no_type_check
-def store_tile(start, offsets, valid, tile, C: tl.constexpr, WIDTH: tl.constexpr):
-    channels = tl.arange(0, WIDTH)
-    inside = valid[:, None] & (channels < C)[None, :]
-    tl.store(start + offsets[:, None] + channels[None, :], tile, mask=inside)
-
-
 @triton.jit
 @no_type_check
 def visible(keys, last, mask, mask_offsets, mask_stride):

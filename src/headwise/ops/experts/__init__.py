@@ -19,6 +19,7 @@ from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import in_autocast
 from headwise.ops.experts import grouped_mm, reference
 from headwise.ops.experts.grouped import grouped_mlp
+from headwise.ops.gpu import runs_triton
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.experts import native_mlp
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
@@ -86,7 +87,6 @@ def expert_mlp(
         x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
     impl = choose(x, down_proj, activation, impl)
     if impl == "triton":
-        # Triton is on machines with a GPU, and `import headwise` does without.
         from headwise.ops.experts import triton
 
         return triton.expert_mlp(x, weights, indices.long(), up_proj, down_proj, activation)
@@ -116,7 +116,7 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "a
         raise ValueError(
             f"x {list(x.shape)} and down_proj {list(down_proj.shape)} are {x.dtype} on {x.device}; "
             f'impl "triton" takes float16 and bfloat16 on CUDA devices, up to {_MOST_CHANNELS} '
-            'channels, in widths that are multiples of 8; impl "grouped_mm" takes all'
+            'channels, in widths that are multiples of 8; impl "grouped" takes all'
         )
     if impl == "grouped_mm" and not grouped_mm.computes(x, down_proj):
         raise ValueError(
@@ -135,7 +135,7 @@ def _native_computes(x: Tensor, down_proj: Tensor, activation: Activation) -> bo
 
 def _triton_computes(x: Tensor, down_proj: Tensor) -> bool:
     """Whether the kernel in Triton computes this."""
-    half = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+    half = runs_triton(x) and x.dtype in (torch.float16, torch.bfloat16)
     return half and x.shape[1] <= _MOST_CHANNELS and grouped_mm.computes(x, down_proj)
 
 

@@ -44,6 +44,15 @@ class Runs(NamedTuple):
     order: Tensor
     ends: Tensor
 
+    def go_somewhere(self) -> Tensor:
+        """Which of the sorted choices have an expert, bool [N·K, 1]."""
+        places = torch.arange(len(self.order), device=self.order.device)
+        return (places < self.ends[-2]).unsqueeze(1)
+
+    def put_back(self, rows: Tensor) -> Tensor:
+        """Rows of the sorted choices [N·K, …], each where its choice stood."""
+        return torch.empty_like(rows).index_copy(0, self.order, rows)
+
 
 def runs_of_experts(indices: Tensor, num_experts: int) -> Runs:
     """The choices [N, K] sorted by expert, without reading a size back from a device.

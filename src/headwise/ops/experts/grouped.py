@@ -104,23 +104,26 @@ def _(
     return x.new_empty(x.shape)
 
 
-@grouped_mlp_backward.register_fake
-def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped-def]
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
+def register_backward(backward: Any, *forwards: Any) -> None:
+    """Let ops with `grouped_mlp`'s arguments learn by `backward`, which takes dy before them."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweights, dup, ddown = backward(dy, *ctx.saved_tensors, ctx.activation)
+        return dx, dweights, None, dup, ddown, None
+
+    @backward.register_fake
+    def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped-def]
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
+
+    for forward in forwards:
+        forward.register_autograd(gradients, setup_context=save)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweights, dup, ddown = grouped_mlp_backward(dy, *ctx.saved_tensors, ctx.activation)
-    return dx, dweights, None, dup, ddown, None
-
-
-for op in (grouped_mlp, native_mlp):
-    op.register_autograd(_backward, setup_context=_save)
+register_backward(grouped_mlp_backward, grouped_mlp, native_mlp)
 
 
 @register_flop_formula(

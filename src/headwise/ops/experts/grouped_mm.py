@@ -18,15 +18,14 @@ def expert_mlp(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: Activation
 ) -> Tensor:
     num_experts, top_k = up.shape[0], indices.shape[1]
-    order, ends = runs_of_experts(indices, num_experts)
-    ends = ends[:-1]
-    # Choices that go nowhere come last, where the kernel leaves rows as they were.
-    counts = (torch.arange(len(order), device=x.device) < ends[-1]).unsqueeze(1)
-    rows = torch.where(counts, x[order // top_k], 0)
+    runs = runs_of_experts(indices, num_experts)
+    # The kernel leaves the rows of choices that go nowhere as they were.
+    counts, ends = runs.go_somewhere(), runs.ends[:-1]
+    rows = torch.where(counts, x[runs.order // top_k], 0)
     hidden = activate(grouped_mm(rows, up.mT, offs=ends), activation, down.shape[2])
     hidden = torch.where(counts, hidden, 0)
     y = torch.where(counts, grouped_mm(hidden, down.mT, offs=ends), 0)
-    unsorted = torch.empty_like(y).index_copy(0, order, y).unflatten(0, (-1, top_k))
+    unsorted = runs.put_back(y).unflatten(0, (-1, top_k))
     return (unsorted * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
 

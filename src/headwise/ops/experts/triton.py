@@ -1,10 +1,11 @@
-"""Experts in one Triton kernel: rows gathered, both products and the activation between them.
+"""Experts in Triton: the forward in one kernel, the backward by torch's grouped products.
 
-A program computes consecutive rows of one expert. It walks over the hidden units some at a time, as
-attention walks over keys, so that hidden activations [N·K, F] never leave the chip.
+A program of the forward gathers consecutive rows of one expert and walks over the hidden units some
+at a time, as attention walks over keys, so that hidden activations [N·K, F] never leave the chip.
+The backward computes them again and keeps them meanwhile, with their gradients.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -14,26 +15,17 @@ from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headwise.ops.attention.triton_tiles import FUSION, load_tile, store_tile
 from headwise.ops.experts.choices import runs_of_experts
-from headwise.ops.experts.grouped import backward_flops, forward_flops
+from headwise.ops.experts.grouped import backward_flops, forward_flops, register_backward
 from headwise.ops.tensors import adjacent
+from headwise.ops.triton_rows import FUSION, Tiling, load_tile, store_tile
 
 # What the tensor cores take.
 _SMALLEST_PRODUCT = 16
 
 
-class Tiling(NamedTuple):
-    """Rows of a program, hidden units of a step, and how it is launched."""
-
-    rows: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
 def tiling(width: int) -> Tiling:
-    """The tiling for rows of `width` channels, padded to a power of two.
+    """Rows and hidden units at a time, for rows of `width` channels, padded to a power of two.
 
     The fastest on an H100 for 96 experts of 512 hidden units (benchmarks/gpu/tiles.py).
     """
@@ -99,7 +91,7 @@ def _experts_kernel(
     if own == E:
         store_tile(y, places * C, valid, tl.zeros([ROWS, WIDTH], y.dtype.element_ty), C, WIDTH)
         return
-    rows = load_tile(x, places // K * x_stride, valid, C, WIDTH, True)
+    rows = load_tile(x, places // K * x_stride, valid, C, WIDTH)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for unit in range(0, HIDDEN, STEP):
         raised = _product(rows, up.load([own, unit, 0]).reshape(STEP, WIDTH))
@@ -151,9 +143,8 @@ def expert_mlp_backward(
         dr = w dh act',    dW_up = dr xᵀ,     dx = W_upᵀ dr
     """
     (num_experts, _, hidden), top_k = down.shape, indices.shape[1]
-    order, ends = runs_of_experts(indices, num_experts)
-    # Choices that go nowhere come last: torch's kernel leaves their rows as they were.
-    ends, total = ends[:-1], len(order)
+    runs = runs_of_experts(indices, num_experts)
+    order, ends, total = runs.order, runs.ends[:-1], len(runs.order)
     rows, dout = (tensor[order // top_k] for tensor in (x, dy))
     raised, dinner = grouped_mm(rows, up.mT, offs=ends), grouped_mm(dout, down, offs=ends)
     draised, weighed = torch.empty_like(raised), torch.empty_like(dinner)
@@ -166,9 +157,9 @@ def expert_mlp_backward(
         )  # fmt: skip
     dup = grouped_mm(draised.T, rows, offs=ends)
     ddown = grouped_mm(dout.T, weighed, offs=ends)
-    known = (torch.arange(total, device=x.device) < ends[-1]).unsqueeze(1)
-    drows = torch.where(known, grouped_mm(draised, up, offs=ends), 0)
-    dx = torch.empty_like(drows).index_copy(0, order, drows).unflatten(0, (-1, top_k)).sum(1)
+    # torch's kernel leaves the rows of what goes nowhere as they were.
+    drows = torch.where(runs.go_somewhere(), grouped_mm(draised, up, offs=ends), 0)
+    dx = runs.put_back(drows).unflatten(0, (-1, top_k)).sum(1)
     return dx, dweights.view(weights.shape), dup, ddown
 
 
@@ -223,21 +214,6 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@expert_mlp_backward.register_fake
-def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped-def]
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweights, dup, ddown = expert_mlp_backward(dy, *ctx.saved_tensors, ctx.activation)
-    return dx, dweights, None, dup, ddown, None
-
-
-expert_mlp.register_autograd(_backward, setup_context=_save)
+register_backward(expert_mlp_backward, expert_mlp)
 register_flop_formula(torch.ops.headwise.triton_experts, get_raw=True)(forward_flops)
 register_flop_formula(torch.ops.headwise.triton_experts_backward, get_raw=True)(backward_flops)
