@@ -47,6 +47,7 @@ SMALLER = {
         "--steps 2 --warmup-steps 0 --batch-size 8 --samples 1 --sampling-steps 2 "
         "--classifier runs/vit/models/dense-seed0"
     ),
+    "write-text": shlex.split("--count 4 --length 16"),
     "tune": shlex.split(
         "--data text.txt --routed.steps 1 --routed.warmup-steps 0 --sequence-length 16 "
         "--batch-size 2 --eval-blocks 2"

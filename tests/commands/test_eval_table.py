@@ -34,6 +34,9 @@ def test_a_line_a_task_and_their_mean():
 def test_parts_of_a_group_are_left_out_and_an_error_may_be_missing():
     rows = [row("a", "all", 0.5, ""), row("a", "part", 0.5, 0.1, group="all")]
     assert comparison(rows).printed() == [["all", "acc", "7", "0.500"]]
+    legends = [comparison(x).legend for x in (rows, ROWS)]
+    assert ["±" in legend for legend in legends] == [False, True]
+    assert ["mean" in legend for legend in legends] == [False, True]
 
 
 @pytest.mark.parametrize("second", ["b/dense", "dense"])

@@ -40,8 +40,14 @@ def test_compared_with_the_dense_model_tuned_alike():
 def test_the_text_says_what_it_was_measured_on():
     text = comparison(ROWS + DENSE).markdown()
     assert text.splitlines()[0].startswith("| heads on | shared |")
-    assert "original's perplexity is 3.0" in text
+    assert "the original's is 3.0" in text
     assert "abacus, 1 thread(s), fp32; seeds 0, 1; torch 2" in text
+
+
+def test_the_text_explains_what_is_there_alone():
+    legends = [comparison(rows).legend for rows in (ROWS, DENSE)]
+    assert ["±" in legend for legend in legends] == [True, False]
+    assert ["To dense" in legend for legend in legends] == [False, True]
 
 
 def test_a_line_for_each_share_of_heads():

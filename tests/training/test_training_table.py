@@ -2,7 +2,7 @@
 
 from headwise.results.rows import Row, read_csv, write_csv
 from headwise.training.measures import demerit, measures
-from headwise.training.table import comparison
+from headwise.training.table import comparison, for_terminal
 
 
 def markdown(rows: list[Row]) -> str:
@@ -61,6 +61,8 @@ def test_published_figures_stand_in_columns_of_their_own():
     assert table.columns[-1] == "LLM-S ↑ (published)"
     assert [line[-1] for line in table.rows] == ["43.9", "–"]
     assert "by arXiv 2410.11842; not measured here" in markdown(rows)
+    assert "counted:" in markdown(rows)
+    assert "counted:" not in str(for_terminal(rows, "").caption), "the column is not there"
     assert "published" not in markdown(ROWS)
 
 

@@ -13,10 +13,11 @@ from headwise.results.rows import Row, measured_on, write_csv
 from headwise.results.table import Cell, Number, Table, mean
 
 _LEGEND = (
-    "PPL: perplexity of held-out text. Recovered: the original's perplexity over the model's. To "
-    "dense: the model's perplexity over that of the original tuned with every head on. ±: "
-    "deviation over seeds. The original's perplexity is {}."
+    "PPL: perplexity of held-out text; the original's is {}. Recovered: the original's perplexity "
+    "over the model's."
 )
+_TO_DENSE = " To dense: the model's perplexity over that of the original tuned with every head on."
+_OVER_SEEDS = " ±: deviation over seeds."
 
 
 class Point(NamedTuple):
@@ -89,6 +90,8 @@ def comparison(rows: Sequence[Row]) -> Table:
             *([] if dense is None else [Number(_mean_of(last) / _mean_of(dense), "{:.3f}")]),
         ])  # fmt: skip
     legend = _LEGEND.format(rows[-1]["original_perplexity"])
+    legend += "" if dense is None else _TO_DENSE
+    legend += _OVER_SEEDS if len({row["seed"] for row in rows}) > 1 else ""
     where = measured_on(rows, "{device}, {threads} thread(s), {precision}; seeds {seeds}")
     return Table(columns + ([] if dense is None else ["to dense ↓"]), lines, legend, where)
 

@@ -25,10 +25,8 @@ _MEASURED = {
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models.",
 }
-_COST = (
-    "MFLOPs: of a forward, per {}, by formula, without heads that are off; counted: what "
-    "torch's counter saw run."
-)
+_COST = "MFLOPs: of a forward, per {}, by formula, without heads that are off"
+_COUNTED = "; counted: what torch's counter saw run"
 _OVER_SEEDS = "±: deviation over seeds."
 _MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
@@ -79,10 +77,11 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
     left_out = ["active (M)", "counted", *minor] if crowded else []
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
+    legend = table.legend.replace(_COUNTED, "" if crowded else _COUNTED)
     narrow = replace(
         table.without(left_out),
         columns=[x.replace(_PUBLISHED, "†") for x in table.columns if x not in left_out],
-        legend=table.legend.replace(_PUBLISHED.strip(), "†") + more,
+        legend=legend.replace(_PUBLISHED.strip(), "†") + more,
     )
     return narrow.for_terminal(title, padding=0)
 
@@ -95,7 +94,7 @@ def _alone(rows: Sequence[Row]) -> bool:
 def _legend(rows: Sequence[Row]) -> str:
     """What the columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
-    sentences = [_measured(rows), _COST.format(rows[0]["unit"])]
+    sentences = [_measured(rows), _COST.format(rows[0]["unit"]) + _COUNTED + "."]
     if len({row["seed"] for row in rows}) > 1:
         sentences.append(_OVER_SEEDS)
     if _alone(rows):

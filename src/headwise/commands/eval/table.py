@@ -9,10 +9,9 @@ from headwise.results.rows import Row, measured_on
 from headwise.results.table import Cell, Number, Table
 from headwise.training.directory import MODELS
 
-_LEGEND = (
-    "± is the standard error of a score over the task's documents (n), of which the models see the "
-    "same. The mean is that of all acc, its error as if the tasks were independent."
-)
+_LEGEND = "n: documents of the task, the same for every model."
+_ERROR = " ±: standard error of a score over them."
+_MEAN = " mean: of all acc, its error as if the tasks were independent."
 
 
 def comparison(rows: Sequence[Row]) -> Table:
@@ -29,10 +28,13 @@ def comparison(rows: Sequence[Row]) -> Table:
         cells.append(
             ["mean", "acc", "", *(_cell([x[model] for x in accuracies]) for model in models)]
         )
+    legend = _LEGEND
+    legend += _ERROR if any("±" in cell for line in cells for cell in map(str, line)) else ""
+    legend += _MEAN if len(accuracies) > 1 else ""
     where = measured_on(
         rows, "{device}, {precision}", ("lm_eval", "torch", "transformers", "python")
     )
-    return Table(["task", "metric", "n", *_headings(models)], cells, _LEGEND, where, left=2)
+    return Table(["task", "metric", "n", *_headings(models)], cells, legend, where, left=2)
 
 
 def _headings(models: Sequence[str]) -> Sequence[str]:
