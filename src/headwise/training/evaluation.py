@@ -1,4 +1,4 @@
-"""What a trained language model is worth: perplexity file by file, and who does the work."""
+"""What a trained model is worth: perplexity file by file, hits, and who does the work."""
 
 from collections.abc import Callable
 from typing import NamedTuple
