@@ -161,7 +161,7 @@ def tune(run: TuningRun) -> None:
         ValueError: For a model, text or directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from headwise.training.arguments import prepare
 
     state, directory = prepare(run)
@@ -286,7 +286,7 @@ def _card(run: TuningRun, directory: Path, model: Any, points: list[Point]) -> s
 
 
 def _trainer(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> Any:
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from headwise.training.arguments import training_arguments
     from headwise.training.distillation import RecoveringTrainer
 
