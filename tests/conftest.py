@@ -152,7 +152,7 @@ def kernels_built(
 
 @contextmanager
 def _cache(home: Path) -> Iterator[ModuleType]:
-    # Not above: triton, which comes along, reads its environment as it is imported.
+    # Imported here: it brings triton, which reads its environment as it is imported.
     from headwise.ops import native
 
     with pytest.MonkeyPatch.context() as patch:

@@ -93,6 +93,25 @@ def test_a_converted_model_of_diffusers_comes_back(tmp_path):
     assert again.conversion == model.conversion
 
 
+# diffusers hands the hub an argument that the hub has dropped.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
+def test_it_loads_from_where_on_the_hub_the_options_say(tmp_path):
+    kept = tmp_path / "models--someone--model"
+    (kept / "refs").mkdir(parents=True)
+    of_revision = {"main": convert(gpt2(), attention=HEADS), "other": vit()}
+    for number, (revision, model) in enumerate(of_revision.items()):
+        commit = str(number) * 40
+        (kept / "refs" / revision).write_text(commit)
+        model.save_pretrained(kept / "snapshots" / commit)
+    in_part = convert(tiny_dit(), attention=MoHConfig(shared=1, active=3))
+    in_part.save_pretrained(kept / "snapshots" / ("0" * 40) / "part")
+    here = {"cache_dir": tmp_path, "local_files_only": True}
+    for name, options in (("someone/model", here), (kept / "snapshots" / ("0" * 40), {})):
+        assert type(headwise.load(name, **options)) is type(of_revision["main"])
+        assert type(headwise.load(name, **options, subfolder="part")) is type(in_part)
+    assert type(headwise.load("someone/model", **here, revision="other")) is type(vit())
+
+
 def test_what_is_no_model_of_ours_is_refused(tmp_path):
     with pytest.raises(ValueError, match="path is a GPT2LMHeadModel; it must be a directory"):
         headwise.load(gpt2())

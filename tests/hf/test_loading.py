@@ -1,5 +1,7 @@
 """Originals from a path: weights and directories that do not fit are refused and left alone."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conversions import QUERY_NORM
@@ -86,6 +88,10 @@ def test_a_model_that_is_kept_from_the_hub_is_found_without_it(tmp_path, monkeyp
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     check_place("someone/model")
+    asked = Mock(return_value=True)
+    monkeypatch.setattr("headwise.hf.loading.repo_exists", asked)
+    check_place("someone/model", revision="other", token="mine")
+    asked.assert_called_once_with("someone/model", token="mine")
     with pytest.raises(ValueError, match=r"no model on the Hugging Face hub can have this name$"):
         check_place("no/such/dir")
 

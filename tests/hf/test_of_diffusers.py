@@ -160,6 +160,17 @@ def test_the_balance_losses_train_the_routers():
     assert all(grad.abs().sum() > 0 for grad in routers.values())
 
 
+def test_balance_is_the_mean_over_the_layers_that_route():
+    config = replace(TWO_STAGE, shared=[2, HEADS], active=[4, HEADS], balance_coefficient=0.5)
+    model = convert(tiny(), attention=config)
+    with record_routing(model) as routings:
+        run(model)
+    first, without_choice = routings.values()
+    assert without_choice.probabilities.shape[-1] == 0
+    assert_close(model.routing_loss(routings), 0.5 * balance_loss(first))
+    assert model.routing_loss({}).item() == 0
+
+
 @pytest.mark.parametrize("router", ["query_norm", "two_stage"])
 def test_gradient_checkpointing_changes_no_gradient(router):
     results = []

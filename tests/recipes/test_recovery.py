@@ -1,7 +1,10 @@
 """The recovery table, by hand."""
 
+import pytest
+from matplotlib.figure import Figure
+
 from headwise.analysis.plots import recovery_curves
-from headwise.recipes.recovery import comparison
+from headwise.recipes.recovery import comparison, report
 
 COMMON = {
     "shared_heads": "0.5", "original_perplexity": "3.0", "device": "abacus", "threads": "1",
@@ -57,3 +60,18 @@ def test_a_line_for_each_share_of_heads():
         "0.75 of the heads": [[0, 50.0], [640, 67.5]],
         "every head on": [[0, 100.0], [640, 83.33]],
     }
+
+
+def test_a_curve_that_fails_halfway_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(_, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    report(ROWS, tmp_path, {})
+    before = (tmp_path / "recovery.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        report(ROWS, tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recovery.png", "results.csv"]
+    assert (tmp_path / "recovery.png").read_bytes() == before

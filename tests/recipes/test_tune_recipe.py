@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headwise import MoHConfig, convert
+from headwise import MoEConfig, MoHConfig, convert
 from headwise.recipes.tune import SCHEDULES, TuningRun, tune
 from headwise.results.rows import Row, read_csv
 from tiny import llama, tokenizer
@@ -185,7 +185,9 @@ def test_tokens_instead_of_text(converted, tmp_path):
     assert len(rows(tmp_path / "run")) == 3
 
 
-def test_wrong_input_is_refused_before_anything_is_written(converted, original, tmp_path):
+def test_wrong_input_is_refused_before_anything_is_written(
+    converted, original, of_the_text, tmp_path
+):
     tokens = token_file(tmp_path / "large.parquet", [[300] * 16] * 30)
     short = token_file(tmp_path / "short.parquet", [[3] * 5] * 30)
     other = tmp_path / "other"
@@ -193,7 +195,15 @@ def test_wrong_input_is_refused_before_anything_is_written(converted, original, 
     tokenizer(TEXT.read_text(), vocab_size=290).save_pretrained(other)
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(bare)
+    experts = tmp_path / "experts"
+    mlp = MoEConfig(num_experts=3, top_k=1, expert_dim=5)
+    for part in (convert(original, mlp=mlp), of_the_text):
+        part.save_pretrained(experts)
     for changes, message in [
+        (
+            {"path": experts, "original": str(original), "dense": 2},
+            "the model has experts for its MLPs, .* with --dense.steps 0",
+        ),
         ({"path": original}, "dense.steps is 0, and the model in .* has no routed heads"),
         ({"data": tokens}, "the text has token 300, and the model in .* has embeddings for 0..299"),
         ({"data": short}, "sequence_length is 16, but .* has rows of at most 5 tokens"),

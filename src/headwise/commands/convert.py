@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.data.text import read
-from headwise.data.token_files import TOKEN_FILE, check_tokens, token_rows
+from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
 from headwise.hf import MoHConfig, calibrate, convert
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.card import budget_lines, calibration_figures, model_card
@@ -26,7 +26,7 @@ from headwise.parsing import parsed
 from headwise.progress import followed, plain_console
 from headwise.results.files import check_new, write_whole
 from headwise.results.table import Cell, Number, Table
-from headwise.training.evaluation import FileLoss, Tokens
+from headwise.training.evaluation import FileLoss
 
 _PIECE = 256  # tokens
 _MOST_PIECES = 64

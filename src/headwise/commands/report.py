@@ -28,7 +28,7 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         directory: Directory of the run, for example runs/lm.
     """
-    # Not above: it brings matplotlib, and help does without.
+    # Imported here: it brings matplotlib, and help works without it.
     from headwise.analysis.report import render_report, write_page
 
     file = directory / "record.json"

@@ -62,7 +62,7 @@ def write_text(run: WritingRun) -> None:
     Raises:
         ValueError: If there is no model, or it has no first token (`bos_token_id`).
     """
-    # Not above: help does without.
+    # Imported here: help works without it.
     from datasets import Dataset
 
     model = load_causal_lm(run.path).eval()

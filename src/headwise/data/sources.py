@@ -81,7 +81,7 @@ def open_rows(source: Source) -> Any:
     Raises:
         ValueError: If it cannot be read, is empty, or has no such column.
     """
-    # Not above: few runs stream text, and all import this.
+    # Imported here: all runs import this file, and few stream text.
     import datasets
 
     files = source.data_files

@@ -34,7 +34,7 @@ def token_rows(file: Path) -> list[Tokens]:
         ValueError: If there is no such file, it has no column "input_ids", or that holds something
             else than rows of tokens.
     """
-    # Not above: few read such files, and help does without.
+    # Imported here: few read such files, and help works without it.
     import pyarrow
     from pyarrow import compute, parquet
 

@@ -120,7 +120,7 @@ def attend(
     return heads, None
 
 
-def forwards_to_interface(module: nn.Module) -> list[Any]:
+def forwards_down_to_interface(module: nn.Module) -> list[Any]:
     """The forwards of a module's classes, down to the one that calls transformers' interface.
 
     A forward that only adds to that of the class above calls it by `super`. Empty where none of
@@ -146,7 +146,7 @@ def check_passes_routing(model: nn.Module, name: str) -> None:
     that takes none, or never reads them, loses it.
     """
     attention = model.get_submodule(name)
-    if not all(map(_reads_its_kwargs, forwards_to_interface(attention))):
+    if not all(map(_reads_its_kwargs, forwards_down_to_interface(attention))):
         raise ValueError(
             f"{type(model).__name__} cannot be converted: the forward of {name}, a "
             f"{type(attention).__name__}, does not pass its **kwargs to the attention function, so "

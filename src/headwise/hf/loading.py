@@ -10,9 +10,13 @@ from typing import Any
 from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from headwise.hf.auto import MODEL_TYPE, class_named
 from headwise.hf.reading import load_strictly, reading_model
+
+# The options of `from_pretrained` that say where on the hub a model is, and who asks.
+_OF_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
 def check_holds_model(path: str | os.PathLike[str]) -> None:
@@ -33,19 +37,25 @@ def check_holds_model(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{directory} holds no model (no config.json){hint}")
 
 
-def check_place(path: str) -> None:
+def check_place(path: str, **options: Any) -> None:
     """Whether there is such a directory, or a model of that name on the hub or kept from there.
 
     transformers finds out too, but without a network only after most of a minute of retries.
 
+    Args:
+        path: The directory or the name.
+        options: Those of `_OF_HUB` that `from_pretrained` gets.
+
     Raises:
         ValueError: If there is none, or the hub does not answer.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or options.get("local_files_only"):
         return
+    file = os.path.join(options.get("subfolder") or "", "config.json")
+    of_cache = {name: options.get(name) for name in ("cache_dir", "revision")}
     try:
-        kept = isinstance(try_to_load_from_cache(path, "config.json"), str)
-        found = kept or repo_exists(path)
+        kept = isinstance(try_to_load_from_cache(path, file, **of_cache), str)
+        found = kept or repo_exists(path, token=options.get("token"))
     except HFValidationError as error:
         raise ValueError(
             "there is no such directory, and no model on the Hugging Face hub can have this name"
@@ -68,7 +78,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
         path: A directory with what `headwise.convert` made (of transformers or of diffusers), a
             model of `headwise.models`, or a model of transformers as it is; or the name of one on
             the Hugging Face hub.
-        options: Of `from_pretrained`, such as dtype or device_map.
+        options: Of `from_pretrained`, such as dtype, device_map or revision.
 
     Returns:
         The model, an instance of the class that was saved.
@@ -77,9 +87,11 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
         ValueError: If there is no model, its class is not known, or a weight is missing, misshapen
             or not finite; of a converted model and of a DiT also if one is left over.
     """
-    with _opened(path, "holds no model that can be loaded") as name:
-        if (kind := _diffusers_class(name)) is None:
-            return _load(AutoConfig.from_pretrained(name), name, **options).eval()
+    of_hub = {name: options[name] for name in _OF_HUB if name in options}
+    with _opened(path, "holds no model that can be loaded", **of_hub) as name:
+        if (kind := _diffusers_class(name, **of_hub)) is None:
+            config = AutoConfig.from_pretrained(name, **of_hub)
+            return _load(config, name, **options).eval()
         if not kind.startswith("Routed"):
             raise ValueError(_of_diffusers(kind))
         from headwise.hf.of_diffusers import class_of
@@ -103,16 +115,17 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], otherwise: str) -> Iterator[str]:
+def _opened(path: str | os.PathLike[str], otherwise: str, **of_hub: Any) -> Iterator[str]:
     """The name of a place that has a model; inside, errors are those of reading it."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(
             f"path is a {type(path).__name__}; it must be a directory, or a name on the hub"
         )
-    check_holds_model(path)
+    inside = Path(path) / (of_hub.get("subfolder") or "")
+    check_holds_model(inside if inside.is_dir() else path)
     name = os.fspath(path)
     with reading_model(name, otherwise):
-        check_place(name)
+        check_place(name, **of_hub)
         yield name
 
 
@@ -126,10 +139,10 @@ def _load(config: Any, name: str, **options: Any) -> Any:
     return model
 
 
-def _diffusers_class(name: str) -> str | None:
+def _diffusers_class(name: str, **of_hub: Any) -> str | None:
     """Of a model of diffusers, of which transformers only says that it does not know it."""
-    file = Path(name) / "config.json"
-    return json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+    file = cached_file(name, "config.json", **of_hub)
+    return json.loads(Path(file).read_text()).get("_class_name") if file else None
 
 
 def _of_diffusers(kind: str) -> str:

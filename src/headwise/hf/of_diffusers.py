@@ -1,6 +1,7 @@
 """MoH in diffusers' models: an attention processor, and the classes of converted models."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -15,6 +16,8 @@ from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.head_configs import MoHConfig
 from headwise.hf.surgery import placed
 from headwise.nn import QueryNormRouter
+from headwise.ops import Routing
+from headwise.ops.balance import mean_balance_loss
 
 _PREFIX = "Routed"
 
@@ -61,6 +64,16 @@ class Routed(Converted, ModelMixin):
         model, unused = super().from_config(fields, return_unused_kwargs=True, **kwargs)
         _install(model, conversion)
         return (model, unused) if return_unused_kwargs else model
+
+    def routing_loss(self, routings: Mapping[str, Routing]) -> Tensor:
+        """The mean balance loss of the layers that route, times balance_coefficient.
+
+        Args:
+            routings: What `headwise.record_routing` saw in a forward. Where none of them routes,
+                the loss is 0.
+        """
+        attention: Any = self.conversion.attention
+        return attention.balance_coefficient * mean_balance_loss(routings.values())
 
 
 def convert_model(model: Any, conversion: Conversion) -> Any:

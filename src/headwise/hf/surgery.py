@@ -109,7 +109,7 @@ def _config_of(model: PreTrainedModel, attention: str) -> Any:
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules that call transformers' AttentionInterface, by name, first layer first."""
     modules = model.named_modules()
-    found = {name: m for name, m in modules if headwise_attention.forwards_to_interface(m)}
+    found = {name: m for name, m in modules if headwise_attention.forwards_down_to_interface(m)}
     kind = type(model).__name__
     if not found:
         raise ValueError(

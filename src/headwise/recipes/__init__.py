@@ -66,7 +66,7 @@ def train(run: ComparisonRun) -> None:
         ValueError: For data or an output directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from headwise.training.train import train as train_with
 
     train_with(run, import_module(type(run).__module__).read)

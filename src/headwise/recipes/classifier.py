@@ -19,7 +19,7 @@ _STEPS, _BATCH = 200, 64
 
 def train_classifier(images: ImageSet, *, steps: int = _STEPS) -> TransNeXtForImageClassification:
     """A dense TransNeXt of size "test", trained on the images: half a minute on 8 × 8 pixels."""
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from transformers import TrainingArguments
 
     run = VisionRun(steps=steps, cutmix=0.0, smoothing=0.0)

@@ -148,7 +148,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
 
 
 def labels_of(images: ImageSet) -> NDArray[np.int64]:
-    assert images.labels is not None  # or read_images had refused them
+    assert images.labels is not None  # or check_classes had refused them
     return images.labels
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from headwise.hf.auto import Routed
 from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
+from headwise.results.files import write_whole
 from headwise.results.rows import Row, measured_on, write_csv
 from headwise.results.table import Cell, Number, Table, mean
 
@@ -66,11 +67,12 @@ def report(rows: Sequence[Row], output: Path, models: Mapping[str, Path]) -> Non
     from headwise.analysis.plots import recovery_curves
 
     write_csv(output / "results.csv", rows)
-    recovery_curves(rows).savefig(output / "recovery.png", dpi=150)
+    figure, curve = recovery_curves(rows), output / "recovery.png"
+    write_whole(curve, lambda partial: figure.savefig(partial, format="png", dpi=150))
     plain_console().print(comparison(rows).for_terminal())
     for stage, directory in models.items():
         print(f"{stage}: {directory}")
-    print(f"curve: {output / 'recovery.png'}")
+    print(f"curve: {curve}")
 
 
 def comparison(rows: Sequence[Row]) -> Table:

@@ -29,6 +29,7 @@ from headwise.data.text import (
     tokenize,
     train_tokenizer,
 )
+from headwise.data.token_files import Tokens
 from headwise.loading import load_causal_lm
 from headwise.memory import check_memory
 from headwise.parity import count_flops
@@ -36,13 +37,7 @@ from headwise.progress import followed
 from headwise.recipes.layered import LayeredRun, convert_variant, equal_width
 from headwise.training.comparison import Examples, Sample, Scores, Task, Variant
 from headwise.training.directory import RunDirectory, fingerprint
-from headwise.training.evaluation import (
-    RoutingStatistics,
-    Tokens,
-    file_losses,
-    perplexity,
-    routed_text,
-)
+from headwise.training.evaluation import RoutingStatistics, file_losses, perplexity, routed_text
 from headwise.training.fields import check_at_least, check_text
 from headwise.training.generation import continue_text
 from headwise.training.speed import Timed, time_models

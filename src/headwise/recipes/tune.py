@@ -161,7 +161,7 @@ def tune(run: TuningRun) -> None:
         ValueError: For a model, text or directory that cannot be used, before anything is written.
         FloatingPointError: When a loss is not finite; checkpoints stay.
     """
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from headwise.training.arguments import prepare
 
     state, directory = prepare(run)
@@ -172,6 +172,8 @@ def tune(run: TuningRun) -> None:
             "it with `headwise convert`, or give dense.steps"
         )
     check_length("sequence_length", run.sequence_length, model, run.path)
+    # Before anything is written, for a model whose MLPs were replaced cannot be restored.
+    dense = restore(model) if isinstance(model, Routed) and run.dense.steps else model
     original = _original(run, model, tokenizer)
     text = _load_tokens(run, tokenizer, model.get_input_embeddings().num_embeddings)
     dense_blocks, routed_blocks = _training_blocks(run, text)
@@ -180,7 +182,7 @@ def tune(run: TuningRun) -> None:
     sums = fingerprint({name: [stream] for name, stream in text.training.items()})
     with directory.held_by(run, sums) if main else nullcontext():
         state.wait_for_everyone()
-        points = _train_stages(setting, model, dense_blocks, routed_blocks)
+        points = _train_stages(setting, dense, dense_blocks, model, routed_blocks)
         if main:
             stages = dict.fromkeys(point.stage for point in points)
             models = {stage: directory.model(stage, run.seed) for stage in stages}
@@ -188,11 +190,10 @@ def tune(run: TuningRun) -> None:
 
 
 def _train_stages(
-    setting: _Setting, model: Any, dense_blocks: Dataset, routed_blocks: Dataset
+    setting: _Setting, dense: Any, dense_blocks: Dataset, model: Any, routed_blocks: Dataset
 ) -> list[Point]:
     run, points = setting.run, []
     if run.dense.steps:
-        dense = restore(model) if isinstance(model, Routed) else model
         points += _train(setting, "dense", run.dense, dense, dense_blocks)
     if isinstance(model, Routed) and run.routed.steps:
         if run.dense.steps:
@@ -286,7 +287,7 @@ def _card(run: TuningRun, directory: Path, model: Any, points: list[Point]) -> s
 
 
 def _trainer(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> Any:
-    # Not above: help does without what trains.
+    # Imported here: help works without what trains.
     from headwise.training.arguments import training_arguments
     from headwise.training.distillation import RecoveringTrainer
 

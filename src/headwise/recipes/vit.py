@@ -169,7 +169,7 @@ class VisionTask(ImageTask):
         return {"pixel_values": torch.zeros(1, *shape, device=model.device)}
 
     def trainer(self, **arguments: Any) -> Any:
-        # Not above: help does without what trains.
+        # Imported here: help works without what trains.
         from headwise.training.classification import ImageTrainer
 
         return ImageTrainer(augmentation=self._augmentation(), **arguments)

@@ -237,7 +237,7 @@ class Task(ABC):
 
     def trainer(self, **arguments: Any) -> Any:
         """What trains a model: a `SafeTrainer`."""
-        # Not above: help does without what trains.
+        # Imported here: help works without what trains.
         from headwise.training.trainer import SafeTrainer
 
         return SafeTrainer(**arguments)

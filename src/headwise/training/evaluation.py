@@ -1,11 +1,10 @@
-"""What a trained language model is worth: perplexity file by file, and who does the work."""
+"""What a trained model is worth: perplexity file by file, hits, and who does the work."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,12 +13,11 @@ from headwise.analysis.experts import count_overlap
 from headwise.analysis.measure import LoadMeter, count_experts, count_heads, heads_on
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.data.sampling import spread
+from headwise.data.token_files import Tokens
 from headwise.hf import record_routing
 from headwise.nn import HeadRouter
 from headwise.ops import ExpertRouting, HeadRouting, Routing
 from headwise.progress import followed
-
-Tokens = NDArray[np.int32]
 
 
 class FileLoss(NamedTuple):

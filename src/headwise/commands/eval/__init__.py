@@ -30,7 +30,7 @@ def score_models(run: EvalRun) -> list[Row]:
             read or do not fit each other; no model has run on them then.
         OSError: If documents or weights cannot be fetched, or the output cannot be written.
     """
-    # Not above: each kind does without what the other needs, and help without both.
+    # Imported here: each kind works without what the other needs, and help without both.
     if run.tasks:
         from headwise.commands.eval.tasks import score_on_tasks as score
     else:
