@@ -4,10 +4,10 @@ Heads are routed by the norms of their queries. Weights change no time: random o
 launches kernel by kernel, as `generate` does.
 """
 
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import headwise
-from headwise.bench.comparison import environment
-from headwise.training.speed import read_token
-from headwise.training.timing import interleaved
+from headwise.bench.comparison import Comparison, Effort, Rival, measure
+from headwise.bench.tensors import INPUTS
+from headwise.results.rows import Row, write_csv
+from headwise.training.speed import logits_thrice, read_token
 
-LAYERS, SEQUENCES = 8, 8
+LAYERS, SEQUENCES, VOCABULARY = 8, 8, 49152
 DEVICE = torch.device("cuda")
 
 
@@ -45,64 +46,70 @@ SIZES = (
 
 
 def main(path: Path) -> None:
-    """Milliseconds of whole forwards, in turns; rows of results/gpu.csv as they come."""
-    with path.open("w", newline="") as file:
-        for size in SIZES:
-            routed = headwise.MoHConfig(shared=size.shared, active=size.active, router="query_norm")
-            models = {"ours": headwise.convert(model(size), attention=routed), "dense": model(size)}
-            for case, shape, calls in cases(size, models):
-                times = interleaved(calls, rounds=7, seconds=0, warmups=3, device=DEVICE)
-                row = {
-                    "benchmark": "model", "case": case,
-                    "shape": f"{shape}, {size.name} with {LAYERS} layers",
-                    "dtype": "bfloat16", "share": f"{size.active / size.heads:.4g}",
-                    "rival": "dense model",
-                    "ours_ms": f"{times['ours']:.4g}", "rival_ms": f"{times['dense']:.4g}",
-                    "ratio": f"{times['ours'] / times['dense']:.4g}",
-                    "ideal": "", "share_of_ideal": "", "target": "", "error_ratio": "",
-                    "correct": "", **environment(DEVICE),
-                }  # fmt: skip
-                writer = csv.DictWriter(file, list(row))
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                print(*list(row.values())[1:9], flush=True)
-            del models, calls
-            torch.cuda.empty_cache()
+    """Whole forwards, in turns; rows of results/gpu.csv as they come."""
+    effort = Effort(DEVICE, rounds=7, seconds=0, warmups=3, quick=False)
+    rows: list[Row] = []
+    for size in SIZES:
+        routed = headwise.MoHConfig(shared=size.shared, active=size.active, router="query_norm")
+        ours, dense = headwise.convert(model(size), attention=routed), model(size)
+        for comparison in comparisons(size, ours, dense):
+            rows += ({"benchmark": "model", **row} for row in measure(comparison, effort))
+            write_csv(path, rows)
+            print(*list(rows[-1].values())[1:9], flush=True)
+        del ours, dense, comparison
+        torch.cuda.empty_cache()
 
 
-def cases(size: Size, models: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Names, shapes and calls."""
+def comparisons(size: Size, ours: Any, dense: Any) -> Iterator[Comparison]:
+    """Prompts at each context, and a token more of several sequences."""
     for context in size.contexts:
-        ids = torch.randint(49152, (1, context), device=DEVICE)
-        calls = {name: partial(prompt, each, ids) for name, each in models.items()}
-        yield "prompt", f"B=1, T={context}", calls
-    ids = torch.randint(49152, (SEQUENCES, size.contexts[0]), device=DEVICE)
-    calls = {name: token(each, ids) for name, each in models.items()}
-    yield "next token", f"B={SEQUENCES}, S={size.contexts[0]}", calls
+        turn = cycle(torch.randint(VOCABULARY, (INPUTS, 1, context), device=DEVICE))
+        yield compared(size, "prompt", f"B=1, T={context}", ours, dense, prompt_of(turn))
+    ids = torch.randint(VOCABULARY, (SEQUENCES, size.contexts[0]), device=DEVICE)
+    read = token_after(dense, ids)
+    yield compared(size, "next token", f"B={SEQUENCES}, S={size.contexts[0]}", ours, dense, read)
+
+
+def compared(
+    size: Size, case: str, shape: str, ours: Any, dense: Any, read: Callable[[Any], Any]
+) -> Comparison:
+    """The gate looks at logits of both models' kernels on a short prompt."""
+    ids = torch.randint(VOCABULARY, (1, 257), device=DEVICE)
+    return Comparison(
+        case,
+        f"{shape}, {size.name} with {LAYERS} layers",
+        torch.bfloat16,
+        round(size.active / size.heads, 4),
+        partial(read, ours),
+        {"dense model": Rival(partial(read, dense))},
+        partial(logits_thrice, ours, ids),
+        launches=True,
+    )
+
+
+def prompt_of(turn: Iterator[Tensor]) -> Callable[[Any], Tensor]:
+    return lambda model: prompt(model, next(turn), DynamicCache(config=model.config))
 
 
 @torch.no_grad()
-def prompt(model: Any, ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
+def prompt(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
     """The last token's logits; the cache is filled as generation fills it."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
     return model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits
 
 
-def token(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """The token after `ids`."""
-    cache = DynamicCache(config=model.config)
+def token_after(dense: Any, ids: Tensor) -> Callable[[Any], None]:
+    """A token after `ids` [B, S]; both models have the cache of the dense one."""
+    cache = DynamicCache(config=dense.config)
     for part in ids.split(2048, dim=1):
-        prompt(model, part, cache)
-    return partial(read_token, model, ids[:, :1], cache)
+        prompt(dense, part, cache)
+    return lambda model: read_token(model, ids[:, :1], cache)
 
 
 def model(size: Size) -> Any:
     """A Llama of this size with fewer layers, in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=size.dim, intermediate_size=size.mlp_dim,
+        vocab_size=VOCABULARY, hidden_size=size.dim, intermediate_size=size.mlp_dim,
         num_hidden_layers=LAYERS, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, max_position_embeddings=2 * max(size.contexts),
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=True,

@@ -1,4 +1,4 @@
-"""Each Triton kernel once, small, on a GPU, against float64; after a failure it goes on."""
+"""Each Triton kernel of attention once, small, on a GPU, against float64; failures do not end it."""
 
 import sys
 import traceback

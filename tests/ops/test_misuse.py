@@ -141,7 +141,8 @@ def test_right_ones_work(call):
 
 
 @pytest.mark.usefixtures("unchecked", "native_kernels")
-@pytest.mark.parametrize("impl", [x for x in ExpertImpl.__args__ if x != "auto"])
+# impl "triton" is for GPUs, where nothing waits for the indices.
+@pytest.mark.parametrize("impl", [x for x in ExpertImpl.__args__ if x not in ("auto", "triton")])
 @pytest.mark.parametrize("wrong", [E, -2, 2**31, -(2**40)])
 def test_an_expert_that_there_is_not_is_refused_before_anything_is_written(impl, wrong):
     tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in EXPERTS.items()}
