@@ -1,4 +1,4 @@
-"""Each Triton kernel of attention once, small, on a GPU, against float64; failures do not end it."""
+"""Each Triton kernel of attention once, small, on a GPU, against float64; it goes on after errors."""
 
 import sys
 import traceback
