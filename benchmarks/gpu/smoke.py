@@ -1,4 +1,4 @@
-"""Each Triton kernel of attention once, small, on a GPU, against float64; it goes on after errors."""
+"""Each Triton kernel of attention once, small, on a GPU, against float64; it survives errors."""
 
 import sys
 import traceback
