@@ -98,11 +98,15 @@ def test_nothing_but_padding_gives_zero_and_no_gradient():
     assert all((x == 0).all() for x in found.values())
 
 
-def test_strides_of_rows():
+def test_rows_and_matrices_anywhere_in_memory():
     tensors, indices = leaves(), torch.randint(E, (13, 3), device=DEVICE)
     tensors = {name: x.detach() for name, x in tensors.items()}
     want = by_kernel(**tensors, indices=indices)
     tensors["x"] = torch.cat([tensors["x"], tensors["x"] + 1], dim=1)[:, :D]
+    for name in ("up_proj", "down_proj"):
+        matrices = tensors[name]
+        odd = torch.cat([matrices.new_zeros(1), matrices.flatten()])
+        tensors[name] = odd[1:].view(matrices.shape)
     assert_close(by_kernel(**tensors, indices=indices), want, rtol=0, atol=0)
 
 

@@ -43,7 +43,7 @@ def expert_mlp(
     """
     (num_experts, channels, hidden), top_k = down.shape, indices.shape[1]
     order, ends = runs_of_experts(indices, num_experts)
-    x, weights, up, down = adjacent(x), weights.flatten(), up.contiguous(), down.contiguous()
+    x, weights = adjacent(x), weights.flatten()
     y = x.new_empty(len(order), channels)
     width = max(_SMALLEST_PRODUCT, triton.next_power_of_2(channels))
     rows, step, num_warps, num_stages = tiling(width)
@@ -52,14 +52,20 @@ def expert_mlp(
     with torch.cuda.device_of(x):
         _experts_kernel[(most_tiles,)](
             x, weights, order, ends,
-            TensorDescriptor(up, list(up.shape), list(up.stride()), [1, step, width]),
-            TensorDescriptor(down, list(down.shape), list(down.stride()), [1, width, step]),
-            y, x.stride(0), num_experts, top_k, hidden,
+            _described(up, [1, step, width]), _described(down, [1, width, step]), y,
+            x.stride(0), num_experts, top_k, hidden,
             C=channels, WIDTH=width, ROWS=rows, STEP=step, GATED=up.shape[1] != hidden,
             RUNS=triton.next_power_of_2(num_experts + 1), ACTIVATION=activation,
             num_warps=num_warps, num_stages=num_stages, **FUSION,
         )  # fmt: skip
     return y.unflatten(0, (-1, top_k)).sum(1)
+
+
+def _described(x: Tensor, tile: list[int]) -> TensorDescriptor:
+    """Matrices in tiles for the GPU's copy engine, which starts at multiples of 16 bytes only."""
+    x = x.contiguous()
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile)
 
 
 @triton.jit
