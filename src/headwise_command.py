@@ -35,7 +35,7 @@ USAGE = """usage: headwise COMMAND [OPTIONS]
 _MISSING = {
     "generate": "{} holds no model: there is no such directory",
     "draw": "{} holds no model: there is no such directory",
-    "report": "{} holds no finished run (no record.json)",
+    "report": "{} holds no finished run: there is no such directory",
 }
 
 

@@ -113,5 +113,5 @@ def test_a_function_is_checked_and_stays_what_it_was():
         scale(3, -1)
     with pytest.raises(ValueError, match=r"^times is None; it must be an int of at least 1$"):
         scale(3, times=None)
-    with pytest.raises(TypeError, match="missing a required argument"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
         scale()

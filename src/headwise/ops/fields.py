@@ -108,7 +108,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         hints = {} if is_compiling() else _hints(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            # Python's own message names a keyword that there is not before one that is missing.
+            return function(*args, **kwargs)
+        for name, value in bound.arguments.items():
             if name in hints and signature.parameters[name].kind not in several:
                 check(name, value, hints[name])
         return function(*args, **kwargs)
