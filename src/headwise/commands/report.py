@@ -31,6 +31,8 @@ def report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     # Imported here: it brings matplotlib, and help works without it.
     from headwise.analysis.report import render_report, write_page
 
+    if not directory.is_dir():
+        raise ValueError(f"{directory} holds no finished run: there is no such directory")
     file = directory / "record.json"
     if not file.is_file():
         hint = next((x for name, x in _INSTEAD.items() if (directory / name).exists()), "")
