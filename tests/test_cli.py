@@ -291,9 +291,10 @@ def test_ctrl_c_advises_resume_where_there_is_one(capsys, monkeypatch, command):
 
 
 def test_ctrl_c_while_libraries_are_loaded_is_one_line():
-    # It interrupts this thread. os.kill may reach one of a library, and Python hears of it later.
+    # A shell lets what runs in the background ignore Ctrl-C, the tests, too.
     script = (
         "import signal, sys, headwise_command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'transformers': signal.raise_signal(signal.SIGINT)\n"
