@@ -19,7 +19,7 @@ import headwise
 from headwise.bench.comparison import Comparison, Effort, Rival, measure
 from headwise.bench.tensors import INPUTS
 from headwise.results.rows import Row, write_csv
-from headwise.training.speed import logits_thrice, read_token
+from headwise.training.speed import filled_cache, logits_thrice, read_token
 
 LAYERS, SEQUENCES, VOCABULARY = 8, 8, 49152
 DEVICE = torch.device("cuda")
@@ -65,9 +65,10 @@ def comparisons(size: Size, ours: Any, dense: Any) -> Iterator[Comparison]:
     for context in size.contexts:
         turn = cycle(torch.randint(VOCABULARY, (INPUTS, 1, context), device=DEVICE))
         yield compared(size, "prompt", f"B=1, T={context}", ours, dense, prompt_of(turn))
-    ids = torch.randint(VOCABULARY, (SEQUENCES, size.contexts[0]), device=DEVICE)
-    read = token_after(dense, ids)
-    yield compared(size, "next token", f"B={SEQUENCES}, S={size.contexts[0]}", ours, dense, read)
+    length, ids = size.contexts[0], torch.randint(VOCABULARY, (SEQUENCES, 1), device=DEVICE)
+    cache = filled_cache(dense, length, SEQUENCES)
+    shape = f"B={SEQUENCES}, S={length}"
+    yield compared(size, "next token", shape, ours, dense, lambda m: read_token(m, ids, cache))
 
 
 def compared(
@@ -88,21 +89,14 @@ def compared(
 
 
 def prompt_of(turn: Iterator[Tensor]) -> Callable[[Any], Tensor]:
-    return lambda model: prompt(model, next(turn), DynamicCache(config=model.config))
+    """Reads a prompt for its last logits, and fills a cache as generation does."""
 
+    @torch.no_grad()
+    def read(model: Any) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        return model(next(turn), None, None, cache, use_cache=True, logits_to_keep=1).logits
 
-@torch.no_grad()
-def prompt(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """The last token's logits; the cache is filled as generation fills it."""
-    return model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits
-
-
-def token_after(dense: Any, ids: Tensor) -> Callable[[Any], None]:
-    """A token after `ids` [B, S]; both models have the cache of the dense one."""
-    cache = DynamicCache(config=dense.config)
-    for part in ids.split(2048, dim=1):
-        prompt(dense, part, cache)
-    return lambda model: read_token(model, ids[:, :1], cache)
+    return read
 
 
 def model(size: Size) -> Any:

@@ -61,9 +61,8 @@ def main(path: Path, chosen: list[str]) -> None:
             result = error or f"{median(call(candidate)):.4f}"
             rows.writerow([kernel, channels, *tiling, result])
             print(kernel, channels, *tiling, result, flush=True)
-        for batch, sizes in product(
-            (1, 16, 64), DECODING if "decode" in chosen or not chosen else ()
-        ):
+        decoded = DECODING if not chosen or "decode" in chosen else []
+        for batch, sizes in product((1, 16, 64), decoded):
             result = f"{median(decoding(batch, *sizes)):.4f}"
             rows.writerow([f"decode of {batch}", 128, *sizes, "", result])
             print("decode of", batch, *sizes, result, flush=True)

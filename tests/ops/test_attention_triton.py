@@ -4,21 +4,15 @@ Blocks are shrunk to 16 rows and keys, so that small cases take every path: seve
 that need no check, programs that leave at once.
 """
 
-import os
-
 import pytest
 import torch
 from cases import assert_at_most_twice, plain_attention, value_and_gradients, where_on
 from cases import leaves as leaves_of
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
+from triton_device import DEVICE, ON_GPU, RUNNABLE
 
-ON_GPU = torch.cuda.is_available()
-# Triton looks at it when it is first imported; whatever imports headwise does that.
-os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
-tl = pytest.importorskip("triton.language", reason="triton is not installed")
-
-from headwise.ops.attention import (  # noqa: E402
+from headwise.ops.attention import (
     Operands,
     choose,
     dense,
@@ -26,13 +20,9 @@ from headwise.ops.attention import (  # noqa: E402
     triton_decode,
     triton_tiles,
 )
-from headwise.ops.attention import triton as kernels  # noqa: E402
+from headwise.ops.attention import triton as kernels
 
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and type(tl.max).__name__ == "JITFunction",
-    reason="no GPU, and TRITON_INTERPRET=1 was not set when triton was first imported",
-)
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = RUNNABLE
 # The interpreter cuts bfloat16 off instead of rounding it.
 HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -1,7 +1,5 @@
 """The Triton kernel of experts against the reference: on a GPU, or else in Triton's interpreter."""
 
-import os
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,21 +7,12 @@ from cases import SEEDS, assert_at_most_twice, value_and_gradients
 from hypothesis import given
 from test_experts_impls import ROUTINGS
 from torch.testing import assert_close
+from triton_device import DEVICE, RUNNABLE
 
 from headwise.ops import expert_mlp
+from headwise.ops.experts import triton as kernel
 
-ON_GPU = torch.cuda.is_available()
-# Triton looks at it when it is first imported; whatever imports headwise does that.
-os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
-tl = pytest.importorskip("triton.language", reason="triton is not installed")
-
-from headwise.ops.experts import triton as kernel  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and type(tl.max).__name__ == "JITFunction",
-    reason="no GPU, and TRITON_INTERPRET=1 was not set when triton was first imported",
-)
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = RUNNABLE
 # Several tiles an expert, and steps that HIDDEN is no multiple of.
 E, D, HIDDEN = 11, 24, 40
 

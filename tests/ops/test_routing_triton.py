@@ -1,25 +1,14 @@
 """The Triton kernels of routing against torch: on a GPU, or else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 from torch.testing import assert_close
+from triton_device import DEVICE, RUNNABLE
 
 from headwise.ops import route_heads, route_heads_by_query_norm, route_tokens
+from headwise.ops import triton_routing as kernels
 
-ON_GPU = torch.cuda.is_available()
-# Triton looks at it when it is first imported; whatever imports headwise does that.
-os.environ.update({} if ON_GPU else {"TRITON_INTERPRET": "1"})
-tl = pytest.importorskip("triton.language", reason="triton is not installed")
-
-from headwise.ops import triton_routing as kernels  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and type(tl.max).__name__ == "JITFunction",
-    reason="no GPU, and TRITON_INTERPRET=1 was not set when triton was first imported",
-)
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = RUNNABLE
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 

@@ -122,12 +122,12 @@ def read_token(model: Any, token: Tensor, cache: DynamicCache) -> None:
     cache.crop(-1)
 
 
-def filled_cache(model: Any, length: int) -> DynamicCache:
+def filled_cache(model: Any, length: int, sequences: int = 1) -> DynamicCache:
     """A cache as generation has it after so many tokens, of random keys and values."""
     config = model.config
     cache = DynamicCache(config=config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = (2, 1, config.num_key_value_heads, length, width)
+    size = (2, sequences, config.num_key_value_heads, length, width)
     for layer in range(config.num_hidden_layers):
         keys, values = torch.randn(size, device=model.device).to(model.dtype)
         cache.update(keys, values, layer)

@@ -77,7 +77,7 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
     left_out = ["active (M)", "counted", *minor] if crowded else []
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
-    legend = table.legend.replace(_COUNTED, "" if crowded else _COUNTED)
+    legend = table.legend.replace(_COUNTED, "") if crowded else table.legend
     narrow = replace(
         table.without(left_out),
         columns=[x.replace(_PUBLISHED, "†") for x in table.columns if x not in left_out],

@@ -157,9 +157,9 @@ def expert_mlp_backward(
     dweights = weights.new_zeros(total)
     with torch.cuda.device_of(x):
         _inner_backward_kernel[(total,)](
-            raised, dinner, weights.flatten(), order, ends, draised, weighed, dweights,
+            raised, dinner, weights.flatten(), order, ends, draised, weighed, dweights, num_experts,
             HIDDEN=hidden, WIDTH=triton.next_power_of_2(hidden), GATED=up.shape[1] != hidden,
-            RUNS=num_experts, ACTIVATION=activation, num_warps=4, **FUSION,
+            ACTIVATION=activation, num_warps=4, **FUSION,
         )  # fmt: skip
     dup = grouped_mm(draised.T, rows, offs=ends)
     ddown = grouped_mm(dout.T, weighed, offs=ends)
@@ -172,13 +172,12 @@ def expert_mlp_backward(
 @triton.jit
 @no_type_check
 def _inner_backward_kernel(
-    raised, dinner, weights, order, ends, draised, weighed, dweights,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, RUNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    raised, dinner, weights, order, ends, draised, weighed, dweights, E,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Of one choice, in float32: w dh act', w h and dw = dh·h from W_up x and dh."""
     row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(ends + RUNS - 1):
+    if row >= tl.load(ends + E - 1):
         return
     place = tl.load(order + row)
     weight = tl.load(weights + place).to(tl.float32)
