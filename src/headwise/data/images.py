@@ -112,8 +112,8 @@ def _digits(image_size: int | None) -> ImageSet:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError(
-            "data is None, which means scikit-learn's digits, and scikit-learn is not installed; "
-            "give data, or install the extra vision: `pip install 'headwise[vision]'`"
+            "the digits are scikit-learn's, which is not installed; give other images, or install "
+            "the extra vision: `pip install 'headwise[vision]'`"
         ) from None
     digits = load_digits()
     _check_memory(len(digits.images), image_size)

@@ -221,7 +221,11 @@ class TextTask(Task):
             for tokens in [x for x in files.values() if len(x) >= self.length][:_CURVE_FILES]
         ]
         if not blocks:
-            raise ValueError(f"sequence_length is {self.length}, longer than every held-out file")
+            lengths = [len(x) for files in self.validation.values() for x in files.values()]
+            raise ValueError(
+                f"sequence_length is {self.length}, longer than every held-out file; the longest "
+                f"has {max(lengths, default=0)} tokens"
+            )
         return [{"input_ids": block, "labels": block} for block in blocks]
 
     def score(self, model: PreTrainedModel) -> Scores:
