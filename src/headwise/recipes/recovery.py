@@ -11,7 +11,7 @@ from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
 from headwise.results.files import write_whole
 from headwise.results.rows import Row, measured_on, write_csv
-from headwise.results.table import Cell, Number, Table, mean
+from headwise.results.table import Cell, Number, Table, has_spread, mean
 
 _LEGEND = (
     "PPL: perplexity of held-out text; the original's is {}. Recovered: the original's perplexity "
@@ -93,7 +93,7 @@ def comparison(rows: Sequence[Row]) -> Table:
         ])  # fmt: skip
     legend = _LEGEND.format(rows[-1]["original_perplexity"])
     legend += "" if dense is None else _TO_DENSE
-    legend += _OVER_SEEDS if len({row["seed"] for row in rows}) > 1 else ""
+    legend += _OVER_SEEDS if has_spread(lines) else ""
     where = measured_on(rows, "{device}, {threads} thread(s), {precision}; seeds {seeds}")
     return Table(columns + ([] if dense is None else ["to dense ↓"]), lines, legend, where)
 

@@ -65,6 +65,11 @@ def mean(
     return Number(statistics.fmean(values), form, spread, f" ± {spread_form or form}", note)
 
 
+def has_spread(rows: Sequence[Sequence[Cell]]) -> bool:
+    """Whether any number has a deviation or an error, which a legend then explains."""
+    return any(isinstance(x, Number) and x.spread is not None for row in rows for x in row)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under column heads.

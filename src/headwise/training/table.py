@@ -8,7 +8,7 @@ import rich.table
 
 from headwise.results.published import PUBLISHED
 from headwise.results.rows import Row, measured_on
-from headwise.results.table import Cell, Table, mean
+from headwise.results.table import Cell, Table, has_spread, mean
 from headwise.training.measures import measures
 
 _OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
@@ -67,7 +67,8 @@ def comparison(rows: Sequence[Row]) -> Table:
         ])  # fmt: skip
     training = f"{{steps}} steps, {int(first['seen']):,} {{unit}}s a model, seeds {{seeds}}"
     where = measured_on(rows, f"{{device}}, {{threads}} thread(s), {{precision}}; {training}")
-    return Table(columns, cells, _legend(rows), where)
+    table = Table(columns, cells, measured_on=where)
+    return replace(table, legend=_legend(rows, table))
 
 
 def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
@@ -77,11 +78,11 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
     left_out = ["active (M)", "counted", *minor] if crowded else []
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
-    legend = table.legend.replace(_COUNTED, "") if crowded else table.legend
+    shown = table.without(left_out)
     narrow = replace(
-        table.without(left_out),
-        columns=[x.replace(_PUBLISHED, "†") for x in table.columns if x not in left_out],
-        legend=legend.replace(_PUBLISHED.strip(), "†") + more,
+        shown,
+        columns=[x.replace(_PUBLISHED, "†") for x in shown.columns],
+        legend=_legend(rows, shown).replace(_PUBLISHED.strip(), "†") + more,
     )
     return narrow.for_terminal(title, padding=0)
 
@@ -91,11 +92,12 @@ def _alone(rows: Sequence[Row]) -> bool:
     return all(int(row["workers"]) == 1 for row in rows)
 
 
-def _legend(rows: Sequence[Row]) -> str:
-    """What the columns are, and where published ones come from."""
+def _legend(rows: Sequence[Row], table: Table) -> str:
+    """What the table's columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
-    sentences = [_measured(rows), _COST.format(rows[0]["unit"]) + _COUNTED + "."]
-    if len({row["seed"] for row in rows}) > 1:
+    counted = _COUNTED if "counted" in table.columns else ""
+    sentences = [_measured(rows), _COST.format(rows[0]["unit"]) + counted + "."]
+    if has_spread(table.rows):
         sentences.append(_OVER_SEEDS)
     if _alone(rows):
         sentences.append(_SPEED.format(rows[0]["unit"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from headwise.results.rows import Row, measured_on
-from headwise.results.table import Cell, Number, Table
+from headwise.results.table import Cell, Number, Table, has_spread
 from headwise.training.directory import MODELS
 
 _LEGEND = "n: documents of the task, the same for every model."
@@ -23,14 +23,13 @@ def comparison(rows: Sequence[Row]) -> Table:
             line = lines.setdefault((row["task"], row["metric"], str(row["documents"])), {})
             line[row["model"]] = row
     cells = [[*key, *(_cell([line[model]]) for model in models)] for key, line in lines.items()]
+    legend = _LEGEND + (_ERROR if has_spread(cells) else "")
     accuracies = [line for (_, metric, _), line in lines.items() if metric == "acc"]
     if len(accuracies) > 1:
+        legend += _MEAN
         cells.append(
             ["mean", "acc", "", *(_cell([x[model] for x in accuracies]) for model in models)]
         )
-    legend = _LEGEND
-    legend += _ERROR if any("±" in cell for line in cells for cell in map(str, line)) else ""
-    legend += _MEAN if len(accuracies) > 1 else ""
     where = measured_on(
         rows, "{device}, {precision}", ("lm_eval", "torch", "transformers", "python")
     )
