@@ -16,7 +16,7 @@ from headwise.ops.triton_rows import FUSION
 
 # Numbers that a program holds at a time.
 _NUMBERS, _WARPS = 2048, 4
-EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 def query_norm_routing(
@@ -106,13 +106,13 @@ def _query_norm_kernel(
         far = tl.where(is_routed[None, :], norms - (tl.sum(norms, 1) / R)[:, None], 0.0)
         std = tl.sqrt(tl.sum(far * far, 1) / (R - 1))
         # Nothing but rounding is no deviation.
-        std = tl.where(std > tl.max(norms, 1) * (4 * EPS), std, 1.0)
+        std = tl.where(std > tl.max(norms, 1) * (4 * _EPS), std, 1.0)
         scaled = norms / std[:, None]
     places = (n * R)[:, None] + rank[None, :]
     tl.store(logits + places, scaled, mask=there)
-    tl.store(probabilities + places, softmax(scaled, is_routed[None, :]), mask=there)
-    chosen, _, on = best(tl.where(is_routed[None, :], norms, -1.0), rank, H, K, KEPT)
-    store_kept(indices, n, N, chosen, K, KEPT)
+    tl.store(probabilities + places, _softmax(scaled, is_routed[None, :]), mask=there)
+    chosen, _, on = _best(tl.where(is_routed[None, :], norms, -1.0), rank, H, K, KEPT)
+    _store_kept(indices, n, N, chosen, K, KEPT)
     on = on | (is_routed == 0)[None, :]
     places = (n * H)[:, None] + h[None, :]
     tl.store(gates + places, on.to(tl.float32), mask=(n < N)[:, None] & (h < H)[None, :])
@@ -143,19 +143,19 @@ def _two_stage_kernel(
         h = tl.arange(0, SHARED_WIDTH)
         there = inside[:, None] & (h < SHARED)[None, :]
         z = tl.load(shared + (n * shared_stride)[:, None] + h[None, :], mask=there, other=0)
-        s = softmax(z, (h < SHARED)[None, :]) * of_shared[:, None]
+        s = _softmax(z, (h < SHARED)[None, :]) * of_shared[:, None]
         tl.store(gates + (n * (SHARED + ROUTED))[:, None] + h[None, :], s, mask=there)
     if ROUTED > 0:
         h = tl.arange(0, ROUTED_WIDTH)
         there = inside[:, None] & (h < ROUTED)[None, :]
         z = tl.load(routed + (n * routed_stride)[:, None] + h[None, :], mask=there, other=0)
-        p = softmax(z, (h < ROUTED)[None, :])
+        p = _softmax(z, (h < ROUTED)[None, :])
         tl.store(probabilities + (n * ROUTED)[:, None] + h[None, :], p, mask=there)
-        chosen, _, on = best(tl.where((h < ROUTED)[None, :], p, -1.0), h, ROUTED, K, KEPT)
-        store_kept(indices, n, N, chosen, K, KEPT)
+        chosen, _, on = _best(tl.where((h < ROUTED)[None, :], p, -1.0), h, ROUTED, K, KEPT)
+        _store_kept(indices, n, N, chosen, K, KEPT)
         kept = tl.where(on, p, 0.0)
         if not PAPER:
-            of_routed = of_routed / tl.maximum(tl.sum(kept, 1), EPS)
+            of_routed = of_routed / tl.maximum(tl.sum(kept, 1), _EPS)
         kept *= of_routed[:, None]
         tl.store(gates + (n * (SHARED + ROUTED) + SHARED)[:, None] + h[None, :], kept, mask=there)
 
@@ -172,18 +172,18 @@ def _token_kernel(
     e = tl.arange(0, WIDTH)
     there = (n < N)[:, None] & (e < E)[None, :]
     z = tl.load(logits + (n * stride)[:, None] + e[None, :], mask=there, other=0)
-    p = softmax(z, (e < E)[None, :])
+    p = _softmax(z, (e < E)[None, :])
     tl.store(probabilities + (n * E)[:, None] + e[None, :], p, mask=there)
-    chosen, kept, _ = best(tl.where((e < E)[None, :], p, -1.0), e, E, K, KEPT)
+    chosen, kept, _ = _best(tl.where((e < E)[None, :], p, -1.0), e, E, K, KEPT)
     if NORMALIZED:
         kept = kept / tl.sum(kept, 1)[:, None]
-    store_kept(indices, n, N, chosen, K, KEPT)
-    store_kept(weights, n, N, kept, K, KEPT)
+    _store_kept(indices, n, N, chosen, K, KEPT)
+    _store_kept(weights, n, N, kept, K, KEPT)
 
 
 @triton.jit
 @no_type_check
-def softmax(z, there):
+def _softmax(z, there):
     """Over the last axis, of what is there."""
     z = tl.where(there, z, float("-inf"))
     powers = tl.exp(z - tl.max(z, 1)[:, None])
@@ -192,7 +192,7 @@ def softmax(z, there):
 
 @triton.jit
 @no_type_check
-def best(scores, labels, count, K: tl.constexpr, KEPT: tl.constexpr):
+def _best(scores, labels, count, K: tl.constexpr, KEPT: tl.constexpr):
     """Labels and scores of the K largest of each row, best first, [TOKENS, KEPT]; and where.
 
     Of equal ones the first wins. Scores are above -1, of those that do not count -1. Only the first
@@ -214,7 +214,7 @@ def best(scores, labels, count, K: tl.constexpr, KEPT: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def store_kept(where, n, N, values, K: tl.constexpr, KEPT: tl.constexpr):
+def _store_kept(where, n, N, values, K: tl.constexpr, KEPT: tl.constexpr):
     """The first K of KEPT values of each token, [N, K]."""
     k = tl.arange(0, KEPT)
     inside = (n < N)[:, None] & (k < K)[None, :]
