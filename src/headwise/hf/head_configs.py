@@ -58,7 +58,10 @@ class MoHConfig:
                 object.__setattr__(self, field, value)
         shared, active = cast(tuple[Any, Any], (self.shared, self.active))
         if type(shared) is type(active) in (int, float) and shared > active:
-            raise ValueError(f"shared is {shared}, more than active = {active}")
+            raise ValueError(
+                f"shared is {shared}, more than active = {active}; active counts shared heads too, "
+                f"so shared must be at most {active}"
+            )
         check_head_router(self.router, scores=self.scores)
 
     def resolve(self, num_layers: int) -> "MoHConfig":
