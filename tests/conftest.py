@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -114,19 +115,32 @@ def bright_and_dark(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sanitize", action="store_true", help="build kernels with sanitizers")
+    parser.addoption(
+        "--level", help="try the kernels that a wheel has for this level of processors"
+    )
 
 
 @pytest.fixture(scope="session")
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory with kernels built for this machine, once for all processes of a run."""
-    from headwise.ops.native.build import build, missing_tools
+    """A cache directory with kernels built for this machine, once for all processes of a run.
+
+    With --level those of a wheel stand beside it, and none are built for this machine.
+    """
+    from headwise.ops.native.build import build, build_level, missing_tools
 
     if missing := missing_tools():
-        pytest.skip(f"{' and '.join(missing)} not found")
+        pytest.skip(f"{missing} not found")
     root = tmp_path_factory.getbasetemp()
     home = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "kernels"
     with _cache(home):
-        build(sanitize=request.config.getoption("--sanitize"))
+        level = request.config.getoption("--level")
+        if level is None:
+            build(sanitize=request.config.getoption("--sanitize"))
+        else:
+            with FileLock(home.with_suffix(".lock")):
+                if not (compiled := home / "compiled").exists():
+                    compiled.mkdir(parents=True)
+                    build_level(level, compiled)
     return home
 
 
@@ -154,9 +168,11 @@ def kernels_built(
 def _cache(home: Path) -> Iterator[ModuleType]:
     # Imported here: it brings triton, which reads its environment as it is imported.
     from headwise.ops import native
+    from headwise.ops.native import kernel_file
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.setattr(kernel_file, "compiled_directory", lambda: home / "compiled")
         native.forget()
         yield native
     native.forget()

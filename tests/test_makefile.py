@@ -68,10 +68,6 @@ def test_kernels_are_built_first_and_are_no_condition(checkout, target, then):
     assert ran == ["ran headwise compile", f"ran {then}"]
 
 
-def test_demo_installs_what_builds_them(checkout):
-    assert "-e '.[compile]'" in make(checkout, "--dry-run", "demo").stdout
-
-
 def test_a_demo_that_was_stopped_goes_on_and_one_that_ended_is_made_anew(checkout):
     def option() -> str:
         return make(checkout, "--dry-run", "demo").stdout.splitlines()[-1].split()[-1]

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from headwise.ops import native
 from headwise.ops.native.build import build
-from headwise.ops.native.kernel_file import NoKernelsError
+from headwise.ops.native.kernel_file import NoKernelsError, own_library
 from headwise.parsing import called
 
 
@@ -14,9 +13,9 @@ def main(argv: list[str]) -> None:
 
 
 def compile_kernels() -> None:
-    """Build the CPU kernels for this machine: once, needs a C++ compiler and ninja."""
-    if native.is_built():
-        print(f"built already: {native.library()}")
+    """Build the CPU kernels for this machine: once, needs a C++ compiler."""
+    if built := own_library():
+        print(f"built already: {built}")
         return
     try:
         print(build(say=partial(print, flush=True)))

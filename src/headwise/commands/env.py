@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
         "cpu_kernels": {
             "library": str(library) if library else None,
             "missing": native.what_is_missing(),
-            "missing_tools": [] if library else missing_tools(),
+            "missing_tools": "" if library else missing_tools(),
         },
         "extras": {name: all(map(_is_installed, brings)) for name, brings in extras.items()},
     }
@@ -111,7 +111,7 @@ def faster(here: dict[str, Any]) -> str:
     if kernels["library"]:
         return _ALL_IS_THERE
     if tools := kernels["missing_tools"]:
-        return f"CPU kernels: install {' and '.join(tools)}, run `headwise compile`"
+        return f"CPU kernels: install {tools}, run `headwise compile`"
     return f"CPU kernels: {kernels['missing']}"
 
 

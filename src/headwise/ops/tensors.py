@@ -134,3 +134,9 @@ def check_same_dtype(**operands: Tensor) -> None:
 def adjacent(x: Tensor) -> Tensor:
     """x with its last axis side by side in memory: kernels follow the strides of all others."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def in_words(x: Tensor) -> Tensor:
+    """x in words of 32 bits: kernels read bfloat16 in pairs, and each row starts with a pair."""
+    even = x.element_size() == 4 or all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return adjacent(x) if even else x.contiguous()

@@ -3,7 +3,7 @@
 reference   Eq. 4 with loops: the specification.
 dense       Every head by torch's own attention, then the gate: skips nothing.
 gathered    Only heads that are on, by torch's kernels on gathered queries. Forward and backward.
-native      The same fused in C++, for CPUs, once `headwise compile` has built it.
+native      The same fused in C++, for CPUs. Forward, backward, decode.
 decode      A few queries against a long cache; keys of heads off are not read. Forward only.
 triton      Fused kernels for CUDA devices. Forward, backward, decode.
 """
@@ -11,10 +11,11 @@ triton      Fused kernels for CUDA devices. Forward, backward, decode.
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
+from headwise.ops.attention.spans import check_documents, mask_of, visible_spans
 from headwise.ops.choice import check_choice
 from headwise.ops.gpu import runs_triton
 from headwise.ops.gradients import learns
@@ -64,6 +65,9 @@ def head_attention(
     causal: bool = False,
     mask: Bool[Tensor, "..."] | None = None,
     bias: Float[Tensor, "..."] | None = None,
+    window: int | None = None,
+    cu_seqlens: Int[Tensor, " N"] | None = None,
+    cu_seqlens_k: Int[Tensor, " N"] | None = None,
     scale: float | None = None,
     share_on: float | None = None,
     impl: Impl = "auto",
@@ -87,6 +91,11 @@ def head_attention(
         causal: Token t sees keys up to t + S - T (the last query sees all keys).
         mask: True where a key may be seen; broadcastable to [B, H, T, S].
         bias: Added to the scores; broadcastable to [B, H, T, S].
+        window: Keys that a token sees, itself and those right before it (sliding window), at least
+            1; where not causal as many after it.
+        cu_seqlens: Documents in a row, in a batch of one: where each of them begins, and T. A token
+            sees keys of its own document only; `causal` and `window` hold within each.
+        cu_seqlens_k: The same for keys, where they differ from the queries, as many documents.
         scale: Factor of the scores, finite; 1/√C by default.
         share_on: Share of the heads that are on, 0 to 1, where the caller knows it from a budget:
             on a GPU "auto" would have to wait for the gates to count them. It changes no result.
@@ -103,21 +112,28 @@ def head_attention(
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
-    _check_options(causal, scale, share_on)
+    _check_options(causal, window, scale, share_on)
+    check_documents(q, k, cu_seqlens, cu_seqlens_k)
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         # A softmax needs the largest score times scale; and torch's kernel masks, then scales.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
+    spans = None
+    if window is not None or cu_seqlens is not None:
+        spans = visible_spans(
+            q.shape[1], k.shape[1], causal=causal, window=window, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, device=q.device,
+        )  # fmt: skip
+        causal, share_on = False, None  # torch's own kernels are fast without a mask only
     x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
     plan = choose(x, share_on=share_on, impl=impl)
     if plan.impl == "native":
-        gate = x.gate.float()
-        if plan.decoding:
-            return native_decode(x.q, x.k, x.v, gate, x.causal, x.scale, x.mask)
-        limit = largest_share(x.q.dtype, learning=plan.learning)
-        return native_attention(x.q, x.k, x.v, gate, x.causal, x.scale, limit)[0]
+        return _native(x, spans, plan)
+    if spans is not None:
+        seen = mask_of(spans, k.shape[1])
+        x = x._replace(mask=seen if x.mask is None else seen & x.mask)
     if plan.impl == "triton":
         from headwise.ops.attention import triton
 
@@ -138,6 +154,16 @@ class Plan(NamedTuple):
     impl: Impl
     decoding: bool
     learning: bool
+
+
+def _native(x: Operands, spans: Tensor | None, plan: Plan) -> Tensor:
+    bias = None if x.bias is None else x.bias.detach().float()
+    operands = (x.q, x.k, x.v, x.gate.float(), x.causal, spans, x.mask, bias, x.scale)
+    if plan.decoding:
+        return native_decode(*operands)
+    plain = spans is None and x.mask is None and bias is None
+    limit = largest_share(x.q.dtype, learning=plan.learning or not plain)
+    return native_attention(*operands, limit)[0]
 
 
 def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -> Plan:
@@ -170,7 +196,7 @@ def _fastest(x: Operands, decoding: bool, share_on: float | None) -> Impl:
     if x.q.device.type != "cpu":
         return "dense"
     long = decoding or x.k.shape[1] >= _FEWEST_KEYS
-    if _native_computes(x, decoding) and (is_ready() if long else is_built()):
+    if _native_computes(x) and (is_ready() if long else is_built()):
         return "native" if long else "dense"
     if decoding:
         return "decode" if x.k.numel() * x.k.element_size() >= _SMALLEST_CACHE else "dense"
@@ -184,22 +210,22 @@ def _torch_is_faster(x: Operands, share_on: float) -> bool:
     return fused and share_on > (1 if x.q.shape[3] <= _NARROW else _MOST_ON_A_GPU)
 
 
-def _native_computes(x: Operands, decoding: bool) -> bool:
+def _native_computes(x: Operands) -> bool:
     """Whether the kernels in C++ compute this, where they are built."""
     channels = x.q.shape[3]
     known = x.q.device.type == "cpu" and x.q.dtype in DTYPES
     even = channels % 2 == 0 and channels <= _MOST_CHANNELS
-    return known and even and x.bias is None and (x.mask is None or decoding)
+    return known and even and (x.bias is None or not learns(x.bias))
 
 
 def _check_computes(x: Operands, plan: Plan) -> None:
-    q, mask, bias = x.q, x.mask, x.bias
-    if plan.impl == "native" and not _native_computes(x, plan.decoding):
+    q, bias = x.q, x.bias
+    if plan.impl == "native" and not _native_computes(x):
         raise ValueError(
-            f"q is {q.dtype} {list(q.shape)} on {q.device}, mask given: {mask is not None}, bias "
-            f'given: {bias is not None}; impl "native" takes float32 and bfloat16 with an even '
-            f"number of channels up to {_MOST_CHANNELS} on CPUs, no bias, and a mask only where a "
-            'few queries are decoded without gradients; impl "gathered" takes all'
+            f"q is {q.dtype} {list(q.shape)} on {q.device}, bias wants a gradient: "
+            f'{bias is not None and learns(bias)}; impl "native" takes float32 and bfloat16 with '
+            f"an even number of channels up to {_MOST_CHANNELS} on CPUs, and a bias that wants no "
+            'gradient; impl "gathered" takes all'
         )
     if plan.impl == "decode" and plan.learning:
         raise ValueError(
@@ -252,10 +278,14 @@ def _check(
             )
 
 
-def _check_options(causal: bool, scale: float | None, share_on: float | None) -> None:
+def _check_options(
+    causal: bool, window: int | None, scale: float | None, share_on: float | None
+) -> None:
     # Checks against annotations would be slower, and every step of a decoding model runs this.
     if causal is not True and causal is not False:
         raise ValueError(f"causal is {causal!r}; it must be True or False")
+    if window is not None and not (type(window) is int and window >= 1):
+        raise ValueError(f"window is {window!r}; it must be an integer, at least 1")
     if scale is not None and not (_is_number(scale) and abs(scale) < _LARGEST_SCALE):
         raise ValueError(f"scale is {scale!r}; it must be a finite number")
     if share_on is not None and not (_is_number(share_on) and 0 <= share_on <= 1):

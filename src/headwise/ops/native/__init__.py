@@ -1,7 +1,7 @@
-"""Kernels in C++ for CPUs (kernels/), built once by `headwise compile`, for this machine alone.
+"""Kernels in C++ for CPUs (kernels/): compiled in a wheel, or by `headwise compile` for a machine.
 
-`build` compiles them, `kernel_file` finds them, and one module a header makes them operators of
-torch with gradients. The ops' implementation "native" calls these.
+`build` compiles them, `kernel_file` finds them, `self_check` tries them, and one module a header
+makes them operators of torch with gradients. The ops' implementation "native" calls these.
 """
 
 import logging
@@ -32,7 +32,7 @@ def what_is_missing() -> str:
 # A compiled model keeps what this was when it was traced.
 @torch.compiler.assume_constant_result
 def is_built() -> bool:
-    """Whether kernels for this source, torch and processor are there, whole, and may be loaded."""
+    """Whether kernels for this source and processor are there, whole, and right here."""
     return isinstance(_found(), Path)
 
 
@@ -65,7 +65,7 @@ def kernels() -> Any:
 
 @cache
 def _found() -> Path | str:
-    """The library, or why there is none. Its checksum is computed once per process."""
+    """The library, or why there is none. That is found out once per process."""
     try:
         return find()
     except (NoKernelsError, OSError) as error:

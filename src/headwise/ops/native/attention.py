@@ -1,7 +1,8 @@
 """Attention of the heads that are on, in C++ (kernels/attention*.h): FlashAttention's tiling.
 
 The kernels gather the rows that are on. They do what torch's own CPU kernels do for all rows, and
-in the backward they multiply in bfloat16 where the inputs are bfloat16.
+in the backward they multiply in bfloat16 where the inputs are bfloat16. What a row does not see is
+not computed, but in steps of keys of which it sees some.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from headwise.ops.gates import attention_flops, flops_of_what_is_on, share_on
 from headwise.ops.native import kernels
 from headwise.ops.plain_attention import Operands, attend_all
-from headwise.ops.tensors import adjacent
+from headwise.ops.tensors import in_words
 
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
 # of heads on; on others these kernels are, at every share (results/performance.csv).
@@ -31,18 +32,35 @@ def largest_share(dtype: torch.dtype, *, learning: bool) -> float:
 
 @torch.library.custom_op("headwise::native_attention", mutates_args=())
 def native_attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, scale: float, limit: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    causal: bool,
+    spans: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, T, H] in float64.
 
-    Where the share of heads on reaches `limit`, torch computes all of them. There is no backward
-    then.
+    Gates are float32, and so is the bias, which gets no gradient. Where the share of heads on
+    reaches `limit`, torch computes all of them. There is no backward then.
     """
     if limit <= 1 and share_on(gate) >= limit:
         y, lse = attend_all(Operands(q, k, v, gate, causal, scale=scale))
         return y, lse.double()
     return kernels().attention(
-        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale
+        q.contiguous(),
+        in_words(k),
+        in_words(v),
+        gate.contiguous(),
+        causal,
+        scale,
+        spans,
+        mask,
+        bias,
     )
 
 
@@ -56,12 +74,15 @@ def native_attention_backward(
     y: Tensor,
     lse: Tensor,
     causal: bool,
+    spans: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and gate."""
     return kernels().attention_backward(
-        dy.contiguous(), q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), y, lse,
-        causal, scale,
+        dy.contiguous(), q.contiguous(), in_words(k), in_words(v), gate.contiguous(), y, lse,
+        causal, scale, spans, mask, bias,
     )  # fmt: skip
 
 
@@ -76,14 +97,15 @@ def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> Any
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, gate, ctx.causal, ctx.scale, _ = inputs
+    q, k, v, gate, ctx.causal, spans, mask, bias, ctx.scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, gate, *output)
+    ctx.save_for_backward(q, k, v, gate, *output, spans, mask, bias)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = native_attention_backward(dy, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *gradients, None, None, None
+    *rows, spans, mask, bias = ctx.saved_tensors
+    gradients = native_attention_backward(dy, *rows, ctx.causal, spans, mask, bias, ctx.scale)
+    return *gradients, *[None] * 6
 
 
 native_attention.register_autograd(_backward, setup_context=_save)
@@ -91,7 +113,7 @@ native_attention.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.headwise.native_attention, get_raw=True)
 def _flops(q: Tensor, k: Tensor, *args: Any, **_: Any) -> int:
-    _v, gate, causal, _scale, limit = args
+    _v, gate, causal, *_seen, _scale, limit = args
     computed = gate != 0
     if limit <= 1 and share_on(gate) >= limit:
         computed = torch.ones_like(computed)

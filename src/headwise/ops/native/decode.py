@@ -13,12 +13,21 @@ from headwise.ops.tensors import adjacent
 
 @torch.library.custom_op("headwise::native_decode", mutates_args=())
 def native_decode(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, scale: float, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    causal: bool,
+    spans: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """y [B, T, H, C] of a few queries; the mask is [B|1, H|1, T|1, S|1]. Forward only."""
+    """y [B, T, H, C] of a few queries. Gates and bias are float32. Forward only."""
     return kernels().decode_attention(
-        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale, mask
-    )
+        q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale, spans, mask,
+        bias,
+    )  # fmt: skip
 
 
 @native_decode.register_fake

@@ -1,34 +1,33 @@
-"""The file of the kernels in the user's cache, and what has to be right before it is loaded.
+"""The file of the kernels: which one, and what has to be right before it is loaded.
 
-    $XDG_CACHE_HOME/headwise/native-KEY-SUM.so
+    headwise/ops/native/compiled/LEVEL-KEY.so               in a wheel, for levels of processors
+    $XDG_CACHE_HOME/headwise/native-KEY-PROCESSOR-SUM.so    by `headwise compile`, for this machine
 
-KEY stands for source, torch and processor, SUM for the bytes of the file. A file that was cut short
-would load, and end the process with SIGBUS once something missing is touched; a file that others
-may write to could do anything.
+KEY stands for source and flags, PROCESSOR for its instructions, SUM for the bytes of the file. They
+speak to torch through its stable interface: one file serves torch 2.11 and all later ones. A file
+in the cache that was cut short would load, and end the process with SIGBUS once something missing
+is touched; one that others may write to could do anything. What passes is checked once on a
+machine, in a process of its own (`self_check`).
 """
 
 import hashlib
 import os
-import platform
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import torch
-
 from headwise.errors import HeadwiseError
+from headwise.ops.native.levels import FLAGS, instructions, levels_here
+from headwise.ops.native.self_check import what_is_wrong
 
-FLAGS = [
-    "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno",
-    "-fno-trapping-math",
-]  # fmt: skip
-# For a cache of its own: the library then loads only where the sanitizers came first.
+# Libraries with sanitizers are for a cache of their own: they load only where these came first.
 SANITIZERS = [
     "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
     "-g",
 ]  # fmt: skip
-_SOURCES = files("headwise.ops.native").joinpath("kernels")
+_HERE = files("headwise.ops.native")
 
 
 class NoKernelsError(HeadwiseError, RuntimeError):
@@ -36,17 +35,64 @@ class NoKernelsError(HeadwiseError, RuntimeError):
 
 
 def find() -> Path:
-    """The library of kernels for this source, torch and processor."""
+    """The library of kernels for this source and processor: the own one, else one of the wheel."""
+    problems = []
+    for find_one in (_of_this_machine, _of_the_wheel):
+        try:
+            for path in find_one():
+                wrong = what_is_wrong(path, _results())
+                if not wrong:
+                    return path
+                problems.append(f"{path.name} {wrong}")
+        except (NoKernelsError, OSError) as error:
+            problems.append(str(error))
+    raise NoKernelsError(
+        problems[0] if problems else "they are not built; run `headwise compile` once"
+    )
+
+
+def own_library() -> Path | None:
+    """What `headwise compile` built for this source and processor, if it is whole."""
+    try:
+        return next(_of_this_machine(), None)
+    except (NoKernelsError, OSError):
+        return None
+
+
+def _of_this_machine() -> Iterator[Path]:
     directory = cache_directory()
-    built = sorted(directory.glob(f"native-{key()}-*.so"))
-    if not built:
-        raise NoKernelsError("they are not built; run `headwise compile` once")
-    for path in (directory, *built):
+    built = sorted(directory.glob(f"native-{own_key()}-*.so"))
+    for path in (directory, *built) if built else ():
         refuse_what_others_may_write(path)
     for path in built:
         if path == directory / name_of(path):
-            return path
-    raise NoKernelsError(f"{built[0]} is damaged; run `headwise compile`, which builds it anew")
+            yield path
+            return
+    if built:
+        raise NoKernelsError(f"{built[0]} is damaged; run `headwise compile`, which builds it anew")
+
+
+def _of_the_wheel() -> Iterator[Path]:
+    for level in levels_here():
+        path = compiled_directory() / name_at(level)
+        if path.exists():
+            yield path
+
+
+def compiled_directory() -> Path:
+    """Where a wheel has its libraries."""
+    return Path(str(_HERE.joinpath("compiled")))
+
+
+def _results() -> Path | None:
+    """Where results of checks are kept; None where that cannot be trusted."""
+    try:
+        directory = cache_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refuse_what_others_may_write(directory)
+    except (NoKernelsError, OSError):
+        return None
+    return directory
 
 
 def cache_directory() -> Path:
@@ -74,25 +120,33 @@ def refuse_what_others_may_write(path: Path) -> None:
 
 
 def name_of(file: Path) -> str:
-    """The name of a library: what it was built from and what is in it."""
-    return f"native-{key()}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
+    """The name of a library in the cache: what it was built from and for, and what is in it."""
+    return f"native-{own_key()}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
+
+
+def name_at(level: str) -> str:
+    """The name of a wheel's library."""
+    return f"{level}-{key()}.so"
 
 
 @cache
 def key() -> str:
-    """Sixteen characters that change with the source, torch and the processor."""
-    about = (*sources().values(), torch.__version__, platform.machine(), *FLAGS, _instructions())
-    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    """Sixteen characters that change with the source and the flags."""
+    return _digest(*sources().values(), *FLAGS)
+
+
+@cache
+def own_key() -> str:
+    """`key`, and sixteen characters that change with the processor."""
+    return f"{key()}-{_digest(instructions())}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def sources() -> dict[str, str]:
     """The text of each source file, by name."""
-    names = sorted(file.name for file in _SOURCES.iterdir())
-    return {name: _SOURCES.joinpath(name).read_text() for name in names}
-
-
-def _instructions() -> str:
-    """The line of Linux that lists what the processor knows: "flags", on Arm "Features"."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    kernels = _HERE.joinpath("kernels")
+    names = sorted(file.name for file in kernels.iterdir())
+    return {name: kernels.joinpath(name).read_text() for name in names}

@@ -15,6 +15,10 @@ constexpr int64_t ROWS = 64;  // of a block
 constexpr int64_t KEYS = 256;  // of a step
 constexpr int64_t KEY_MULTIPLE = 64;
 
+struct Indices {
+  int64_t b, h, t;
+};
+
 struct Sizes {
   int64_t batch, queries, heads, channels, keys, key_heads, group, offset;
   bool causal;
@@ -26,24 +30,12 @@ struct Sizes {
 
   int64_t lists() const { return batch * key_heads; }
   int64_t steps() const { return (keys + KEYS - 1) / KEYS; }
-  // The last key that a row sees.
-  int64_t limit(int32_t row) const { return causal ? row / group + offset : keys - 1; }
-  // Where a row of a list stands in [B, T, H].
-  int64_t place(int64_t list, int32_t row) const {
-    return (list / key_heads * queries + row / group) * heads + list % key_heads * group +
-        row % group;
+  Indices indices(int64_t list, int32_t row) const {
+    return {list / key_heads, list % key_heads * group + row % group, row / group};
   }
+  // Where a row stands in [B, T, H].
+  int64_t place(const Indices& i) const { return (i.b * queries + i.t) * heads + i.h; }
 };
-
-inline std::vector<std::vector<int32_t>> rows_that_are_on(const Sizes& z, const float* gates) {
-  std::vector<std::vector<int32_t>> lists(z.lists());
-  at::parallel_for(0, z.lists(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t list = begin; list < end; ++list)
-      for (int32_t row = 0; row < z.queries * z.group; ++row)
-        if (gates[z.place(list, row)] != 0 && z.limit(row) >= 0) lists[list].push_back(row);
-  });
-  return lists;
-}
 
 // Keys or values [B, S, Hkv, C] of one list.
 template <typename T>

@@ -18,7 +18,7 @@
 
 #include <mutex>
 
-#include "attention.h"
+#include "visible.h"
 
 namespace headwise {
 
@@ -49,34 +49,60 @@ struct Scratch {
         k_packed(HALF<T> ? round_up(z.keys, 2) * z.channels : 0) {}
 };
 
+constexpr int64_t ROW_MULTIPLE = 32;
+
 struct Operands {
   const Tensor &dy, &q, &k, &v, &gate, &y, &lse;
   float scale;
   Tensor &dq, &dgate;
 };
 
+// The tensors of which a block reads a row at a time: asking each time for where they are is slow.
+template <typename T>
+struct RowPointers {
+  const T *dy, *q, *y;
+  const float* gate;
+  const double* lse;
+  T* dq;
+  float* dgate;
+
+  explicit RowPointers(const Operands& x)
+      : dy(x.dy.const_data_ptr<T>()), q(x.q.const_data_ptr<T>()), y(x.y.const_data_ptr<T>()),
+        gate(x.gate.const_data_ptr<float>()), lse(x.lse.const_data_ptr<double>()),
+        dq(x.dq.mutable_data_ptr<T>()), dgate(x.dgate.mutable_data_ptr<float>()) {}
+};
+
 template <typename T>
 void backward_rows(
-    const Sizes& z, const Operands& x, int64_t list, const int32_t* rows, int64_t count,
-    Scratch<T>& w) {
+    const Sizes& z, const Visible& visible, const Operands& x, const RowPointers<T>& of,
+    int64_t list, const int32_t* rows, int64_t count, Scratch<T>& w) {
   const int64_t c = z.channels, padded = round_up(count, ROW_MULTIPLE);
   // 1. Gather the rows of the block: q, dout = gate dy, delta = dy y; and dgate, which needs no key.
   // A float's rounding of lse would be that of all weights of a row: what it cuts off is kept.
+  // Rows that are padding see nothing.
   float lse[ROWS] = {}, cut_off[ROWS] = {}, delta[ROWS] = {}, row[1024];
+  int32_t from[ROWS] = {}, end[ROWS] = {};
+  Indices indices[ROWS];
+  Span all{z.keys, 0}, common{0, z.keys};
+  bool plain = true;
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t place = z.place(list, rows[r]);
-    const T *dy = x.dy.const_data_ptr<T>() + place * c, *y = x.y.const_data_ptr<T>() + place * c;
-    const float gate = x.gate.const_data_ptr<float>()[place];
+    indices[r] = z.indices(list, rows[r]);
+    const Span span = visible.of(indices[r]);
+    all = all | span, common = common & span;
+    from[r] = static_cast<int32_t>(span.from), end[r] = static_cast<int32_t>(span.end);
+    plain = plain && visible.plain(indices[r]);
+    const int64_t place = z.place(indices[r]);
+    const T *dy = of.dy + place * c, *y = of.y + place * c;
+    const float gate = of.gate[place];
     for (int64_t j = 0; j < c; ++j) {
       row[j] = gate * static_cast<float>(dy[j]);
       delta[r] += static_cast<float>(dy[j]) * static_cast<float>(y[j]);
     }
     store(w.dout.data() + r * c, row, c);
-    std::memcpy(
-        w.q.data() + r * c, x.q.const_data_ptr<T>() + place * c, c * sizeof(T));
-    const double exact = x.lse.const_data_ptr<double>()[place];
-    lse[r] = static_cast<float>(exact), cut_off[r] = static_cast<float>(exact - lse[r]);
-    x.dgate.mutable_data_ptr<float>()[place] = delta[r] / gate;
+    std::memcpy(w.q.data() + r * c, of.q + place * c, c * sizeof(T));
+    lse[r] = static_cast<float>(of.lse[place]);
+    cut_off[r] = static_cast<float>(of.lse[place] - lse[r]);
+    of.dgate[place] = delta[r] / gate;
   }
   // 2. The rows as second operands: packed [rows, channels] for dk and dv, transposed
   // [channels, rows] for scores and dp.
@@ -87,12 +113,16 @@ void backward_rows(
   pack_transposed(w.dout_transposed.data(), row_of(w.dout.data()), count, padded, c);
   std::fill_n(w.dq.data(), padded * c, 0.0f);
   const T *k = of_list<T>(x.k, z, list), *v = of_list<T>(x.v, z, list);
-  const int64_t end = z.limit(rows[count - 1]) + 1, ks = x.k.stride(1), vs = x.v.stride(1);
+  const int64_t ks = x.k.stride(1), vs = x.v.stride(1);
   const float to_log2 = x.scale * LOG2E;
-  // 3. All keys that the last row sees, a step at a time.
-  for (int64_t first = 0; first < end; first += KEYS) {
+  // 3. All keys that some row sees, a step at a time; pairs of keys stay together.
+  for (int64_t step = all.from / KEYS * KEYS; step < all.end; step += KEYS) {
+    bool seen = plain;
+    for (int64_t r = 0; r < count && !seen; ++r) seen = visible.any(indices[r], step);
+    if (!seen) continue;
+    const int64_t first = std::max(step, all.from / 2 * 2);
     const int64_t width =
-        std::min({KEYS, round_up(end - first, KEY_MULTIPLE), z.keys - first});
+        std::min({step + KEYS - first, round_up(all.end - first, KEY_MULTIPLE), z.keys - first});
     // q k and dout v: [width, padded] = [width, channels] times [channels, padded].
     multiply(
         width, padded, c, k + first * ks, ks, w.q_transposed.data(), padded, w.s.data(), padded,
@@ -100,23 +130,32 @@ void backward_rows(
     multiply(
         width, padded, c, v + first * vs, vs, w.dout_transposed.data(), padded, w.dp.data(), padded,
         false);
-    // s becomes p and dp becomes ds, key by key. Rows ascend, so those that see a key are the last
-    // ones: rows from `seeing` on. Example: rows of tokens 1, 4 and 7; of the causal key 2 the
-    // last two, seeing = 1.
-    int64_t seeing = 0;
-    for (int64_t j = 0; j < width; ++j) {
-      while (seeing < count && z.limit(rows[seeing]) < first + j) ++seeing;
-      float *s = w.s.data() + j * padded, *dp = w.dp.data() + j * padded;
-      for (int64_t r = 0; r < seeing; ++r) s[r] = 0, dp[r] = 0;
-#pragma omp simd
-      for (int64_t r = seeing; r < count; ++r) {
-        s[r] = exp2_of<T>(s[r] * to_log2 - lse[r] - cut_off[r]);
-        dp[r] = s[r] * (dp[r] - delta[r]);
+    if (!plain)
+      for (int64_t r = 0; r < count; ++r) {
+        const Span span = Span{from[r], end[r]} & Span{first, first + width};
+        if (!span.empty())
+          visible.add(
+              indices[r], span.from, span.end, LOG2E / to_log2,
+              w.s.data() + (span.from - first) * padded + r, padded);
       }
-      for (int64_t r = count; r < padded; ++r) s[r] = 0, dp[r] = 0;
-      if constexpr (HALF<T>) {
-        store(w.p.data() + j * padded, s, padded);
-        store(w.ds.data() + j * padded, dp, padded);
+    // s becomes p and dp becomes ds, key by key.
+    const bool all_seen = common.from <= first && first + width <= common.end && count == padded;
+    for (int64_t j = 0; j < width; ++j) {
+      float *s = w.s.data() + j * padded, *dp = w.dp.data() + j * padded;
+      for (int64_t r = 0; r < padded; r += LANES) {
+        const auto at = [r](const float* of) { return (Floats)load(of + r); };
+        Floats weight = exp2_of<T>(at(s) * to_log2 - at(lse) - at(cut_off));
+        Floats dscore = weight * (at(dp) - at(delta));
+        if (!all_seen) {
+          const int32_t key = static_cast<int32_t>(first + j);
+          const auto sees = ((Whole)load(from + r) <= key) & ((Whole)load(end + r) > key);
+          weight = (Floats)((Whole)weight & sees), dscore = (Floats)((Whole)dscore & sees);
+        }
+        store(s + r, (Words)weight), store(dp + r, (Words)dscore);
+        if constexpr (HALF<T>) {
+          store_vector(w.p.data() + j * padded + r, weight);
+          store_vector(w.ds.data() + j * padded + r, dscore);
+        }
       }
     }
     // dv += p dout and dk += ds q: [width, channels] = [width, padded] times [padded, channels].
@@ -146,10 +185,9 @@ void backward_rows(
     }
   }
   // 4. The sums of dq to where their rows stand.
-  T* dq = x.dq.mutable_data_ptr<T>();
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t j = 0; j < c; ++j) row[j] = x.scale * w.dq[r * c + j];
-    store(dq + z.place(list, rows[r]) * c, row, c);
+    store(of.dq + z.place(indices[r]) * c, row, c);
   }
 }
 
@@ -173,20 +211,21 @@ void add_to(T* out, const Sizes& z, float* sums, float factor) {
 }
 
 template <typename T>
-void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
-  const Sizes z(x.q, x.k, causal);
-  const auto lists = rows_that_are_on(z, x.gate.const_data_ptr<float>());
+void backward(
+    const Sizes& z, const Visible& visible, const Operands& x, Tensor& dk, Tensor& dv) {
+  const RowPointers<T> of(x);
+  const auto lists = lists_that_are_on(z, visible, of.gate);
   // A list belongs to one thread; where there are fewer lists than threads, `parts` threads share
   // one, every parts-th block each, and add their dk and dv one after the other.
-  const int64_t parts = std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(1, z.lists()));
+  const int64_t parts = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, z.lists()));
   // Sums of a thread alone in float32 need no memory of their own.
   const bool in_place = !HALF<T> && parts == 1;
   std::vector<std::mutex> locks(z.lists());
   share_out(z.lists() * parts, [&] {
     return [&, w = Scratch<T>(z, !in_place)](int64_t i) mutable {
       const int64_t list = i / parts, part = i % parts;
-      const auto& rows = lists[list];
-      const int64_t size = static_cast<int64_t>(rows.size());
+      const auto& rows = lists[list].rows;
+      const int64_t size = lists[list].size();
       if (part * ROWS >= size) return;
       T *own_dk = of_result<T>(dk, z, list), *own_dv = of_result<T>(dv, z, list);
       if (in_place) {
@@ -202,7 +241,7 @@ void backward(const Operands& x, bool causal, Tensor& dk, Tensor& dv) {
             round_up(z.keys, 2), z.channels);
       for (int64_t first = part * ROWS; first < size; first += parts * ROWS)
         backward_rows<T>(
-            z, x, list, rows.data() + first, std::min(ROWS, size - first), w);
+            z, visible, x, of, list, rows.data() + first, std::min(ROWS, size - first), w);
       if (in_place) {
         for (int64_t j = 0; j < z.keys; ++j)
           for (int64_t c = 0; c < z.channels; ++c) w.dk[j * w.stride + c] *= x.scale;

@@ -1,105 +1,185 @@
 // An online softmax over the keys: a block of ROWS rows meets KEYS keys at a step. A row keeps the
-// largest score so far (`peak`), the sum of its weights and the weighted sum of the values (`out`);
-// where a step has a larger score, both sums shrink by 2^(old peak - new peak).
+// score that its weights are relative to (`peak`), their sum and the weighted sum of the values
+// (`out`); where a score exceeds the peak by more than 2^SLACK, both sums shrink by 2^(old peak - new
+// peak).
 #pragma once
 
+#include <array>
 #include <tuple>
 
-#include "attention.h"
+#include "visible.h"
 
 namespace headwise {
 
+constexpr float SLACK = 8;
+
+// One pass over scores [n], a multiple of LANES: weights 2^(score · scale - peak) in T, their sum, and
+// the largest score.
 template <typename T>
-void forward_rows(
-    const Sizes& z, const Tensor& q, const Tensor& gate, const T* packed_k, const T* packed_v,
-    int64_t list, const int32_t* rows, int64_t count, float scale, Tensor& y, Tensor& lse,
-    float* s, T* p, T* q_rows, float* out) {
-  const int64_t c = z.channels, padded = round_up(count, ROW_MULTIPLE);
-  float peak[ROWS], total[ROWS];
-  for (int64_t r = 0; r < count; ++r) {
-    std::memcpy(
-        q_rows + r * c, q.const_data_ptr<T>() + z.place(list, rows[r]) * c, c * sizeof(T));
-    peak[r] = -INFINITY, total[r] = 0;
+std::pair<float, float> weigh(const float* scores, int64_t n, float scale, float peak, T* weights) {
+  Floats top = (Floats)load(scores), sum{};
+  for (int64_t j = 0; j < n; j += LANES) {
+    const Floats score = (Floats)load(scores + j);
+    const Floats weight = exp2_of<T>(score * scale - peak);
+    top = score > top ? score : top;
+    sum += weight;
+    store_vector(weights + j, weight);
   }
-  std::fill(out, out + padded * c, 0.0f);
-  const int64_t end = z.limit(rows[count - 1]) + 1;
-  for (int64_t first = 0; first < end; first += KEYS) {
-    const int64_t width = std::min(KEYS, round_up(end - first, KEY_MULTIPLE));
-    multiply(padded, width, c, q_rows, c, packed_k + first * c, KEYS, s, KEYS, false);
-    for (int64_t r = 0; r < count; ++r) {
-      float* scores = s + r * KEYS;
-      T* weights = HALF<T> ? p + r * KEYS : reinterpret_cast<T*>(scores);
-      const int64_t seen = std::clamp<int64_t>(z.limit(rows[r]) + 1 - first, 0, width);
-      float top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-      for (int64_t j = 0; j < seen; ++j) top = scores[j] > top ? scores[j] : top;
-      if (seen > 0) {
-        top = std::max(peak[r], top * scale);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < seen; ++j) {
-          const float weight = exp2_of<T>(scores[j] * scale - top);
-          sum += weight;
-          if constexpr (HALF<T>)
-            reinterpret_cast<uint16_t*>(weights)[j] = nearest_bf16(weight);
-          else
-            scores[j] = weight;
-        }
-        const float decay = std::exp2(peak[r] - top);
-        total[r] = total[r] * decay + sum, peak[r] = top;
-        if (decay != 1)
-          for (int64_t j = 0; j < c; ++j) out[r * c + j] *= decay;
-      }
-      std::memset(static_cast<void*>(weights + seen), 0, (width - seen) * sizeof(T));
-    }
-    const T* weights = HALF<T> ? p : reinterpret_cast<const T*>(s);
-    multiply(padded, c, width, weights, KEYS, packed_v + first * c, c, out, c, true);
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t place = z.place(list, rows[r]);
-    // Not times (gate / total): the quotient's rounding would be in every channel of the row.
-    const float weight = gate.const_data_ptr<float>()[place];
-    for (int64_t j = 0; j < c; ++j) out[r * c + j] = weight * (out[r * c + j] / total[r]);
-    store(y.mutable_data_ptr<T>() + place * c, out + r * c, c);
-    lse.mutable_data_ptr<double>()[place] = peak[r] + std::log2(static_cast<double>(total[r]));
-  }
+  return {sum_of(sum), largest_of(top)};
 }
+
+inline float largest_of(const float* scores, int64_t n) {
+  Floats top = Floats{} - INFINITY;
+  for (int64_t j = 0; j < n; j += LANES) {
+    const Floats score = (Floats)load(scores + j);
+    top = score > top ? score : top;
+  }
+  return largest_of(top);
+}
+
+// A thread's place for a block of rows.
+template <typename T>
+struct ForwardRows {
+  Buffer<float> s, out;
+  Buffer<T> p, q;
+  std::array<float, ROWS> peak, total;
+  std::array<Span, ROWS> spans;
+  std::array<Indices, ROWS> indices;
+  std::array<bool, ROWS> plain;
+
+  explicit ForwardRows(int64_t channels)
+      : s(ROWS * KEYS), out(ROWS * channels), p(HALF<T> ? ROWS * KEYS : 0), q(ROWS * channels) {}
+
+  T* weights(int64_t r) {
+    return HALF<T> ? p.data() + r * KEYS : reinterpret_cast<T*>(s.data() + r * KEYS);
+  }
+
+  // Scores of a row's keys from `lo` to `hi` to weights; those around them, from `low` to `width`, to
+  // weights of 0.
+  void soften(
+      int64_t r, int64_t low, int64_t lo, int64_t hi, int64_t width, float scale, int64_t c) {
+    const int64_t begin = lo / LANES * LANES, end = round_up(hi, LANES);
+    float* scores = s.data() + r * KEYS;
+    T* own = weights(r);
+    std::fill(scores + begin, scores + lo, -INFINITY);
+    std::fill(scores + hi, scores + end, -INFINITY);
+    const auto relative_to = [&](float top) {
+      const float reached = top * scale, old = peak[r];
+      if (!(reached > old + SLACK)) return;
+      peak[r] = reached;
+      const float decay = std::exp2(old - reached);
+      total[r] *= decay;
+      for (int64_t j = 0; j < c; ++j) out[r * c + j] *= decay;
+    };
+    const auto weigh_all = [&] {
+      const float shift = peak[r] == -INFINITY ? 0.0f : peak[r];
+      return weigh<T>(scores + begin, end - begin, scale, shift, own + begin);
+    };
+    // float32's weights stand where the scores were, so that there is one try.
+    const bool sure = !HALF<T> || peak[r] == -INFINITY;
+    if (sure) relative_to(largest_of(scores + begin, end - begin));
+    auto [sum, top] = weigh_all();
+    if (!sure && top * scale > peak[r] + SLACK) {
+      relative_to(top);
+      sum = weigh_all().first;
+    }
+    total[r] += sum;
+    std::memset(static_cast<void*>(own + low), 0, (begin - low) * sizeof(T));
+    std::memset(static_cast<void*>(own + end), 0, (width - end) * sizeof(T));
+  }
+
+  void compute(
+      const Sizes& z, const Visible& visible, const T* q_of, const float* gates,
+      const T* packed_k, const T* packed_v, int64_t list, const int32_t* rows, int64_t count,
+      float scale, T* y, double* lse) {
+    const int64_t c = z.channels;
+    Span all{z.keys, 0};
+    for (int64_t r = 0; r < count; ++r) {
+      indices[r] = z.indices(list, rows[r]);
+      spans[r] = visible.of(indices[r]), plain[r] = visible.plain(indices[r]);
+      all = all | spans[r];
+      std::memcpy(q.data() + r * c, q_of + z.place(indices[r]) * c, c * sizeof(T));
+      peak[r] = -INFINITY, total[r] = 0;
+    }
+    std::fill_n(out.data(), count * c, 0.0f);
+    for (int64_t first = all.from / KEYS * KEYS; first < all.end; first += KEYS) {
+      bool seen = false;
+      for (int64_t r = 0; r < count && !seen; ++r)
+        seen = !(spans[r] & Span{first, first + KEYS}).empty() &&
+            (plain[r] || visible.any(indices[r], first));
+      if (!seen) continue;
+      const int64_t low = std::max<int64_t>(0, all.from - first) / KEY_MULTIPLE * KEY_MULTIPLE;
+      const int64_t width = std::min(KEYS, round_up(all.end - first, KEY_MULTIPLE));
+      multiply(
+          count, width - low, c, q.data(), c, packed_k + first * c + (HALF<T> ? 2 : 1) * low, KEYS,
+          s.data() + low, KEYS, false);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t lo = std::clamp(spans[r].from - first, low, width);
+        const int64_t hi = std::clamp(spans[r].end - first, low, width);
+        if (lo >= hi) {
+          std::memset(static_cast<void*>(weights(r) + low), 0, (width - low) * sizeof(T));
+          continue;
+        }
+        if (!plain[r])
+          visible.add(
+              indices[r], first + lo, first + hi, LOG2E / scale, s.data() + r * KEYS + lo);
+        soften(r, low, lo, hi, width, scale, c);
+      }
+      multiply(
+          count, c, width - low, weights(0) + low, KEYS, packed_v + (first + low) * c, c,
+          out.data(), c, true);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t place = z.place(indices[r]);
+      // Biases of -infinity can hide all that a row might see.
+      const bool blind = total[r] == 0;
+      // Not times (gate / total): the quotient's rounding would be in every channel of the row.
+      float* row = out.data() + r * c;
+      for (int64_t j = 0; j < c && !blind; ++j) row[j] = gates[place] * (row[j] / total[r]);
+      store(y + place * c, row, c);
+      // log1p, whose symbol has not changed in older systems' libraries, as that of log2 has.
+      lse[place] =
+          blind ? 0 : peak[r] + std::log1p(static_cast<double>(total[r]) - 1) * 1.4426950408889634;
+    }
+  }
+};
 
 template <typename T>
 void forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal, float scale,
-    Tensor& y, Tensor& lse) {
-  const Sizes z(q, k, causal);
+    const Sizes& z, const Visible& visible, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& gate, float scale, Tensor& y, Tensor& lse) {
   const int64_t c = z.channels, of_a_list = z.steps() * KEYS * c;
-  const auto lists = rows_that_are_on(z, gate.const_data_ptr<float>());
+  const float* gates = gate.const_data_ptr<float>();
+  const auto lists = lists_that_are_on(z, visible, gates);
   std::vector<std::tuple<int64_t, int64_t>> blocks;
-  // Later rows see more keys. What takes longest starts first.
+  // Later rows mostly see more keys. What takes longest starts first.
   for (int64_t first = round_up(z.queries * z.group, ROWS); (first -= ROWS) >= 0;)
     for (int64_t list = 0; list < z.lists(); ++list)
-      if (first < static_cast<int64_t>(lists[list].size())) blocks.emplace_back(list, first);
-  const Tensor packed = at::empty({2, z.lists() * of_a_list}, q.options());
+      if (first < lists[list].size()) blocks.emplace_back(list, first);
+  const Tensor packed = new_empty(q, {2, z.lists() * of_a_list});
   T* packed_k = packed.mutable_data_ptr<T>();
   T* packed_v = packed_k + z.lists() * of_a_list;
-  at::parallel_for(0, z.lists() * z.steps(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, z.lists() * z.steps(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t list = i / z.steps(), first = i % z.steps() * KEYS, n = z.keys - first;
-      if (lists[list].empty()) continue;
+      if ((lists[list].span & Span{first, first + KEYS}).empty()) continue;
       const T* keys = of_list<T>(k, z, list) + first * k.stride(1);
       const T* values = of_list<T>(v, z, list) + first * v.stride(1);
-      const auto key = [&](int64_t j) { return keys + j * k.stride(1); };
+      const auto key = [&, stride = k.stride(1)](int64_t j) { return keys + j * stride; };
       pack_transposed(packed_k + i * KEYS * c, key, n, KEYS, c);
       pack(packed_v + i * KEYS * c, values, v.stride(1), n, KEYS, c);
     }
   });
+  const T* q_of = q.const_data_ptr<T>();
+  T* y_of = y.mutable_data_ptr<T>();
+  double* lse_of = lse.mutable_data_ptr<double>();
   share_out(static_cast<int64_t>(blocks.size()), [&] {
-    return [&, s = Buffer<float>(ROWS * KEYS), p = Buffer<T>(HALF<T> ? ROWS * KEYS : 0),
-            q_rows = Buffer<T>(ROWS * c), out = Buffer<float>(ROWS * c)](int64_t i) mutable {
+    return [&, own = ForwardRows<T>(c)](int64_t i) mutable {
       const auto [list, first] = blocks[i];
-      const auto& rows = lists[list];
-      const int64_t count = std::min<int64_t>(ROWS, rows.size() - first);
-      forward_rows<T>(
-          z, q, gate, packed_k + list * of_a_list, packed_v + list * of_a_list, list,
-          rows.data() + first, count, scale * LOG2E, y, lse, s.data(), p.data(), q_rows.data(),
-          out.data());
+      own.compute(
+          z, visible, q_of, gates, packed_k + list * of_a_list, packed_v + list * of_a_list, list,
+          lists[list].rows.data() + first, std::min(ROWS, lists[list].size() - first),
+          scale * LOG2E, y_of, lse_of);
     };
   });
 }

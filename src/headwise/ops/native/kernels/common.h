@@ -1,24 +1,25 @@
 // What all kernels share: packed operands, products, threads.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
+
+#include "products.h"
 
 namespace headwise {
 
-using at::BFloat16;
-using at::Tensor;
-using at::native::cpublas::brgemm;
+using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
 
-// oneDNN compiles a product for each size that it sees; multiples keep the sizes few.
-constexpr int64_t ROW_MULTIPLE = 32;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // Memory without values, unlike a vector's: kernels write before they read.
@@ -30,29 +31,67 @@ struct Buffer {
   T& operator[](int64_t i) { return values[i]; }
 };
 
-template <typename T>
-constexpr bool HALF = std::is_same_v<T, BFloat16>;
-
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// 2^x for x <= 0, by a series that vectorises: exact but for roundings, or within 3e-6 where the
-// result becomes a bfloat16.
-template <typename T>
-inline float exp2_of(float x) {
-  x = x < -126.0f ? -126.0f : x;
-  const float whole = std::nearbyintf(x), f = x - whole;
-  // ln(2)^n / n! from n = 7 or 5 down.
-  float p = HALF<T> ? 0.0f : 1.5252733804e-5f * f + 1.5403530393e-4f;
-  p = p * f + 1.3333558146e-3f;
-  p = p * f + 9.6181291076e-3f;
-  p = p * f + 5.5504108665e-2f;
-  p = p * f + 2.4022650696e-1f;
-  p = p * f + 6.9314718056e-1f;
-  p = p * f + 1.0f;
+inline float nearest_whole(float x) { return std::nearbyintf(x); }
+inline Floats nearest_whole(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  for (int i = 0; i < LANES; ++i) x[i] = std::nearbyintf(x[i]);
+  return x;
+#endif
+}
+
+// x · 2^whole, for whole numbers from -127, which gives 0.
+inline float times_power(float x, float whole) {
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return x * power;
+}
+inline Floats times_power(Floats x, Floats whole) {
+  return x * (Floats)((__builtin_convertvector(whole, Whole) + 127) << 23);
+}
+
+// 2^x of numbers or vectors up to 126, 0 for -infinity, by a series that vectorises: exact but for
+// roundings, or within 8e-5 where the result becomes a bfloat16.
+template <typename T, typename Number>
+inline Number exp2_of(Number x) {
+  // A NaN stays one: it is not below.
+  x = x < -127.0f ? Number{} - 127.0f : x;
+  const Number whole = nearest_whole(x), f = x - whole;
+  Number p;
+  if constexpr (HALF<T>) {
+    // The cubic whose largest relative error on |f| <= 1/2 is least.
+    p = 5.5171320e-2f * f + 2.4261054e-1f;
+    p = p * f + 6.9326099e-1f;
+    p = p * f + 9.9992811e-1f;
+  } else {
+    // ln(2)^n / n! from n = 7 down.
+    p = 1.5252733804e-5f * f + 1.5403530393e-4f;
+    p = p * f + 1.3333558146e-3f;
+    p = p * f + 9.6181291076e-3f;
+    p = p * f + 5.5504108665e-2f;
+    p = p * f + 2.4022650696e-1f;
+    p = p * f + 6.9314718056e-1f;
+    p = p * f + 1.0f;
+  }
+  return times_power(p, whole);
+}
+
+inline float largest_of(Floats x) {
+  float top = x[0];
+  for (int i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+inline float sum_of(Floats x) {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
 }
 
 inline uint16_t nearest_bf16(float x) {
@@ -61,12 +100,31 @@ inline uint16_t nearest_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// A vector of results in T.
+template <typename T>
+inline void store_vector(T* out, Floats x) {
+  if constexpr (HALF<T>) {
+#ifdef __AVX512BF16__
+    const auto half = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(static_cast<void*>(out), &half, sizeof half);
+#else
+    const Words bits = (Words)x;
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    const Halves half =
+        __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    std::memcpy(static_cast<void*>(out), &half, sizeof half);
+#endif
+  } else {
+    std::memcpy(out, &x, sizeof x);
+  }
+}
+
 template <typename T>
 void store(T* out, const float* in, int64_t n) {
   if constexpr (HALF<T>) {
-    auto* half = reinterpret_cast<uint16_t*>(out);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) half[i] = nearest_bf16(in[i]);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store_vector(out + i, (Floats)load(in + i));
+    for (; i < n; ++i) out[i].x = nearest_bf16(in[i]);
   } else {
     std::memcpy(out, in, n * sizeof(float));
   }
@@ -92,14 +150,6 @@ void pack(T* out, const T* in, int64_t stride, int64_t count, int64_t rows, int6
         std::memset(out + i * columns, 0, columns * sizeof(T));
   }
 }
-
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-// Words of 32 bits: a float, or a pair of bfloat16.
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
 // Exchanges entries (i, j) and (j, i) where i and j differ in this bit; all bits in turn transpose a
 // square.
@@ -160,22 +210,17 @@ void pack_transposed(
       channels * sizeof(T) / sizeof(uint32_t));
 }
 
-template <typename T>
-void multiply(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
-    int64_t ldc, bool add) {
-  brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, HALF<T>);
-}
+inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 // Calls work(i) for every i below count, where work = make_worker() is a thread's own. A thread that
 // is done asks for the next i.
 template <typename Work>
 void share_out(int64_t count, const Work& make_worker) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  parallel_for(0, num_threads(), 1, [&](int64_t, int64_t) {
     auto work = make_worker();
     for (int64_t i; (i = next++) < count;) work(i);
-    at::native::cpublas::brgemm_release();
+    release_matrix_tiles();
   });
 }
 

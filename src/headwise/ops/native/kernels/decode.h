@@ -6,9 +6,9 @@
 #pragma once
 
 #include <array>
-#include <optional>
+#include <tuple>
 
-#include "attention.h"
+#include "visible.h"
 
 namespace headwise {
 
@@ -66,47 +66,36 @@ inline std::pair<float, float> to_weights(float* s, int64_t n) {
   return {peak, total};
 }
 
-// Which keys may be seen, [B|1, H|1, T|1, S|1], besides the causal limit.
-struct Mask {
-  Tensor wide;
-
-  Mask(const std::optional<Tensor>& mask, const Sizes& z) {
-    if (mask) wide = mask->expand({z.batch, z.heads, z.queries, z.keys});
-  }
-  void hide(float* s, const Sizes& z, int64_t list, int32_t row, int64_t first, int64_t n) const {
-    const int64_t seen = z.limit(row) + 1 - first;
-    for (int64_t j = std::max<int64_t>(seen, 0); j < n; ++j) s[j] = -INFINITY;
-    if (!wide.defined()) return;
-    const int64_t head = list % z.key_heads * z.group + row % z.group;
-    const bool* at = wide.const_data_ptr<bool>() + list / z.key_heads * wide.stride(0) +
-        head * wide.stride(1) + row / z.group * wide.stride(2) + first * wide.stride(3);
-    for (int64_t j = 0; j < n; ++j)
-      if (!at[j * wide.stride(3)]) s[j] = -INFINITY;
-  }
-};
-
-// One piece of a list: for each row its peak, its sum, and the weighted values [channels].
+// One piece of a list, keys from `first` to `last`: for each row its peak, its sum, and the weighted
+// values [channels].
 template <typename T>
 void decode_piece(
-    const Sizes& z, const Mask& mask, const Tensor& k, const Tensor& v, int64_t list,
-    const std::vector<int32_t>& rows, const float* q, int64_t first, float* s, float* found) {
-  const int64_t c = z.channels, n = std::min(PIECE, z.keys - first);
-  const int64_t count = static_cast<int64_t>(rows.size());
-  const T* keys = of_list<T>(k, z, list) + first * k.stride(1);
-  const T* values = of_list<T>(v, z, list) + first * v.stride(1);
+    const Sizes& z, const Visible& visible, const Tensor& k, const Tensor& v, int64_t list,
+    const std::vector<int32_t>& rows, const float* q, int64_t first, int64_t last, float* s,
+    float* found) {
+  const int64_t c = z.channels, n = last - first, count = static_cast<int64_t>(rows.size());
+  const int64_t k_stride = k.stride(1), v_stride = v.stride(1);
+  const T* keys = of_list<T>(k, z, list) + first * k_stride;
+  const T* values = of_list<T>(v, z, list) + first * v_stride;
   for (int64_t j = 0; j < n; j += TOGETHER) {
-    const auto together = four(keys, k.stride(1), j, n);
+    const auto together = four(keys, k_stride, j, n);
     for (int64_t r = 0; r < count; ++r) score(s + r * PIECE + j, q + r * c, together, c);
   }
   for (int64_t r = 0; r < count; ++r) {
     float *scores = s + r * PIECE, *own = found + r * (c + 2);
-    mask.hide(scores, z, list, rows[r], first, n);
+    const Indices at = z.indices(list, rows[r]);
+    const Span span = visible.of(at);
+    const int64_t lo = std::clamp(span.from - first, int64_t{0}, n);
+    const int64_t hi = std::clamp(span.end - first, lo, n);
+    std::fill(scores, scores + lo, -INFINITY);
+    std::fill(scores + hi, scores + n, -INFINITY);
+    if (!visible.plain(at)) visible.add(at, first + lo, first + hi, LOG2E, scores + lo);
     std::tie(own[0], own[1]) = to_weights(scores, n);
     std::fill(scores + n, scores + round_up(n, TOGETHER), 0.0f);
     std::fill_n(own + 2, c, 0.0f);
   }
   for (int64_t j = 0; j < n; j += TOGETHER) {
-    const auto together = four(values, v.stride(1), j, n);
+    const auto together = four(values, v_stride, j, n);
     for (int64_t r = 0; r < count; ++r)
       add_values(found + r * (c + 2) + 2, s + r * PIECE + j, together, c);
   }
@@ -130,48 +119,51 @@ void merge(T* y, const float* found, int64_t pieces, int64_t stride, int64_t c, 
 }
 
 template <typename T>
-Tensor decode(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
-    float scale, const std::optional<Tensor>& masked) {
-  const Sizes z(q, k, causal);
-  const Mask mask(masked, z);
+void decode(
+    const Sizes& z, const Visible& visible, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& gate, float scale, Tensor& y) {
   const int64_t c = z.channels, pieces = (z.keys + PIECE - 1) / PIECE, each = c + 2;
-  const auto lists = rows_that_are_on(z, gate.const_data_ptr<float>());
-  std::vector<int64_t> active, starts(z.lists());
+  const float* gates = gate.const_data_ptr<float>();
+  const T* q_of = q.const_data_ptr<T>();
+  T* y_of = y.mutable_data_ptr<T>();
+  const auto lists = lists_that_are_on(z, visible, gates);
+  std::vector<std::tuple<int64_t, int64_t>> work;
+  std::vector<int64_t> starts(z.lists());
   int64_t rows = 0, most = 0;
   for (int64_t list = 0; list < z.lists(); ++list) {
-    const int64_t count = static_cast<int64_t>(lists[list].size());
-    if (count) active.push_back(list);
-    starts[list] = rows, rows += count, most = std::max(most, count);
+    const List& own = lists[list];
+    starts[list] = rows, rows += own.size(), most = std::max(most, own.size());
+    for (int64_t piece = own.span.from / PIECE; piece * PIECE < own.span.end; ++piece)
+      work.emplace_back(list, piece);
   }
   // Scaled queries [rows, C], list after list; and the results, [list][piece][row].
   Buffer<float> queries(rows * c), found(rows * pieces * each);
-  for (const int64_t list : active)
-    for (size_t r = 0; r < lists[list].size(); ++r)
-      for (int64_t j = 0; j < c; ++j)
-        queries[(starts[list] + r) * c + j] = scale * LOG2E *
-            static_cast<float>(q.const_data_ptr<T>()[z.place(list, lists[list][r]) * c + j]);
-  share_out(static_cast<int64_t>(active.size()) * pieces, [&] {
+  for (int64_t i = 0; i < rows * pieces; ++i) found[i * each] = -INFINITY;
+  for (int64_t list = 0; list < z.lists(); ++list)
+    for (int64_t r = 0; r < lists[list].size(); ++r) {
+      const T* row = q_of + z.place(z.indices(list, lists[list].rows[r])) * c;
+      float* scaled = queries.data() + (starts[list] + r) * c;
+      for (int64_t j = 0; j < c; ++j) scaled[j] = scale * LOG2E * static_cast<float>(row[j]);
+    }
+  share_out(static_cast<int64_t>(work.size()), [&] {
     return [&, s = Buffer<float>(most * PIECE)](int64_t i) mutable {
-      const int64_t list = active[i / pieces], piece = i % pieces;
-      const int64_t count = static_cast<int64_t>(lists[list].size());
+      const auto [list, piece] = work[i];
+      const List& own = lists[list];
       decode_piece<T>(
-          z, mask, k, v, list, lists[list], queries.data() + starts[list] * c, piece * PIECE,
-          s.data(), found.data() + (starts[list] * pieces + piece * count) * each);
+          z, visible, k, v, list, own.rows, queries.data() + starts[list] * c,
+          std::max(own.span.from, piece * PIECE), std::min(own.span.end, (piece + 1) * PIECE),
+          s.data(), found.data() + (starts[list] * pieces + piece * own.size()) * each);
     };
   });
-  Tensor y = at::zeros(q.sizes(), q.options());
-  for (const int64_t list : active) {
-    const int64_t count = static_cast<int64_t>(lists[list].size());
+  for (int64_t list = 0; list < z.lists(); ++list) {
+    const int64_t count = lists[list].size();
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t place = z.place(list, lists[list][r]);
+      const int64_t place = z.place(z.indices(list, lists[list].rows[r]));
       merge<T>(
-          y.mutable_data_ptr<T>() + place * c,
-          found.data() + (starts[list] * pieces + r) * each, pieces, count * each, c,
-          gate.const_data_ptr<float>()[place]);
+          y_of + place * c, found.data() + (starts[list] * pieces + r) * each, pieces,
+          count * each, c, gates[place]);
     }
   }
-  return y;
 }
 
 }  // namespace headwise

@@ -32,9 +32,6 @@ struct Choices {
   Choices(const Tensor& indices, int64_t experts) : edges(experts + 1, 0) {
     const int64_t* chosen = indices.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < indices.numel(); ++i) {
-      TORCH_CHECK_VALUE(
-          chosen[i] >= -1 && chosen[i] < experts, "indices holds ", chosen[i],
-          "; it must hold experts, 0..", experts - 1, ", or -1");
       if (chosen[i] >= 0) ++edges[chosen[i] + 1];
     }
     for (int64_t e = 0; e < experts; ++e) edges[e + 1] += edges[e];
@@ -62,7 +59,7 @@ struct Outputs {
 
   Outputs(const ExpertSizes& z, const Tensor& like) {
     for (int64_t i = 0; i < z.top_k; ++i)
-      choices.push_back(at::empty({z.tokens, z.dim}, like.options()));
+      choices.push_back(new_empty(like, {z.tokens, z.dim}));
   }
   template <typename T>
   T* row(int64_t place) const {
@@ -93,7 +90,7 @@ void expert_block(
     const ExpertSizes& z, const T* x, const float* weights, const T* up, const T* down,
     const int32_t* places, int64_t count, const Outputs& out, T* columns, T* hidden, float* raised) {
   const auto width = [&](int64_t first) {
-    return std::min(COLUMNS, round_up(count - first, ROW_MULTIPLE));
+    return std::min(COLUMNS, round_up(count - first, LANES));
   };
   const int64_t most = std::min(CHUNK, z.hidden);
   for (int64_t first = 0; first < count; first += COLUMNS)
@@ -140,8 +137,8 @@ void expert_block(
 
 template <typename T>
 Tensor sum_of_choices(const ExpertSizes& z, const Tensor& indices, const Outputs& out) {
-  Tensor y = at::empty({z.tokens, z.dim}, out.choices[0].options());
-  at::parallel_for(0, z.tokens, 64, [&](int64_t begin, int64_t end) {
+  Tensor y = new_empty(out.choices[0], {z.tokens, z.dim});
+  parallel_for(0, z.tokens, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(z.dim);
     for (int64_t n = begin; n < end; ++n) {
       std::fill(sum.begin(), sum.end(), 0.0f);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "common.h"
@@ -12,6 +13,20 @@ namespace headwise {
 constexpr int64_t PROJECTED = 64;  // rows of a block
 constexpr int64_t SPAN = 256;  // tokens whose sums over heads a thread collects
 constexpr int64_t OUTPUTS = 256;  // columns of one product of these
+
+inline Tensor part(Tensor of, int64_t axis, int64_t size) {
+  return torch::stable::narrow(of, axis, 0, size);
+}
+
+// x Wᵀ + b by torch.
+inline Tensor linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // Tokens [N] of each head that are on, ascending; the first heads may be on everywhere.
 struct HeadRows {
@@ -35,9 +50,9 @@ struct HeadRows {
 template <typename T, typename RowOf>
 Tensor packed_heads(
     const HeadRows& z, const Tensor& weight, int64_t rows, int64_t columns, const RowOf& row_of) {
-  const Tensor packed = at::empty({z.gathered(), rows, columns}, weight.options());
+  const Tensor packed = new_empty(weight, {z.gathered(), rows, columns});
   T* out = packed.mutable_data_ptr<T>();
-  at::parallel_for(0, z.gathered(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, z.gathered(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h)
       pack_transposed(
           out + h * rows * columns, [&](int64_t i) { return row_of(z.everywhere + h, i); },
@@ -52,11 +67,11 @@ Tensor project_heads(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& gate) {
   const HeadRows z(gate);
   const int64_t dim = x.size(1), c = weight.size(0) / z.heads, shared = z.everywhere * c;
-  Tensor q = at::zeros({z.tokens, weight.size(0)}, x.options());
+  Tensor q = new_zeros(x, {z.tokens, weight.size(0)});
   if (shared) {
-    Tensor out = q.narrow(1, 0, shared);
-    const Tensor w = weight.narrow(0, 0, shared).t();
-    bias ? at::addmm_out(out, bias->narrow(0, 0, shared), x, w) : at::mm_out(out, x, w);
+    Tensor out = part(q, 1, shared);
+    const auto own_bias = bias ? std::optional(part(*bias, 0, shared)) : std::nullopt;
+    torch::stable::copy_(out, linear(x, part(weight, 0, shared), own_bias));
   }
   const T* weights = weight.const_data_ptr<T>();
   const Tensor packed = packed_heads<T>(
@@ -74,8 +89,7 @@ Tensor project_heads(
       for (int64_t r = 0; r < count; ++r)
         std::copy_n(x.const_data_ptr<T>() + tokens[r] * dim, dim, rows.data() + r * dim);
       const T* w = packed.const_data_ptr<T>() + (h - z.everywhere) * dim * c;
-      multiply(
-          round_up(count, ROW_MULTIPLE), c, dim, rows.data(), dim, w, c, out.data(), c, false);
+      multiply(count, c, dim, rows.data(), dim, w, c, out.data(), c, false);
       const T* b = bias ? bias->const_data_ptr<T>() + h * c : nullptr;
       for (int64_t r = 0; r < count; ++r) {
         float* row = out.data() + r * c;
@@ -95,12 +109,11 @@ Tensor merge_heads(
   const HeadRows z(gate);
   const int64_t dim = weight.size(0), all = weight.size(1), c = all / z.heads;
   const int64_t shared = z.everywhere * c;
-  const Tensor w = weight.narrow(1, 0, shared).t(), in = heads.narrow(1, 0, shared);
-  Tensor y = bias ? at::addmm(*bias, in, w) : at::mm(in, w);
+  Tensor y = linear(part(heads, 1, shared), part(weight, 1, shared), bias);
   const T* weights = weight.const_data_ptr<T>();
   const Tensor packed = packed_heads<T>(
       z, weight, c, dim, [&](int64_t h, int64_t i) { return weights + i * all + h * c; });
-  const int64_t span = std::clamp<int64_t>(z.tokens / at::get_num_threads(), PROJECTED, SPAN);
+  const int64_t span = std::clamp<int64_t>(z.tokens / num_threads(), PROJECTED, SPAN);
   share_out((z.tokens + span - 1) / span, [&] {
     return [&, sums = Buffer<float>(span * dim), rows = Buffer<T>(PROJECTED * c),
             out = Buffer<float>(PROJECTED * OUTPUTS)](int64_t i) mutable {
@@ -118,7 +131,7 @@ Tensor merge_heads(
           for (int64_t d = 0; d < dim; d += OUTPUTS) {
             const int64_t n = std::min(OUTPUTS, dim - d);
             multiply(
-                round_up(count, ROW_MULTIPLE), n, c, rows.data(), c,
+                count, n, c, rows.data(), c,
                 packed_head + (HALF<T> ? 2 : 1) * d, dim, out.data(), OUTPUTS, false);
             for (int64_t r = 0; r < count; ++r) {
               float* sum = sums.data() + (at[r] - begin) * dim + d;

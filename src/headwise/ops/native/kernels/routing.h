@@ -61,7 +61,7 @@ inline std::pair<float, float> scales(const HeadLogits& z, const float* p, const
 inline void route(
     const HeadLogits& z, int64_t tokens, float* gates, int64_t* indices, float* probabilities) {
   const int64_t shared = z.shared.count, routed = z.routed.count;
-  at::parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
     std::vector<float> left(routed);
     for (int64_t t = begin; t < end; ++t) {
       float *gate = gates + t * (shared + routed), *p = probabilities + t * routed;
@@ -85,7 +85,7 @@ inline void route_backward(
     const HeadLogits& z, int64_t tokens, const float* dgates, const float* dprobabilities,
     const int64_t* indices, float* dshared, float* drouted, float* dstages) {
   const int64_t shared = z.shared.count, routed = z.routed.count;
-  at::parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
     std::vector<float> s(shared), ds(shared), p(routed), dp(routed);
     for (int64_t t = begin; t < end; ++t) {
       const float *dgate = dgates + t * (shared + routed), *drest = dgate + shared;

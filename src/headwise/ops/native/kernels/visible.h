@@ -1,0 +1,169 @@
+// Which keys each row sees, and what is added to its scores.
+//
+// A row sees keys from `from` up to `end`: causality, sliding windows, documents and padding are such
+// spans. Of a mask with holes between them, the steps of KEYS keys that it hides whole are known
+// too, and within the others each key is looked up.
+#pragma once
+
+#include "attention.h"
+
+namespace headwise {
+
+struct Span {
+  int64_t from, end;
+  bool empty() const { return from >= end; }
+  Span operator&(const Span& other) const {
+    return {std::max(from, other.from), std::min(end, other.end)};
+  }
+  Span operator|(const Span& other) const {
+    return {std::min(from, other.from), std::max(end, other.end)};
+  }
+};
+
+// A tensor [B|1, H|1, T|1, S|1].
+template <typename T>
+struct Broadcast {
+  const T* values = nullptr;
+  int64_t sizes[4] = {}, strides[4] = {};
+
+  explicit Broadcast(const std::optional<Tensor>& x) {
+    if (!x) return;
+    values = x->const_data_ptr<T>();
+    for (int i = 0; i < 4; ++i)
+      sizes[i] = x->size(i), strides[i] = sizes[i] == 1 ? 0 : x->stride(i);
+  }
+  const T* row(int64_t b, int64_t h, int64_t t) const {
+    return values + b * strides[0] + h * strides[1] + t * strides[2];
+  }
+  // The number of a row among those that differ.
+  int64_t number(int64_t b, int64_t h, int64_t t) const {
+    const auto one_of = [&](int axis, int64_t i) { return sizes[axis] == 1 ? 0 : i; };
+    return (one_of(0, b) * sizes[1] + one_of(1, h)) * sizes[2] + one_of(2, t);
+  }
+};
+
+class Visible {
+  const Sizes& z_;
+  Broadcast<bool> mask_;
+  Broadcast<float> bias_;
+  const int32_t* spans_ = nullptr;  // [B|1, T, 2]
+  int64_t of_batch_ = 0;
+  // Of each row of the mask: where it begins and ends, whether something between is hidden, and
+  // which steps have a key that is seen.
+  std::vector<Span> mask_spans_;
+  std::vector<uint8_t> holes_, steps_;
+
+  void scan(int64_t number, const bool* seen) {
+    const int64_t stride = mask_.strides[3];
+    int64_t from = z_.keys, end = 0, count = 0;
+    for (int64_t step = 0; step < z_.steps(); ++step) {
+      const int64_t first = step * KEYS, last = std::min(first + KEYS, z_.keys);
+      int64_t own = 0;
+      if (stride == 1)
+        for (int64_t j = first; j < last; ++j) own += seen[j];
+      else
+        for (int64_t j = first; j < last; ++j) own += seen[j * stride];
+      if (own == 0) continue;
+      steps_[number * z_.steps() + step] = 1;
+      count += own;
+      if (count == own)
+        for (from = first; !seen[from * stride];) ++from;
+      for (end = last; !seen[(end - 1) * stride];) --end;
+    }
+    mask_spans_[number] = {from, end};
+    holes_[number] = count < end - from;
+  }
+
+ public:
+  Visible(
+      const Sizes& z, const std::optional<Tensor>& spans, const std::optional<Tensor>& mask,
+      const std::optional<Tensor>& bias)
+      : z_(z), mask_(mask), bias_(bias) {
+    if (spans) {
+      spans_ = spans->const_data_ptr<int32_t>();
+      of_batch_ = spans->size(0) == 1 ? 0 : spans->stride(0);
+    }
+    if (!mask) return;
+    const int64_t heads = mask_.sizes[1], queries = mask_.sizes[2];
+    const int64_t rows = mask_.sizes[0] * heads * queries;
+    mask_spans_.resize(rows), holes_.resize(rows), steps_.resize(rows * z.steps());
+    parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        scan(i, mask_.row(i / queries / heads, i / queries % heads, i % queries));
+    });
+  }
+
+  Span of(const Indices& i) const {
+    const auto [b, h, t] = i;
+    Span span{0, z_.causal ? std::min(z_.keys, t + z_.offset + 1) : z_.keys};
+    if (spans_) {
+      const int32_t* own = spans_ + b * of_batch_ + 2 * t;
+      span = span & Span{own[0], own[1]};
+    }
+    return mask_.values ? span & mask_spans_[mask_.number(b, h, t)] : span;
+  }
+
+  // Whether a row sees some of the keys from `first`, a multiple of KEYS, to first + KEYS.
+  bool any(const Indices& i, int64_t first) const {
+    if (!mask_.values) return true;
+    const auto [b, h, t] = i;
+    return steps_[mask_.number(b, h, t) * z_.steps() + first / KEYS];
+  }
+
+  // Whether a span says all there is to say of a row.
+  bool plain(const Indices& i) const {
+    if (bias_.values) return false;
+    if (!mask_.values) return true;
+    const auto [b, h, t] = i;
+    return !holes_[mask_.number(b, h, t)];
+  }
+
+  // To the scores of keys from `first` to `last`, in s from s[0] on, `stride` apart: bias · factor;
+  // -infinity in holes.
+  void add(
+      const Indices& i, int64_t first, int64_t last, float factor, float* s,
+      int64_t stride = 1) const {
+    const auto [b, h, t] = i;
+    if (bias_.values) {
+      const float* bias = bias_.row(b, h, t);
+      for (int64_t j = first; j < last; ++j)
+        s[(j - first) * stride] += factor * bias[j * bias_.strides[3]];
+    }
+    if (mask_.values) {
+      const bool* seen = mask_.row(b, h, t);
+      for (int64_t j = first; j < last; ++j)
+        if (!seen[j * mask_.strides[3]]) s[(j - first) * stride] = -INFINITY;
+    }
+  }
+};
+
+// The rows of a list that are on and see something, ascending, and all keys that one of them sees.
+struct List {
+  std::vector<int32_t> rows;
+  Span span{INT64_MAX, 0};
+
+  bool empty() const { return rows.empty(); }
+  int64_t size() const { return static_cast<int64_t>(rows.size()); }
+};
+
+inline std::vector<List> lists_that_are_on(
+    const Sizes& z, const Visible& visible, const float* gates) {
+  std::vector<List> lists(z.lists());
+  parallel_for(0, z.lists(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t list = begin; list < end; ++list) {
+      List& own = lists[list];
+      const int64_t b = list / z.key_heads, h = list % z.key_heads * z.group;
+      for (int64_t t = 0; t < z.queries; ++t)
+        for (int64_t i = 0; i < z.group; ++i) {
+          if (gates[(b * z.queries + t) * z.heads + h + i] == 0) continue;
+          const Span span = visible.of({b, h + i, t});
+          if (span.empty()) continue;
+          own.rows.push_back(static_cast<int32_t>(t * z.group + i));
+          own.span = own.span | span;
+        }
+    }
+  });
+  return lists;
+}
+
+}  // namespace headwise
