@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conversions import MH_MOE, QUERY_NORM, TWO_STAGE, tiny_dit
+from torch.testing import assert_close
 
 import headwise
 from headwise import MHMoE, MoHConfig, convert, record_routing, restore
@@ -118,7 +119,8 @@ def test_a_model_of_diffusers_too(tmp_path):
     model.save_pretrained(tmp_path)
     again = headwise.load(tmp_path)
     assert again.conversion.layers == (0, 2)
-    assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+    # Weights that lie elsewhere in memory are multiplied in another order on some processors.
+    assert_close(again(**inputs).sample, model(**inputs).sample)
     back = restore(model)
     assert type(back) is original
     assert torch.equal(back(**inputs).sample, dense)

@@ -75,7 +75,7 @@ struct RowPointers {
 template <typename T>
 void backward_rows(
     const Sizes& z, const Visible& visible, const Operands& x, const RowPointers<T>& of,
-    int64_t list, const int32_t* rows, int64_t count, Scratch<T>& w) {
+    int64_t list, const int32_t* rows, int64_t count, int64_t last_key, Scratch<T>& w) {
   const int64_t c = z.channels, padded = round_up(count, ROW_MULTIPLE);
   // 1. Gather the rows of the block: q, dout = gate dy, delta = dy y; and dgate, which needs no key.
   // A float's rounding of lse would be that of all weights of a row: what it cuts off is kept.
@@ -115,14 +115,15 @@ void backward_rows(
   const T *k = of_list<T>(x.k, z, list), *v = of_list<T>(x.v, z, list);
   const int64_t ks = x.k.stride(1), vs = x.v.stride(1);
   const float to_log2 = x.scale * LOG2E;
-  // 3. All keys that some row sees, a step at a time; pairs of keys stay together.
+  // 3. All keys that some row sees, a step at a time; pairs of keys stay together. A step ends
+  // where the list's last key is, or at one of few widths.
   for (int64_t step = all.from / KEYS * KEYS; step < all.end; step += KEYS) {
     bool seen = plain;
     for (int64_t r = 0; r < count && !seen; ++r) seen = visible.any(indices[r], step);
     if (!seen) continue;
     const int64_t first = std::max(step, all.from / 2 * 2);
     const int64_t width =
-        std::min({step + KEYS - first, round_up(all.end - first, KEY_MULTIPLE), z.keys - first});
+        std::min({step + KEYS - first, round_up(all.end - first, KEY_MULTIPLE), last_key - first});
     // q k and dout v: [width, padded] = [width, channels] times [channels, padded].
     multiply(
         width, padded, c, k + first * ks, ks, w.q_transposed.data(), padded, w.s.data(), padded,
@@ -198,10 +199,10 @@ T* of_result(Tensor& out, const Sizes& z, int64_t list) {
       (list / z.key_heads * z.keys * z.key_heads + list % z.key_heads) * z.channels;
 }
 
-// Adds what one thread found for a list to dk or dv.
+// Adds what one thread found for a list's keys to dk or dv.
 template <typename T>
-void add_to(T* out, const Sizes& z, float* sums, float factor) {
-  for (int64_t j = 0; j < z.keys; ++j) {
+void add_to(T* out, const Sizes& z, const Span& keys, float* sums, float factor) {
+  for (int64_t j = keys.from; j < keys.end; ++j) {
     T* row = out + j * z.key_heads * z.channels;
     float* sum = sums + j * z.channels;
     for (int64_t i = 0; i < z.channels; ++i)
@@ -214,7 +215,7 @@ template <typename T>
 void backward(
     const Sizes& z, const Visible& visible, const Operands& x, Tensor& dk, Tensor& dv) {
   const RowPointers<T> of(x);
-  const auto lists = lists_that_are_on(z, visible, of.gate);
+  const auto lists = lists_that_are_on(z, visible, of.gate, of.dq);
   // A list belongs to one thread; where there are fewer lists than threads, `parts` threads share
   // one, every parts-th block each, and add their dk and dv one after the other.
   const int64_t parts = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, z.lists()));
@@ -225,31 +226,35 @@ void backward(
     return [&, w = Scratch<T>(z, !in_place)](int64_t i) mutable {
       const int64_t list = i / parts, part = i % parts;
       const auto& rows = lists[list].rows;
-      const int64_t size = lists[list].size();
+      const int64_t size = lists[list].size(), c = z.channels;
       if (part * ROWS >= size) return;
+      // Keys are taken in pairs.
+      const Span keys{lists[list].span.from / 2 * 2, lists[list].span.end};
+      const int64_t first_key = keys.from * c, num_keys = keys.end - keys.from;
       T *own_dk = of_result<T>(dk, z, list), *own_dv = of_result<T>(dv, z, list);
       if (in_place) {
         w.dk = reinterpret_cast<float*>(own_dk), w.dv = reinterpret_cast<float*>(own_dv);
         w.stride = z.key_heads * z.channels;
       } else {
-        std::fill_n(w.dk, z.keys * z.channels, 0.0f);
-        std::fill_n(w.dv, z.keys * z.channels, 0.0f);
+        std::fill_n(w.dk + first_key, num_keys * c, 0.0f);
+        std::fill_n(w.dv + first_key, num_keys * c, 0.0f);
       }
       if constexpr (HALF<T>)
         pack(
-            w.k_packed.data(), of_list<T>(x.k, z, list), x.k.stride(1), z.keys,
-            round_up(z.keys, 2), z.channels);
+            w.k_packed.data() + first_key, of_list<T>(x.k, z, list) + keys.from * x.k.stride(1),
+            x.k.stride(1), num_keys, round_up(num_keys, 2), c);
       for (int64_t first = part * ROWS; first < size; first += parts * ROWS)
         backward_rows<T>(
-            z, visible, x, of, list, rows.data() + first, std::min(ROWS, size - first), w);
+            z, visible, x, of, list, rows.data() + first, std::min(ROWS, size - first), keys.end,
+            w);
       if (in_place) {
-        for (int64_t j = 0; j < z.keys; ++j)
-          for (int64_t c = 0; c < z.channels; ++c) w.dk[j * w.stride + c] *= x.scale;
+        for (int64_t j = keys.from; j < keys.end; ++j)
+          for (int64_t i = 0; i < c; ++i) w.dk[j * w.stride + i] *= x.scale;
         return;
       }
       const std::lock_guard<std::mutex> lock(locks[list]);
-      add_to<T>(own_dk, z, w.dk, x.scale);
-      add_to<T>(own_dv, z, w.dv, 1);
+      add_to<T>(own_dk, z, keys, w.dk, x.scale);
+      add_to<T>(own_dv, z, keys, w.dv, 1);
     };
   });
 }

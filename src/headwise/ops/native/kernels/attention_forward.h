@@ -150,12 +150,14 @@ void forward(
     const Tensor& gate, float scale, Tensor& y, Tensor& lse) {
   const int64_t c = z.channels, of_a_list = z.steps() * KEYS * c;
   const float* gates = gate.const_data_ptr<float>();
-  const auto lists = lists_that_are_on(z, visible, gates);
+  T* y_of = y.mutable_data_ptr<T>();
+  const auto lists = lists_that_are_on(z, visible, gates, y_of);
   std::vector<std::tuple<int64_t, int64_t>> blocks;
-  // Later rows mostly see more keys. What takes longest starts first.
-  for (int64_t first = round_up(z.queries * z.group, ROWS); (first -= ROWS) >= 0;)
-    for (int64_t list = 0; list < z.lists(); ++list)
-      if (first < lists[list].size()) blocks.emplace_back(list, first);
+  // List after list, whose keys are then in a cache. Later rows mostly see more keys: of a list, what
+  // takes longest starts first.
+  for (int64_t list = 0; list < z.lists(); ++list)
+    for (int64_t first = round_up(lists[list].size(), ROWS); (first -= ROWS) >= 0;)
+      blocks.emplace_back(list, first);
   const Tensor packed = new_empty(q, {2, z.lists() * of_a_list});
   T* packed_k = packed.mutable_data_ptr<T>();
   T* packed_v = packed_k + z.lists() * of_a_list;
@@ -171,7 +173,6 @@ void forward(
     }
   });
   const T* q_of = q.const_data_ptr<T>();
-  T* y_of = y.mutable_data_ptr<T>();
   double* lse_of = lse.mutable_data_ptr<double>();
   share_out(static_cast<int64_t>(blocks.size()), [&] {
     return [&, own = ForwardRows<T>(c)](int64_t i) mutable {

@@ -126,7 +126,7 @@ void decode(
   const float* gates = gate.const_data_ptr<float>();
   const T* q_of = q.const_data_ptr<T>();
   T* y_of = y.mutable_data_ptr<T>();
-  const auto lists = lists_that_are_on(z, visible, gates);
+  const auto lists = lists_that_are_on(z, visible, gates, y_of);
   std::vector<std::tuple<int64_t, int64_t>> work;
   std::vector<int64_t> starts(z.lists());
   int64_t rows = 0, most = 0;

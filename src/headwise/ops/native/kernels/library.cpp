@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
     double scale, const Maybe& spans, const Maybe& mask, const Maybe& bias) {
   const Sizes z(q, k, causal);
-  const Visible visible(z, spans, mask, bias);
-  Tensor y = zeros_like(q), lse = new_zeros(gate, gate.sizes(), ScalarType::Double);
+  const Visible visible(z, gate, spans, mask, bias);
+  Tensor y = new_empty(q, q.sizes()), lse = new_zeros(gate, gate.sizes(), ScalarType::Double);
   const auto compute = is_half(q) ? forward<BFloat16> : forward<float>;
   compute(z, visible, q, k, v, gate, static_cast<float>(scale), y, lse);
   return {y, lse};
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& y, const Tensor& lse, bool causal, double scale, const Maybe& spans,
     const Maybe& mask, const Maybe& bias) {
   const Sizes z(q, k, causal);
-  const Visible visible(z, spans, mask, bias);
-  Tensor dq = zeros_like(q), dk = new_zeros(k, k.sizes()), dv = new_zeros(v, v.sizes());
+  const Visible visible(z, gate, spans, mask, bias);
+  Tensor dq = new_empty(q, q.sizes()), dk = new_zeros(k, k.sizes()), dv = new_zeros(v, v.sizes());
   Tensor dgate = zeros_like(gate);
   const Operands x{dy, q, k, v, gate, y, lse, static_cast<float>(scale), dq, dgate};
   const auto compute = is_half(q) ? backward<BFloat16> : backward<float>;
@@ -111,8 +111,8 @@ Tensor decode_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
     double scale, const Maybe& spans, const Maybe& mask, const Maybe& bias) {
   const Sizes z(q, k, causal);
-  const Visible visible(z, spans, mask, bias);
-  Tensor y = zeros_like(q);
+  const Visible visible(z, gate, spans, mask, bias);
+  Tensor y = new_empty(q, q.sizes());
   const auto compute = is_half(q) ? decode<BFloat16> : decode<float>;
   compute(z, visible, q, k, v, gate, static_cast<float>(scale), y);
   return y;

@@ -58,11 +58,14 @@ class Visible {
     int64_t from = z_.keys, end = 0, count = 0;
     for (int64_t step = 0; step < z_.steps(); ++step) {
       const int64_t first = step * KEYS, last = std::min(first + KEYS, z_.keys);
-      int64_t own = 0;
-      if (stride == 1)
-        for (int64_t j = first; j < last; ++j) own += seen[j];
-      else
-        for (int64_t j = first; j < last; ++j) own += seen[j * stride];
+      int64_t own = 0, j = first;
+      // Eight at a time: a bool is a byte of 0 or 1.
+      for (; stride == 1 && j + 8 <= last; j += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, seen + j, sizeof eight);
+        own += __builtin_popcountll(eight);
+      }
+      for (; j < last; ++j) own += seen[j * stride];
       if (own == 0) continue;
       steps_[number * z_.steps() + step] = 1;
       count += own;
@@ -76,8 +79,8 @@ class Visible {
 
  public:
   Visible(
-      const Sizes& z, const std::optional<Tensor>& spans, const std::optional<Tensor>& mask,
-      const std::optional<Tensor>& bias)
+      const Sizes& z, const Tensor& gate, const std::optional<Tensor>& spans,
+      const std::optional<Tensor>& mask, const std::optional<Tensor>& bias)
       : z_(z), mask_(mask), bias_(bias) {
     if (spans) {
       spans_ = spans->const_data_ptr<int32_t>();
@@ -87,9 +90,18 @@ class Visible {
     const int64_t heads = mask_.sizes[1], queries = mask_.sizes[2];
     const int64_t rows = mask_.sizes[0] * heads * queries;
     mask_spans_.resize(rows), holes_.resize(rows), steps_.resize(rows * z.steps());
+    const float* gates = gate.const_data_ptr<float>();
+    // Of a row that is one token's, tokens with every head off need not be looked at: padding.
+    const bool of_tokens = mask_.sizes[0] == z.batch && queries == z.queries;
+    const auto is_on = [&](int64_t b, int64_t t) {
+      const float* own = gates + (b * z.queries + t) * z.heads;
+      return std::any_of(own, own + z.heads, [](float x) { return x != 0; });
+    };
     parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        scan(i, mask_.row(i / queries / heads, i / queries % heads, i % queries));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / queries / heads, t = i % queries;
+        if (!of_tokens || is_on(b, t)) scan(i, mask_.row(b, i / queries % heads, t));
+      }
     });
   }
 
@@ -146,8 +158,10 @@ struct List {
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
 
-inline std::vector<List> lists_that_are_on(
-    const Sizes& z, const Visible& visible, const float* gates) {
+// The lists; the other rows of out [B, T, H, C] become 0.
+template <typename T>
+std::vector<List> lists_that_are_on(
+    const Sizes& z, const Visible& visible, const float* gates, T* out) {
   std::vector<List> lists(z.lists());
   parallel_for(0, z.lists(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t list = begin; list < end; ++list) {
@@ -155,9 +169,12 @@ inline std::vector<List> lists_that_are_on(
       const int64_t b = list / z.key_heads, h = list % z.key_heads * z.group;
       for (int64_t t = 0; t < z.queries; ++t)
         for (int64_t i = 0; i < z.group; ++i) {
-          if (gates[(b * z.queries + t) * z.heads + h + i] == 0) continue;
-          const Span span = visible.of({b, h + i, t});
-          if (span.empty()) continue;
+          const int64_t place = z.place({b, h + i, t});
+          const Span span = gates[place] == 0 ? Span{0, 0} : visible.of({b, h + i, t});
+          if (span.empty()) {
+            std::memset(static_cast<void*>(out + place * z.channels), 0, z.channels * sizeof(T));
+            continue;
+          }
           own.rows.push_back(static_cast<int32_t>(t * z.group + i));
           own.span = own.span | span;
         }
