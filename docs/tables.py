@@ -17,22 +17,34 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md", "docs/vision.md")
 # README.md shows whole models before layers, and these before the attention core alone.
 MODELS_FIRST = ("model", "layer", "experts", "vision", "attention")
-RIVALS = ("dense model", "dense layer", "dense twin", "sparse MoE", "SDPA")
+RIVALS = (
+    "dense model", "dense layer", "dense twin", "released MoH", "sparse MoE", "SDPA",
+    "FlexAttention",
+)  # fmt: skip
 
 
 def costs(rows: Sequence[Row]) -> Table:
     """README.md's table: what a user has against what headwise puts in its place.
 
-    Parts of our own layers, and options, are in docs/speed.md.
+    Parts of our own layers, and options, are in docs/speed.md. Of whole models every line that
+    loses is here.
     """
+    lost = bench.lost_lines(rows)
     shown = [
         row
         for row in rows
         if row["benchmark"] in MODELS_FIRST
         and row["rival"].startswith(RIVALS)
-        and "whole key groups" not in row["case"]
+        and (bench.line_of(row) in lost or is_plain(row))
     ]
     return bench.summary(sorted(shown, key=lambda row: MODELS_FIRST.index(row["benchmark"])))
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row is of no option; of several texts at once, one length stands for all."""
+    batch = row["shape"].partition(",")[0] if row["benchmark"] == "model" else ""
+    several = batch.startswith("B=") and batch != "B=1"
+    return "whole key groups" not in row["case"] and not (several and "=4096" not in row["shape"])
 
 
 # Tables whose rows are in a file of another name.

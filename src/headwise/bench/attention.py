@@ -8,16 +8,25 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
-from headwise.bench.rivals import causal_flex_attention, fastest, plain_attention
+from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors, runnable
+from headwise.bench.rivals import (
+    EXACT_LENGTH,
+    attention_of_rows,
+    causal_flex_attention,
+    compiled_flex_attention,
+    fastest,
+    gathered_flex_attention,
+    plain_attention,
+    rows_to_check,
+)
 from headwise.bench.tensors import random_gates, value_and_gradients
 from headwise.ops import head_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Of longer inputs the exact result is computed for some of the queries only.
-_EXACT_ROWS, _EXACT_LENGTH = 128, 4096
-# Where FlexAttention is a rival: each shape takes it seconds to compile.
-_FLEX_LENGTH = 16384
+# Where FlexAttention is a rival, on CPUs not of grouped keys: it compiles half a minute a shape.
+_FLEX_LENGTHS = {"cpu": 4096, "cuda": 16384}
+_GATHERED = "FlexAttention, queries gathered"
+_NO_BACKWARD = "it has no backward on CPUs"
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,10 @@ def forward(effort: Effort, core: Core) -> Comparison:
 
     def tensors() -> Tensors:
         gate = gates[0]
-        rows = _rows_to_check(core, effort.device)
-        exact = _exact(q, k, v, rows, core.causal) * gate[:, rows].double().unsqueeze(-1)
+        rows = rows_to_check(core.length, effort.device)
+        wide = q[:, rows].double(), k.double(), v.double()
+        exact = attention_of_rows(*wide, rows, core.causal)
+        exact *= gate[:, rows].double().unsqueeze(-1)
         return [ours(gate)[:, rows]], [mask_only(gate)[:, rows]], [exact]
 
     sdpa, plain = fastest(lambda: plain_attention(q, k, v, core.causal), effort.device)
@@ -104,9 +115,8 @@ def forward(effort: Effort, core: Core) -> Comparison:
         sdpa: Rival(plain, core.share, _target(effort, core)),
         "mask-only MoH": Rival(lambda: mask_only(next(turn)), core.share),
     }
-    if _has_flex(effort, core):
-        flex = causal_flex_attention(core.length, effort.device)
-        rivals["FlexAttention"] = Rival(lambda: flex(q, k, v), core.share)
+    flexes, left_out = _flex(effort, core, (q, k, v), gates)
+    rivals |= flexes
     return Comparison(
         core.name,
         str(core),
@@ -115,6 +125,7 @@ def forward(effort: Effort, core: Core) -> Comparison:
         lambda: ours(next(turn)),
         rivals,
         tensors,
+        left_out=left_out,
     )
 
 
@@ -138,7 +149,7 @@ def step(effort: Effort, core: Core) -> Comparison:
         return value_and_gradients(compute, [*leaves, *more], upstream=upstream)
 
     def tensors() -> Tensors:
-        part = slice(0, min(core.length, _EXACT_LENGTH))
+        part = slice(0, min(core.length, EXACT_LENGTH))
         inputs = [x[:, part] for x in (*leaves, gates[0])]
         dy = upstream[:, part]
         got, usual = (value_and_gradients(f, inputs, upstream=dy) for f in (gathered, masked))
@@ -156,9 +167,14 @@ def step(effort: Effort, core: Core) -> Comparison:
         sdpa: Rival(dense, core.share, targets[0]),
         "mask-only MoH": Rival(lambda: gradients(masked, next(turn)), core.share, targets[1]),
     }
-    if _has_flex(effort, core):
-        flex = causal_flex_attention(core.length, effort.device)
-        rivals["FlexAttention"] = Rival(lambda: gradients(flex), core.share)
+    left_out: dict[str, str] = {}
+    if _has_flex(effort, core) and effort.device.type == "cpu":
+        left_out["FlexAttention"] = _NO_BACKWARD
+    elif _has_flex(effort, core):
+        flex = causal_flex_attention(compiled_flex_attention(), core.length, effort.device)
+        dense_flex = Rival(lambda: gradients(flex), core.share)
+        more, left_out = runnable({"FlexAttention": dense_flex})
+        rivals |= more
     return Comparison(
         f"{core.name}, forward and backward",
         str(core),
@@ -167,35 +183,45 @@ def step(effort: Effort, core: Core) -> Comparison:
         lambda: gradients(gathered, next(turn)),
         rivals,
         tensors,
+        left_out=left_out,
     )
 
 
 def _target(effort: Effort, core: Core) -> float | None:
     if effort.device.type == "cuda":
-        half = 0.67 if core.length < _FLEX_LENGTH else 0.59
+        half = 0.67 if core.length < 16384 else 0.59
         return {0.5: half, 1.0: 1.05}.get(core.share)
     if core.dtype == torch.bfloat16:
         return {0.5: 0.4, 0.75: 0.6, 1.0: 0.8}.get(core.share)
     return {0.5: 0.6, 1.0: 1.05}.get(core.share)
 
 
+def _flex(
+    effort: Effort, core: Core, inputs: tuple[Tensor, Tensor, Tensor], gates: list[Tensor]
+) -> tuple[dict[str, Rival], dict[str, str]]:
+    """FlexAttention of every head, and of gathered queries; why it is left out."""
+    if not _has_flex(effort, core):
+        return {}, {}
+    flex, turn = compiled_flex_attention(), cycle(gates)
+    dense = causal_flex_attention(flex, core.length, effort.device)
+
+    def gathered(gate: Tensor) -> Tensor:
+        with torch.no_grad():
+            return gathered_flex_attention(flex, *inputs, gate)
+
+    # Compiled before it is timed, for each number of blocks that a routing needs.
+    tried = Rival(lambda: [gathered(gate) for gate in gates])
+    every = Rival(lambda: dense(*inputs), core.share)
+    rivals, left_out = runnable({"FlexAttention": every, _GATHERED: tried})
+    if _GATHERED in rivals:
+        rivals[_GATHERED] = Rival(lambda: gathered(next(turn)), 1.0)
+    return rivals, left_out
+
+
 def _has_flex(effort: Effort, core: Core) -> bool:
     plain = core.causal and not core.skewed and core.share == 0.5
-    return effort.device.type == "cuda" and plain and core.length == _FLEX_LENGTH
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, causal: bool) -> Tensor:
-    """Attention of some of the queries in float64."""
-    keys = torch.arange(k.shape[1], device=q.device)
-    mask = keys <= rows.unsqueeze(1) if causal else None
-    return plain_attention(q[:, rows].double(), k.double(), v.double(), mask=mask)
-
-
-def _rows_to_check(core: Core, device: torch.device) -> Tensor:
-    every = torch.arange(core.length, device=device)
-    if core.length <= _EXACT_LENGTH:
-        return every
-    return every[torch.randperm(core.length, device=device)[:_EXACT_ROWS]]
+    grouped = effort.device.type == "cpu" and core.kv_heads < core.heads
+    return plain and not grouped and core.length == _FLEX_LENGTHS[effort.device.type]
 
 
 def _inputs(device: torch.device, core: Core) -> tuple[Tensor, Tensor, Tensor]:

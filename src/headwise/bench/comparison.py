@@ -1,7 +1,8 @@
 """What is compared with what, and the row that comes out."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Effort:
 
     Attributes:
         rounds, seconds: At least so many, for at least so long.
+        most_seconds: Where so many rounds take longer than this, three do.
     """
 
     device: torch.device
@@ -32,6 +34,11 @@ class Effort:
     warmups: int
     quick: bool
     toy: bool = False
+    most_seconds: float = math.inf
+
+
+class LeftOutError(RuntimeError):
+    """What there is no time, memory or package for here; the message names the case."""
 
 
 class Rival(NamedTuple):
@@ -41,11 +48,13 @@ class Rival(NamedTuple):
         run: What is timed.
         ideal: The time that the arithmetic left over would take, as a share of the rival's.
         target: The ratio to reach; at toy size there is none.
+        limit: Milliseconds that its work takes at least on this machine.
     """
 
     run: Callable[[], Any]
     ideal: float | None = None
     target: float | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Comparison:
         rivals: By name.
         tensors: Ours, plain PyTorch's in the same dtype and the exact ones, to compare.
         launches: Whether launching counts on a GPU, as in a loop of Python; else kernels alone do.
+        limit: Milliseconds that our work takes at least on this machine.
+        left_out: Rivals that cannot be timed here, and why.
     """
 
     case: str
@@ -71,6 +82,8 @@ class Comparison:
     rivals: Mapping[str, Rival]
     tensors: Callable[[], Tensors]
     launches: bool = False
+    limit: float | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -87,11 +100,11 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
     if passed:
         times = interleaved(
             candidates, rounds=effort.rounds, seconds=effort.seconds, warmups=effort.warmups,
-            device=effort.device, launches=comparison.launches,
+            device=effort.device, launches=comparison.launches, most_seconds=effort.most_seconds,
         )  # fmt: skip
-    for name, (_, ideal, target) in comparison.rivals.items():
+    for name, (_, ideal, target, limit) in comparison.rivals.items():
         ours, theirs = times["ours"], times[name]
-        ratio = None if ours is None or theirs is None else ours / theirs
+        ratio = _over(ours, theirs)
         yield {
             "case": comparison.case,
             "shape": comparison.shape,
@@ -102,7 +115,11 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
             "rival_ms": _rounded(theirs),
             "ratio": _rounded(ratio),
             "ideal": _rounded(ideal),
-            "share_of_ideal": _rounded(ideal / ratio if ideal and ratio else None),
+            "share_of_ideal": _rounded(_over(ideal, ratio)),
+            "limit_ms": _rounded(comparison.limit),
+            "rival_limit_ms": _rounded(limit),
+            "of_limit": _rounded(_over(comparison.limit, ours)),
+            "rival_of_limit": _rounded(_over(limit, theirs)),
             "target": None if effort.toy else target,
             "error_ratio": round(error, 2),
             "correct": passed,
@@ -110,11 +127,32 @@ def measure(comparison: Comparison, effort: Effort) -> Iterator[Row]:
         }
 
 
+def runnable(rivals: Mapping[str, Rival]) -> tuple[dict[str, Rival], dict[str, str]]:
+    """The rivals that run, each tried once, and why the others do not."""
+    runs, left_out = {}, {}
+    for name, rival in rivals.items():
+        try:
+            rival.run()
+            runs[name] = rival
+        except RuntimeError as error:
+            left_out[name] = first_line(error)
+    return runs, left_out
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong; torch adds pages to it."""
+    return str(error).strip().partition("\n")[0]
+
+
 def environment(device: torch.device) -> Row:
     """Device and versions, which stand in each row beside the figures."""
     here = rows.environment("", cuda=device.type == "cuda")
     names = ("device", "threads", "torch", "transformers", "headwise", "python")
     return {name: here[name] for name in names}
+
+
+def _over(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def _rounded(value: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from headwise.ops import expert_mlp
 from headwise.parity import count_flops
 
 DIM = 768
+# Of decoding: so few that transformers' batched_mm, which copies weights for each, has its place.
+_FEW_TOKENS = 16
+_MOST_COPIED = 2**30  # bytes
 
 
 def comparisons(effort: Effort) -> Iterator[Builder]:
@@ -26,7 +30,8 @@ def comparisons(effort: Effort) -> Iterator[Builder]:
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
         yield partial(layers, effort, dtype, tokens, backward=False)
         yield partial(layers, effort, dtype, tokens, backward=True)
-        yield partial(experts_only, effort, dtype, tokens)
+        for count in (_FEW_TOKENS, tokens):
+            yield partial(experts_only, effort, dtype, count)
 
 
 def layers(effort: Effort, dtype: torch.dtype, tokens: int, *, backward: bool) -> Comparison:
@@ -56,12 +61,12 @@ def layers(effort: Effort, dtype: torch.dtype, tokens: int, *, backward: bool) -
         1.0,
         lambda: run(ours),
         {"sparse MoE (E=8, k=1, f=2048)": rival},
-        lambda: _compared(ours, inputs[0], backward),
+        lambda: compared(ours, inputs[0], backward=backward),
     )
 
 
 def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
-    """The same experts, weights and choices, by transformers' function."""
+    """The same experts, weights and choices, by transformers' functions."""
     on_gpu = effort.device.type == "cuda"
     torch.manual_seed(0)
     layer = MHMoE(DIM, num_heads=3, num_experts=96, top_k=3, expert_dim=512)
@@ -70,19 +75,28 @@ def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
     routing = layer.router(x)
     weights, indices = routing.weights.detach().to(dtype), routing.indices
     up, down = (w.detach() for w in (layer.experts.up_proj, layer.experts.down_proj))
-    module = _transformers_experts(up, down)
 
     def ours() -> Tensor:
         return expert_mlp(x, weights, indices, up, down)
 
-    def theirs() -> Tensor:
-        with torch.no_grad():
-            return module(x, indices, weights)
+    def by(name: Literal["grouped_mm", "batched_mm"]) -> Callable[[], Tensor]:
+        module = _transformers_experts(up, down, name)
+        return torch.no_grad()(lambda: module(x, indices, weights))
 
     def tensors() -> Tensors:
         wide = x.double(), weights.double(), indices, up.double(), down.double()
         exact = expert_mlp(*wide, impl="grouped")
-        return [ours()], [theirs()], [exact]
+        return [ours()], [by("grouped_mm")()], [exact]
+
+    target = None if tokens == _FEW_TOKENS else 1.0 if on_gpu else 0.75
+    rivals = {"transformers grouped_mm": Rival(by("grouped_mm"), None, target)}
+    left_out = {}
+    copied = indices.numel() * (up[0].nbytes + down[0].nbytes)
+    if copied > _MOST_COPIED:
+        reason = f"it copies the weights of each choice: {copied / 2**30:.1f} GiB"
+        left_out["transformers batched_mm"] = reason
+    else:
+        rivals["transformers batched_mm"] = Rival(by("batched_mm"))
 
     return Comparison(
         "experts alone",
@@ -90,17 +104,18 @@ def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
         dtype,
         1.0,
         ours,
-        {"transformers grouped_mm": Rival(theirs, None, 1.0 if on_gpu else 0.75)},
+        rivals,
         tensors,
+        left_out=left_out,
     )
 
 
-def _transformers_experts(up: Tensor, down: Tensor) -> nn.Module:
+def _transformers_experts(up: Tensor, down: Tensor, implementation: str) -> nn.Module:
     """The experts of a transformers model, with these weights."""
     config = Qwen3MoeConfig(
         hidden_size=up.shape[2], moe_intermediate_size=down.shape[2], num_experts=len(up)
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     module = Qwen3MoeExperts(config).to(up.device, up.dtype)
     with torch.no_grad():
         module.gate_up_proj.copy_(up)
@@ -108,13 +123,13 @@ def _transformers_experts(up: Tensor, down: Tensor) -> nn.Module:
     return module
 
 
-def _compared(layer: MHMoE, x: Tensor, backward: bool) -> Tensors:
+def compared(layer: MoE, x: Tensor, *, backward: bool) -> Tensors:
     """The layer's experts, the same by plain products in its dtype, and those in float64.
 
     The choices are those of the layer's own dtype: rounding may change one, which is no error.
     """
     with torch.no_grad():
-        flat = layer.head_proj(x).reshape(-1, DIM // 3)  # type: ignore[misc]
+        flat = layer.split(x).flatten(0, 2)
         routing = layer.router(flat)
 
     def compute(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from headwise.bench.comparison import Builder, Comparison, Effort, Rival, Tensors
 from headwise.bench.tensors import random_inputs, value_and_gradients
@@ -27,18 +27,54 @@ _PROCESSES = 5
 class DenseAttention(nn.Module):
     """Causal self-attention as everybody writes it: four projections and torch's attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = DIM, heads: int = HEADS, head_dim: int = DIM // HEADS) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = HEADS, DIM // HEADS
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.num_heads, self.head_dim, width = heads, head_dim, heads * head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         q, k, v = (
-            rearrange(proj(x), "b t (h c) -> b h t c", h=HEADS)
+            rearrange(proj(x), "b t (h c) -> b h t c", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         heads = scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(rearrange(heads, "b h t c -> b t (h c)")), None
+
+
+class ReleasedAttention(nn.Module):
+    """MoH as its released code computes it: every head, routing by plain softmaxes, then a mask.
+
+    **Source**: MoH's code, commit 2cefd57; `ops.route_heads`, mode "released", has the formulas.
+
+    Args:
+        moh: The layer whose weights it has.
+    """
+
+    def __init__(self, moh: MoHAttention) -> None:
+        super().__init__()
+        self.moh = moh
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        moh, router = self.moh, self.moh.router
+        q, k, v = (
+            rearrange(proj(x), "b t (h c) -> b h t c", c=moh.head_dim)
+            for proj in (moh.q_proj, moh.k_proj, moh.v_proj)
+        )
+        heads = scaled_dot_product_attention(q, k, v, is_causal=True)
+        count = len(router.budget.shared_groups)
+        # One shared head has no softmax: its share is 1.
+        even = x.new_ones(*x.shape[:2], 1)
+        shared = even if count == 1 else count * linear(x, router.shared()).softmax(-1)  # type: ignore[operator]
+        scores = linear(x, router.routed()).softmax(-1)  # type: ignore[operator]
+        best = scores.topk(router.budget.top_k, dim=-1).indices
+        kept = scores * torch.zeros_like(scores).scatter(-1, best, 1.0)
+        total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).eps)
+        stages = 2 * linear(x, router.stage()).softmax(-1)  # type: ignore[operator]
+        first, second = stages.split(1, dim=-1)
+        gates = torch.cat([first * shared, second * router.budget.top_k * kept / total], dim=-1)
+        gated = heads.transpose(1, 2) * gates.unsqueeze(-1)
+        return moh.o_proj(rearrange(gated, "b t h c -> b t (h c)")), None
 
 
 def moh(share: float, impl: Any = "auto") -> MoHAttention:
@@ -86,11 +122,12 @@ def against_dense(effort: Effort, dtype: torch.dtype, length: int, share: float)
 def against_mask_only(
     effort: Effort, dtype: torch.dtype, length: int, backward: bool
 ) -> Comparison:
-    """The layer of the released code computes every head and multiplies by the gate."""
+    """Every head and multiplied by the gate: by our router, and as the released code does it."""
     torch.manual_seed(0)
     ours = moh(0.5).to(effort.device, dtype)
     masked = moh(0.5, "dense").to(effort.device, dtype)
     masked.load_state_dict(ours.state_dict())
+    released = ReleasedAttention(masked)
     inputs = random_inputs((1, length, DIM), dtype, effort.device)
     turn = cycle(inputs)
     flops = sum(count_flops(DenseAttention(), sequence_length=length).values())
@@ -103,7 +140,10 @@ def against_mask_only(
         dtype,
         0.5,
         lambda: _run(ours, next(turn), backward),
-        {"mask-only MoH layer": Rival(lambda: _run(masked, next(turn), backward), ideal)},
+        {
+            "mask-only MoH layer": Rival(lambda: _run(masked, next(turn), backward), ideal),
+            "released MoH's arithmetic": Rival(lambda: _run(released, next(turn), backward), ideal),
+        },
         lambda: _compared(ours, inputs[0], backward),
     )
 
@@ -165,34 +205,21 @@ def _compared(layer: MoHAttention, x: Tensor, backward: bool) -> Tensors:
     return compared(layer, lambda module, dtype: _run(module, x.to(dtype), backward), x.dtype)
 
 
-# ru_maxrss would tell the peak of the imports; the kernel's own counter cannot be reset everywhere.
 _MEMORY = """
-import psutil, sys, threading, time, torch
+import sys, torch
 from headwise.bench.layer import DIM, DenseAttention, moh
+from headwise.bench.memory import peak_memory
 length, kind = int(sys.argv[1]), sys.argv[2]
 layer = moh(0.5) if kind == "ours" else DenseAttention()
-def resident():
-    return psutil.Process().memory_info().rss / 2**20
 def step(length):
     x = torch.randn(1, length, DIM, requires_grad=True)
     layer(x)[0].sum().backward()
 step(1024)
-before, peak, done = resident(), 0.0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-watcher = threading.Thread(target=watch)
-watcher.start()
-step(length)
-done = True
-watcher.join()
-print(peak - before)
+print(peak_memory(lambda: step(length), torch.device("cpu")))
 """
 
 
-def peak_memory(length: int, kind: str) -> float:
+def memory_of_a_step(length: int, kind: str) -> float:
     """MiB that a forward and backward of a layer ("ours" at 50 % or "dense") adds, float32, CPU.
 
     The most of several processes: the watcher may miss a short peak in one of them.

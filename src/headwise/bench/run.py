@@ -2,14 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from headwise.bench import aggregated, attention, decode, experts, layer, model, table, vision
-from headwise.bench.comparison import Builder, Effort, environment, measure
+from headwise.bench import (
+    aggregated,
+    attention,
+    decode,
+    experts,
+    layer,
+    model,
+    table,
+    vision,
+)
+from headwise.bench.comparison import (
+    Builder,
+    Effort,
+    LeftOutError,
+    environment,
+    first_line,
+    measure,
+)
 from headwise.memory import check_memory
 from headwise.ops.fields import Count, check_fields
 from headwise.progress import followed, plain_console
@@ -30,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
     "vision": vision.comparisons,
 }
 _MEMORY_LENGTH = 8192
+_MOST_SECONDS = 60.0
 _OF_A_THREAD = 2**20  # bytes
 
 
@@ -45,7 +63,7 @@ class BenchRun:
         device: cpu or cuda; the default is cuda where there is one.
         threads: CPU threads; the default is torch's.
         rounds: Timed runs of each candidate at least, of which the median counts; where they are
-            short there are more, for three seconds.
+            short there are more, for three seconds, and where they take over a minute, three.
     """
 
     which: Benchmark = "all"
@@ -74,9 +92,11 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
     # Kernels on a GPU are short: in half a second there are rounds enough.
     long = 0.5 if device.type == "cuda" else 3.0
     rounds, seconds, warmups = (3, 0.0, 1) if run.quick or toy else (7, long, 2)
-    effort = Effort(device, run.rounds or rounds, seconds, warmups, run.quick, toy)
-    names = [*BENCHMARKS] if run.which == "all" else [run.which]
+    effort = Effort(
+        device, run.rounds or rounds, seconds, warmups, run.quick, toy, most_seconds=_MOST_SECONDS
+    )
     console = plain_console()
+    names = [*BENCHMARKS] if run.which == "all" else [run.which]
     rows: list[Row] = []
     for name in names:
         for row in _rows(name, effort, console):
@@ -100,36 +120,47 @@ def _rows(name: str, effort: Effort, console: Console) -> Iterator[Row]:
         try:
             comparison = build()
             what = f"{comparison.case}, {comparison.shape}, {comparison.kind}"
+            for rival, reason in comparison.left_out.items():
+                console.print(f"left out: {rival} beside {what}: {reason}")
             for row in measure(comparison, effort):
                 yield {"benchmark": name, **row}
+        except LeftOutError as reason:
+            console.print(f"left out: {reason}")
         except RuntimeError as error:
             # A GPU with too little memory for a shape, say, still has others to measure.
-            reason = str(error).strip().partition("\n")[0]
-            console.print(f"not measured: {what}: {reason}", style="red")
+            console.print(f"not measured: {what}: {first_line(error)}", style="red")
 
 
 def _memory_row(effort: Effort) -> Row:
     """Peak memory of a long layer, in MiB where other rows have milliseconds."""
-    ours, dense = (layer.peak_memory(_MEMORY_LENGTH, kind) for kind in ("ours", "dense"))
+    ours, dense = (layer.memory_of_a_step(_MEMORY_LENGTH, kind) for kind in ("ours", "dense"))
     return {
         "benchmark": "layer", "case": "peak memory (MiB), forward and backward",
         "shape": f"T={_MEMORY_LENGTH}, d={layer.DIM}, {layer.HEADS} heads", "dtype": "float32",
         "share": 0.5, "rival": "dense layer", "ours_ms": round(ours), "rival_ms": round(dense),
-        "ratio": round(ours / dense, 3), "ideal": None, "share_of_ideal": None, "target": 1.0,
-        "error_ratio": None, "correct": True, **environment(effort.device),
+        "ratio": round(ours / dense, 3), "ideal": None, "share_of_ideal": None,
+        "limit_ms": None, "rival_limit_ms": None, "of_limit": None, "rival_of_limit": None,
+        "target": 1.0, "error_ratio": None, "correct": True, **environment(effort.device),
     }  # fmt: skip
 
 
 def _write(directory: Path, rows: list[Row], console: Console) -> None:
     # matplotlib is for those who draw: `import headwise` does without.
-    from headwise.analysis.plots import time_against_share, to_svg
+    from headwise.analysis.plots import time_against_share
 
     written = [directory / "performance.csv"]
     if any(row["benchmark"] == "attention" for row in rows):
         figure = time_against_share(rows)
-        chart, page = directory / "performance.png", directory / "performance.html"
-        write_whole(chart, lambda path: figure.savefig(path, format="png", dpi=150))
-        text = table.page(rows, to_svg(figure, "shares"))
-        write_whole(page, lambda path: path.write_text(text))
-        written += [chart, page]
+        written += _draw(directory, "performance", figure, partial(table.page, rows))
     console.print("\n".join(str(path) for path in written))
+
+
+def _draw(directory: Path, name: str, figure: Any, page: Callable[[str], str]) -> tuple[Path, Path]:
+    """NAME.png, and NAME.html, which `page` makes of the figure."""
+    from headwise.analysis.plots import to_svg
+
+    chart, whole = directory / f"{name}.png", directory / f"{name}.html"
+    write_whole(chart, lambda path: figure.savefig(path, format="png", dpi=150))
+    text = page(to_svg(figure, "figure"))
+    write_whole(whole, lambda path: path.write_text(text))
+    return chart, whole
