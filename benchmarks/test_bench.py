@@ -22,6 +22,20 @@ def test_every_comparison_is_correct(which, tmp_path):
     assert (tmp_path / "performance.html").exists() == (which == "attention")
 
 
+def test_scaling_is_correct_and_whole(tmp_path):
+    rows = bench(BenchRun(which="scaling", device="cpu", rounds=1, output=tmp_path), toy=True)
+    assert {row["rival"] for row in rows if not row["correct"]} == set()
+    assert len({(row["case"], row["axis"], row["dtype"]) for row in rows}) == 12
+    assert len(rows) == 24
+    assert all(row["ours_ms"] > 0 and row["limit_ms"] > 0 for row in rows)
+    assert None not in {row[name] for row in rows for name in ("ours_mib", "rival_mib")}
+    assert None not in {row["ours_time_slope"] for row in rows}
+    with (tmp_path / "scaling.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (tmp_path / "scaling.png").exists()
+    assert (tmp_path / "scaling.html").read_text().count("<table>") == 2
+
+
 def test_no_speed_without_correctness():
     import torch
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from headwise.analysis.plots import recovery_curves, time_against_share
+from headwise.analysis.plots import cost_against_size, recovery_curves, time_against_share
+from headwise.bench import scaling_table
 from headwise.bench import table as bench
 from headwise.commands.eval import table as evaluation
 from headwise.recipes import recovery
@@ -54,6 +55,7 @@ TABLES = {
     "performance": bench.performance,
     "speed": bench.summary,
     "gpu": bench.on_a_gpu,
+    "scaling": scaling_table.slopes,
     "stories260k": recovery.comparison,
     "smollm2": evaluation.comparison,
 } | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
@@ -75,6 +77,9 @@ def main() -> None:
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
     figure = time_against_share(rows_of("performance"))
     figure.savefig(ROOT / "results" / "performance.png", dpi=150)
+    if (ROOT / "results" / "scaling.csv").exists():
+        figure = cost_against_size(rows_of("scaling"))
+        figure.savefig(ROOT / "results" / "scaling.png", dpi=150)
     for name, study in STUDIES.items():
         if (ROOT / "results" / f"{name}.csv").exists():
             path = ROOT / "results" / f"{name}.png"

@@ -34,15 +34,22 @@ def comparisons(effort: Effort) -> Iterator[Builder]:
 
 
 def one_token(
-    effort: Effort, dtype: torch.dtype, batch: int, context: int, kv_heads: int
+    effort: Effort,
+    dtype: torch.dtype,
+    batch: int,
+    context: int,
+    kv_heads: int,
+    *,
+    heads: int = HEADS,
+    channels: int = CHANNELS,
 ) -> Comparison:
     """One new token of each sequence."""
     torch.manual_seed(0)
-    q = torch.randn(batch, 1, HEADS, CHANNELS, device=effort.device).to(dtype)
-    cache = (batch, kv_heads, context, CHANNELS)
+    q = torch.randn(batch, 1, heads, channels, device=effort.device).to(dtype)
+    cache = (batch, kv_heads, context, channels)
     k, v = (torch.randn(cache, device=effort.device).to(dtype).transpose(1, 2) for _ in range(2))
     on = random_gates((batch, 1, kv_heads), 0.5, effort.device)
-    gates = [groups.repeat_interleave(HEADS // kv_heads, dim=2) for groups in on]
+    gates = [groups.repeat_interleave(heads // kv_heads, dim=2) for groups in on]
     turn = cycle(gates)
 
     def ours(gate: Tensor) -> Tensor:
@@ -51,7 +58,7 @@ def one_token(
 
     def tensors() -> Tensors:
         # In float64 for the first and the last sequence: of 64 long ones it would not fit.
-        some, gate = [0, batch - 1], gates[0]
+        some, gate = sorted({0, batch - 1}), gates[0]
         usual = (plain_attention(q, k, v) * gate.to(dtype).unsqueeze(-1))[some]
         exact = plain_attention(q[some].double(), k[some].double(), v[some].double())
         return [ours(gate)[some]], [usual], [exact * gate[some].double().unsqueeze(-1)]
@@ -61,10 +68,10 @@ def one_token(
     if effort.device.type == "cuda":
         # One sequence does not fill a GPU: no target was set for it.
         target = None if batch == 1 else 0.6
-    kv = "" if kv_heads == HEADS else f", {kv_heads} kv"
+    kv = "" if kv_heads == heads else f", {kv_heads} kv"
     return Comparison(
         "one token, whole key groups" if kv else "one token",
-        f"B={batch}, S={context}, {HEADS}×{CHANNELS}{kv}",
+        f"B={batch}, S={context}, {heads}×{channels}{kv}",
         dtype,
         0.5,
         lambda: ours(next(turn)),

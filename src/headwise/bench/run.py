@@ -1,7 +1,7 @@
 """`headwise bench`: run comparisons, show them, keep them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from headwise.bench import (
     experts,
     layer,
     model,
+    scaling_table,
     table,
     vision,
 )
@@ -27,6 +28,7 @@ from headwise.bench.comparison import (
     first_line,
     measure,
 )
+from headwise.bench.scaling import measure_scaling
 from headwise.memory import check_memory
 from headwise.ops.fields import Count, check_fields
 from headwise.progress import followed, plain_console
@@ -34,7 +36,7 @@ from headwise.results.files import write_whole
 from headwise.results.rows import Row, write_csv
 
 Benchmark = Literal[
-    "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision"
+    "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision", "scaling"
 ]
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
@@ -57,9 +59,11 @@ class BenchRun:
 
     Attributes:
         which: attention (the core), aggregated (its kind in TransNeXt), decode, experts, layer,
-            model, vision (blocks of MoH-DiT and MoH-ViT), or all of them.
+            model, vision (blocks of MoH-DiT and MoH-ViT), or all of them; or scaling: time and
+            memory against tokens, heads, experts and batch, and how fast they grow.
         quick: Fewer shapes and rounds: under a minute each on 2 cores.
-        output: Directory for performance.csv, performance.png and performance.html.
+        output: Directory for performance.csv, performance.png and performance.html; of scaling,
+            for scaling.csv, scaling.png and scaling.html.
         device: cpu or cuda; the default is cuda where there is one.
         threads: CPU threads; the default is torch's.
         rounds: Timed runs of each candidate at least, of which the median counts; where they are
@@ -96,6 +100,8 @@ def bench(run: BenchRun, *, toy: bool = False) -> list[Row]:
         device, run.rounds or rounds, seconds, warmups, run.quick, toy, most_seconds=_MOST_SECONDS
     )
     console = plain_console()
+    if run.which == "scaling":
+        return _scaling(run.output, effort, console)
     names = [*BENCHMARKS] if run.which == "all" else [run.which]
     rows: list[Row] = []
     for name in names:
@@ -142,6 +148,20 @@ def _memory_row(effort: Effort) -> Row:
         "limit_ms": None, "rival_limit_ms": None, "of_limit": None, "rival_of_limit": None,
         "target": 1.0, "error_ratio": None, "correct": True, **environment(effort.device),
     }  # fmt: skip
+
+
+def _scaling(directory: Path, effort: Effort, console: Console) -> list[Row]:
+    """Measure, show and keep how time and memory grow."""
+    from headwise.analysis.plots import cost_against_size
+
+    rows: list[Row] = []
+    effort = replace(effort, seconds=min(effort.seconds, 1.0), most_seconds=30.0)
+    for rows in measure_scaling(effort, console):
+        write_csv(directory / "scaling.csv", rows)
+    console.print(scaling_table.for_terminal(rows))
+    pages = _draw(directory, "scaling", cost_against_size(rows), partial(scaling_table.page, rows))
+    console.print("\n".join(map(str, (directory / "scaling.csv", *pages))))
+    return rows
 
 
 def _write(directory: Path, rows: list[Row], console: Console) -> None:

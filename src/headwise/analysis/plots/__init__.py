@@ -21,6 +21,7 @@ from headwise.analysis.plots.maps import (
     patch_maps,
 )
 from headwise.analysis.plots.panels import Panel, comparison
+from headwise.analysis.plots.scaling import cost_against_size
 from headwise.analysis.plots.speed import time_against_share
 from headwise.analysis.plots.style import to_svg
 
@@ -29,6 +30,7 @@ __all__ = [
     "MANY_DOMAINS",
     "Panel",
     "comparison",
+    "cost_against_size",
     "effective_chart",
     "expert_load_chart",
     "final_losses",
