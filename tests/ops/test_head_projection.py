@@ -17,7 +17,11 @@ SIZES = {
     "none everywhere": {"shared": 0},
     "all everywhere": {"shared": 5, "on": 1},
     "none on": {"shared": 0, "on": 0},
-    "one token": {"tokens": 1},
+    "one token": {"tokens": 1, "batch": 1},
+    "one wide token": {"tokens": 1, "batch": 1, "dim": 514, "channels": 48, "heads": 7},
+    "one token, none on": {"tokens": 1, "batch": 1, "shared": 0, "on": 0},
+    "one token, all on": {"tokens": 1, "batch": 1, "shared": 5, "on": 1},
+    "one token each": {"tokens": 1},
     "several blocks": {"tokens": 331, "batch": 1},
     "wide": {"dim": 514, "channels": 48},
     "narrow": {"dim": 2, "channels": 2},
@@ -47,7 +51,7 @@ def test_equals_float64(size, dtype, bias):
     assert q.dtype == dtype
     assert_close(q.double(), want, rtol=tolerance, atol=tolerance)
     assert not q[gate == 0].any()
-    y = merge_heads(values, w_out, b_out if bias else None, gate)
+    y = merge_heads(values, w_out, b_out if bias else None)
     want = linear(values.flatten(2).double(), w_out.double(), b_out.double() if bias else None)
     assert y.dtype == dtype
     assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
@@ -56,18 +60,18 @@ def test_equals_float64(size, dtype, bias):
 @pytest.mark.parametrize("number", [1, 3])
 def test_any_number_of_threads(number):
     x, values, (w_in, b_in, w_out, b_out), gate = case(torch.float32, tokens=131)
-    want = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out, gate)
+    want = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out)
     with threads(number):
-        got = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out, gate)
+        got = project_heads(x, w_in, b_in, gate), merge_heads(values, w_out, b_out)
     assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_registered_as_operators():
     x, values, (w_in, b_in, w_out, b_out), gate = case(torch.float32)
-    rows = x.flatten(0, 1), values.flatten(2).flatten(0, 1)
-    gate = gate.flatten(0, 1)
-    torch.library.opcheck(torch.ops.headwise.native_project.default, (rows[0], w_in, b_in, gate))
-    torch.library.opcheck(torch.ops.headwise.native_merge.default, (rows[1], w_out, b_out, gate))
+    given = x.flatten(0, 1), w_in, b_in, gate.flatten(0, 1)
+    torch.library.opcheck(torch.ops.headwise.native_project.default, given)
+    given = values.flatten(0, 1), w_out, b_out
+    torch.library.opcheck(torch.ops.headwise.native_merge.default, given)
 
 
 def layer(router="two_stage"):
@@ -115,13 +119,34 @@ def test_what_stands_in_for_a_projection_is_called():
         {"x": torch.zeros(1, 60, 64)},
         {"off": 0},
         {"head_dim": 24},
-        {"x": torch.zeros(1, 1024, 64, requires_grad=True)},
         {"x": torch.zeros(1, 1024, 64, dtype=torch.float64)},
         {"x": torch.zeros(1, 1024, 64, dtype=torch.bfloat16)},
+        {"x": torch.zeros(1, 1024, 62)},
+        {"weight": torch.zeros(240, 63)},
+        {"x": torch.zeros(1, 1, 64)},
     ],
 )
+@torch.no_grad()
 def test_skips_where_that_is_faster(change):
     options = {"head_dim": 48, "routed_heads": 4, "off": 2}
     given = {"x": torch.zeros(1, 1024, 64), "weight": torch.zeros(240, 64)} | options
     assert skips_faster(**given)
     assert not skips_faster(**given | change)
+
+
+@torch.no_grad()
+def test_skips_for_one_token_where_the_weights_are_many():
+    given = {"x": torch.zeros(1, 1, 256), "head_dim": 48, "routed_heads": 4, "off": 1}
+    assert skips_faster(**given, weight=torch.zeros(240, 256))
+    assert not skips_faster(**given, weight=torch.zeros(96, 256))
+    assert not skips_faster(**given | {"off": 0}, weight=torch.zeros(240, 256))
+
+
+@pytest.mark.parametrize("frozen", [("q_proj",), ("q_proj.weight", "o_proj.weight")], ids=str)
+def test_a_layer_of_which_a_part_learns_computes_all_heads(frozen):
+    routed, x = layer(), torch.randn(1, 1400, 64)
+    for name, parameter in routed.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    routed(x)[0].sum().backward()
+    assert routed.o_proj.bias.grad.any()
+    assert routed.q_proj.bias.requires_grad == (routed.q_proj.bias.grad is not None)

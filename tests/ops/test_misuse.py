@@ -61,8 +61,7 @@ CALLS = {
     ),
     "merge_heads": (
         merge_heads,
-        {"heads": HEADS["q"], "weight": torch.randn(D, H * C), "bias": torch.zeros(D),
-         "gate": HEADS["gate"]},
+        {"heads": HEADS["q"], "weight": torch.randn(D, H * C), "bias": torch.zeros(D)},
     ),
     "aggregated_attention": (partial(aggregated_attention, size=(3, 5), window=3), MAP),
 }  # fmt: skip
@@ -100,6 +99,9 @@ RIGHT = {
     },
     ("route_tokens", "logits"): {"an axis less", "an axis more", "axis -2 empty", "axis -2 longer"},
     ("project_heads", "gate"): {"axis -1 longer"},
+    ("merge_heads", "heads"): {
+        "axis -4 empty", "axis -4 longer", "axis -3 empty", "axis -3 longer",
+    },
 }  # fmt: skip
 
 

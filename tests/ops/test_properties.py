@@ -160,7 +160,7 @@ def test_projections_of_heads(data, seed):
         None if bias is None else torch.randn(n if bias == "contiguous" else 1).to(dtype).expand(n)
         for n in (H * C, D)
     )
-    q, y = project_heads(x, w_in, b_in, gate), merge_heads(heads, w_out, b_out, gate)
+    q, y = project_heads(x, w_in, b_in, gate), merge_heads(heads, w_out, b_out)
 
     def wide(*tensors):
         return [None if x is None else x.double() for x in tensors]

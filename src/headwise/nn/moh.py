@@ -166,9 +166,7 @@ class MoHAttention(nn.Module):
             impl=self.impl,
         )
         if skips:
-            return merge_heads(
-                heads, self.o_proj.weight, self.o_proj.bias, routing.weights
-            ), routing
+            return merge_heads(heads, self.o_proj.weight, self.o_proj.bias), routing
         return self.o_proj(rearrange(heads, "b t h c -> b t (h c)")), routing
 
     def _heads(self, x: Tensor) -> Tensor:

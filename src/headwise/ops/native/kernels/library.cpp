@@ -133,11 +133,9 @@ Tensor projected(
   return (half ? project_heads<BFloat16> : project_heads<float>)(x, weight, bias, gate);
 }
 
-Tensor merged(
-    const Tensor& heads, const Tensor& weight, const Maybe& bias,
-    const Tensor& gate) {
+Tensor merged(const Tensor& heads, const Tensor& weight, const Maybe& bias) {
   const bool half = is_half(heads);
-  return (half ? merge_heads<BFloat16> : merge_heads<float>)(heads, weight, bias, gate);
+  return (half ? merge_heads<BFloat16> : merge_heads<float>)(heads, weight, bias);
 }
 
 Tensor logits(const Tensor& x, const Tensor& weight) {
@@ -197,7 +195,7 @@ STABLE_TORCH_LIBRARY(headwise_native, m) {
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
   m.def("logits(Tensor x, Tensor weight) -> Tensor");
-  m.def("merge_heads(Tensor heads, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
+  m.def("merge_heads(Tensor heads, Tensor weight, Tensor? bias) -> Tensor");
   m.def("project_heads(Tensor x, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
   m.def(
       "route_heads(Tensor shared, Tensor routed, Tensor stage, int top_k, bool paper) -> "

@@ -1,9 +1,11 @@
 // Projections into heads and out of them, for the tokens that have a head on. torch multiplies the
-// first heads, which are on for all tokens, as one product. Each other head gathers its rows.
+// first heads, which are on for all tokens, as one product. Each other head gathers its rows. Of one
+// token, reading the weights is the cost: those of its heads are read, once.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "common.h"
@@ -13,6 +15,8 @@ namespace headwise {
 constexpr int64_t PROJECTED = 64;  // rows of a block
 constexpr int64_t SPAN = 256;  // tokens whose sums over heads a thread collects
 constexpr int64_t OUTPUTS = 256;  // columns of one product of these
+template <typename T>
+constexpr int64_t READ_TOGETHER = HALF<T> ? 8 : 4;  // rows of a weight
 
 inline Tensor part(Tensor of, int64_t axis, int64_t size) {
   return torch::stable::narrow(of, axis, 0, size);
@@ -33,17 +37,107 @@ struct HeadRows {
   int64_t tokens, heads, everywhere = 0;
   std::vector<std::vector<int32_t>> rows;
 
-  explicit HeadRows(const Tensor& gate) : tokens(gate.size(0)), heads(gate.size(1)), rows(heads) {
-    const float* gates = gate.const_data_ptr<float>();
+  // is_on(t * heads + h) for token t and head h.
+  template <typename IsOn>
+  HeadRows(int64_t tokens, int64_t heads, const IsOn& is_on)
+      : tokens(tokens), heads(heads), rows(heads) {
     for (auto& own : rows) own.reserve(tokens);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t h = 0; h < heads; ++h)
-        if (gates[t * heads + h] != 0) rows[h].push_back(static_cast<int32_t>(t));
+        if (is_on(t * heads + h)) rows[h].push_back(static_cast<int32_t>(t));
     while (everywhere < heads && static_cast<int64_t>(rows[everywhere].size()) == tokens)
       ++everywhere;
   }
   int64_t gathered() const { return heads - everywhere; }
+
+  // Of one token: where the channels of its heads begin and end, adjacent heads as one.
+  std::vector<std::array<int64_t, 2>> spans(int64_t channels) const {
+    std::vector<std::array<int64_t, 2>> found;
+    for (int64_t h = 0; h < heads; ++h) {
+      if (rows[h].empty()) continue;
+      if (found.empty() || found.back()[1] < h * channels) found.push_back({h * channels, 0});
+      found.back()[1] = (h + 1) * channels;
+    }
+    return found;
+  }
 };
+
+inline HeadRows gated_rows(const Tensor& gate) {
+  const float* gates = gate.const_data_ptr<float>();
+  return {gate.size(0), gate.size(1), [=](int64_t i) { return gates[i] != 0; }};
+}
+
+// A head that is off is 0, and adds nothing to the sum of the heads: heads [N, H, C], C even.
+template <typename T>
+HeadRows rows_that_add(const Tensor& heads) {
+  const auto* words = reinterpret_cast<const uint32_t*>(heads.const_data_ptr<T>());
+  const int64_t each = heads.size(2) * sizeof(T) / sizeof(uint32_t);
+  return {heads.size(0), heads.size(1), [=](int64_t i) {
+    const uint32_t* head = words + i * each;
+    if (each && head[0]) return true;
+    uint32_t bits = 0;
+#pragma omp simd reduction(| : bits)
+    for (int64_t j = 0; j < each; ++j) bits |= head[j];
+    return bits != 0;
+  }};
+}
+
+template <typename T>
+Floats widened(const T* x) {
+  Floats wide;
+  if constexpr (HALF<T>) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Halves half;
+    std::memcpy(&half, x, sizeof half);
+    const Words words = __builtin_convertvector(half, Words) << 16;
+    std::memcpy(&wide, &words, sizeof wide);
+  } else {
+    std::memcpy(&wide, x, sizeof wide);
+  }
+  return wide;
+}
+
+// y[r] = b[r] + the sum of W[r, j] x[j] over the columns j in `spans`, for the rows r = row_of(i),
+// i < count: x [1, columns], W [rows, columns], y [1, rows].
+template <typename T, typename RowOf>
+void multiply_token(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::vector<std::array<int64_t, 2>>& spans, int64_t count, const RowOf& row_of,
+    Tensor& y) {
+  constexpr int64_t TOGETHER = READ_TOGETHER<T>;
+  const int64_t columns = weight.size(1);
+  const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
+  const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
+  T* out = y.mutable_data_ptr<T>();
+  parallel_for(0, (count + TOGETHER - 1) / TOGETHER, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t rows[TOGETHER];
+      const T* own[TOGETHER];
+      Floats sums[TOGETHER] = {};
+      float rest[TOGETHER] = {};
+      // The last row stands in where there are fewer.
+      for (int64_t r = 0; r < TOGETHER; ++r) {
+        rows[r] = row_of(std::min(i * TOGETHER + r, count - 1));
+        own[r] = w + rows[r] * columns;
+      }
+      for (const auto [first, last] : spans) {
+        int64_t j = first;
+        for (; j + LANES <= last; j += LANES) {
+          const Floats own_x = widened(in + j);
+          for (int64_t r = 0; r < TOGETHER; ++r) sums[r] += own_x * widened(own[r] + j);
+        }
+        for (; j < last; ++j)
+          for (int64_t r = 0; r < TOGETHER; ++r)
+            rest[r] += static_cast<float>(in[j]) * static_cast<float>(own[r][j]);
+      }
+      for (int64_t r = 0; r < TOGETHER; ++r) {
+        float sum = rest[r] + (b ? static_cast<float>(b[rows[r]]) : 0.0f);
+        for (int64_t j = 0; j < LANES; ++j) sum += sums[r][j];
+        store(out + rows[r], &sum, 1);
+      }
+    }
+  });
+}
 
 // The weights of each gathered head as second operands, [rows, columns]; row_of(h, i) is where
 // column i starts.
@@ -65,9 +159,17 @@ Tensor packed_heads(
 template <typename T>
 Tensor project_heads(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& gate) {
-  const HeadRows z(gate);
+  const HeadRows z = gated_rows(gate);
   const int64_t dim = x.size(1), c = weight.size(0) / z.heads, shared = z.everywhere * c;
   Tensor q = new_zeros(x, {z.tokens, weight.size(0)});
+  if (z.tokens == 1) {
+    std::vector<int64_t> rows;
+    for (const auto [first, last] : z.spans(c))
+      for (int64_t row = first; row < last; ++row) rows.push_back(row);
+    const auto count = static_cast<int64_t>(rows.size());
+    multiply_token<T>(x, weight, bias, {{0, dim}}, count, [&](int64_t i) { return rows[i]; }, q);
+    return q;
+  }
   if (shared) {
     Tensor out = part(q, 1, shared);
     const auto own_bias = bias ? std::optional(part(*bias, 0, shared)) : std::nullopt;
@@ -101,15 +203,20 @@ Tensor project_heads(
   return q;
 }
 
-// y[n] = sum of W_h heads[n, h] over the heads that are on, + b: heads [N, H·C], W [D, H·C].
+// y[n] = sum of W_h heads[n, h] over the heads that are not 0, + b: heads [N, H, C], W [D, H·C].
 template <typename T>
 Tensor merge_heads(
-    const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& gate) {
-  const HeadRows z(gate);
-  const int64_t dim = weight.size(0), all = weight.size(1), c = all / z.heads;
+    const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const HeadRows z = rows_that_add<T>(heads);
+  const int64_t dim = weight.size(0), all = weight.size(1), c = heads.size(2);
   const int64_t shared = z.everywhere * c;
-  Tensor y = linear(part(heads, 1, shared), part(weight, 1, shared), bias);
+  if (z.tokens == 1) {
+    Tensor y = new_empty(heads, {1, dim});
+    multiply_token<T>(heads, weight, bias, z.spans(c), dim, [](int64_t i) { return i; }, y);
+    return y;
+  }
+  const Tensor in = torch::stable::flatten(heads, 1, -1);
+  Tensor y = linear(part(in, 1, shared), part(weight, 1, shared), bias);
   const T* weights = weight.const_data_ptr<T>();
   const Tensor packed = packed_heads<T>(
       z, weight, c, dim, [&](int64_t h, int64_t i) { return weights + i * all + h * c; });
