@@ -120,6 +120,20 @@ def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     assert torch.equal(converted.generate(ids, cache_implementation="static", **options), want)
 
 
+def without_gradients(router: str) -> None:
+    """A converted model that leaves out projections of heads, of a prompt and of one token."""
+    sizes = LLAMA | {"hidden_size": 96, "head_dim": 64, "max_position_embeddings": 640}
+    llama = headwise.convert(
+        LlamaForCausalLM(LlamaConfig(**sizes)).eval(),
+        attention=headwise.MoHConfig(router=router, router_std=0.02, shared=2, active=3),
+    )
+    with torch.no_grad():
+        for ids in (torch.randint(0, 31, (2, 600)), torch.tensor([[5]])):
+            want = llama(input_ids=ids, use_cache=False).logits
+            compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+            assert_close(compiled(input_ids=ids, use_cache=False).logits, want)
+
+
 def decoding() -> None:
     """One token against a cache, without gradients."""
     q, k, v = torch.randn(B, 1, 6, 10), *torch.randn(2, B, T, 3, 10)
@@ -155,6 +169,8 @@ def aggregated(impl: str) -> None:
 NATIVE_CASES: dict[str, Callable[[], None]] = {
     **{name: partial(layer, name) for name in LAYERS if name.startswith("native")},
     "native decode": decoding,
+    "native model, two_stage": partial(without_gradients, "two_stage"),
+    "native model, query_norm": partial(without_gradients, "query_norm"),
     "native aggregated": partial(aggregated, "native"),
 }
 MASKED = ("two_stage", "query_norm", "mh_moe", "moe", "ternary experts")

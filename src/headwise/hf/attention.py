@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headwise.hf.parallelism import check_num_heads
 from headwise.nn import HeadRouter, QueryNormRouter
+from headwise.nn.projections import with_gates
 from headwise.ops import head_attention
 
 NAME = "headwise"
@@ -36,8 +37,9 @@ def _before_attention(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Route by the attention's input; its forward hands the routing down to `attend`.
 
-    A router by queries waits for `attend`, which has them. The function is checked here because
-    somebody may set that of a part of the model without the whole.
+    The input takes the gates along, for a query projection that leaves out heads. A router by
+    queries waits for `attend`, which has them. The function is checked here because somebody may
+    set that of a part of the model without the whole.
     """
     config: Any = attention.config
     router: Any = attention.router
@@ -45,7 +47,10 @@ def _before_attention(
     if isinstance(router, QueryNormRouter):
         return None
     x = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "routing": router(x)}
+    routing = router(x)
+    x = with_gates(x, routing.weights)
+    args, given = ((x, *args[1:]), {}) if args else (args, {"hidden_states": x})
+    return args, {**kwargs, **given, "routing": routing}
 
 
 def attend(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
 from headwise.hf.head_configs import MoHConfig
+from headwise.hf.projections import skip_heads
 from headwise.hf.training_loss import watch_training
 from headwise.hf.upcycling import start_as_slices
 from headwise.nn import HeadRouter, MoE
@@ -43,6 +44,8 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     kinds = ternary_kinds(modules_of_layers(model, without=experts)) if ternary else {}
     for name, router in routers.items():
         headwise_attention.install_router(attentions[name], router)
+        if not ternary:
+            skip_heads(attentions[name], router)
     for name, routed_mlp in experts.items():
         model.set_submodule(name, routed_mlp)
         if ternary:

@@ -6,9 +6,15 @@ from torch import nn
 
 from headwise.nn.bitlinear import BitLinear, PackedExperts, PackedLinear, TernaryExperts
 from headwise.nn.mh_moe import Experts
+from headwise.nn.projections import OutputProjection, QueryProjection
 from headwise.nn.routers import Router, ScoreMap
 
-TERNARY: dict[type, type] = {nn.Linear: BitLinear, Experts: TernaryExperts}
+TERNARY: dict[type, type] = {
+    nn.Linear: BitLinear,
+    QueryProjection: BitLinear,
+    OutputProjection: BitLinear,
+    Experts: TernaryExperts,
+}
 PACKED: dict[type, type] = {BitLinear: PackedLinear, TernaryExperts: PackedExperts}
 _IN_FULL_PRECISION = (Router, ScoreMap, nn.Embedding)
 
