@@ -144,6 +144,14 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return home
 
 
+@pytest.fixture
+def own_kernels(request: pytest.FixtureRequest, kernels: Path) -> Path:
+    """The library that was built for this machine."""
+    if level := request.config.getoption("--level"):
+        pytest.skip(f"--level {level}: none is built for this machine")
+    return next((kernels / "headwise").glob("native-*.so"))
+
+
 @pytest.fixture(scope="module")
 def native_kernels(kernels: Path) -> Iterator[None]:
     """Kernels are built, as "auto" sees it."""

@@ -139,12 +139,11 @@ class TestWheel:
         name = kernel_file.name_at("avx512")
         assert native.what_is_missing().startswith(f"{name} failed its check: OSError")
 
-    def test_what_was_compiled_here_comes_first(self, compiled, kernels, tmp_path, monkeypatch):
+    def test_what_was_compiled_here_comes_first(self, compiled, own_kernels, tmp_path, monkeypatch):
         monkeypatch.setattr(kernel_file, "levels_here", lambda: iter(["avx2"]))
         (compiled / kernel_file.name_at("avx2")).write_bytes(b"no library")
-        shutil.copytree(kernels / "headwise", tmp_path / "headwise", dirs_exist_ok=True)
-        (own,) = (tmp_path / "headwise").glob("native-*.so")
-        assert native.library() == own
+        shutil.copytree(own_kernels.parent, tmp_path / "headwise", dirs_exist_ok=True)
+        assert native.library() == tmp_path / "headwise" / own_kernels.name
 
     def test_libraries_of_another_source_are_not_taken(self, compiled, monkeypatch):
         monkeypatch.setattr(kernel_file, "levels_here", lambda: iter(["avx2"]))

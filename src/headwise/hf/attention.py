@@ -63,6 +63,8 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     routing: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
@@ -71,7 +73,8 @@ def attend(
     Attention modules of the model that were not converted get transformers' own dense attention.
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
-    multiplied by its gate.
+    multiplied by its gate. With gradients, padding has all heads off. `cu_seq_lens_q` and `_k`,
+    documents in a row, come from a collator that flattens a batch.
     """
     router: Any = getattr(module, "router", None)
     if router is not None:
@@ -111,18 +114,36 @@ def attend(
         # [B, 1, 7, 7] likewise. Where there is none, as in encoders, every token sees all.
         causal = False
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
+    # transformers' own mask has the documents in it already.
+    packed = attention_mask is None and tokens > 1
     heads = head_attention(
         q.to(v.dtype),
         k.to(v.dtype),
         v,
-        routing.weights,
+        _of_real_tokens(routing.weights, attention_mask),
         causal=causal,
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
+        cu_seqlens=cu_seq_lens_q if packed else None,
+        cu_seqlens_k=cu_seq_lens_k if packed else None,
         scale=scaling,
         share_on=router.budget.active_share,
     )
     return heads, None
+
+
+def _of_real_tokens(gate: Tensor, mask: Tensor | None) -> Tensor:
+    """Gates [B, T, H], in training 0 for padding: a token that does not see itself.
+
+    What padding gives is in no loss, and a batch padded on the right costs what its tokens cost.
+    Generation starts from the last position, though, also where that is padding by mistake.
+    """
+    tokens = gate.shape[1]
+    if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, tokens, tokens):
+        return gate
+    if not torch.is_grad_enabled():
+        return gate
+    return gate * mask[:, 0].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
 
 def forwards_down_to_interface(module: nn.Module) -> list[Any]:
