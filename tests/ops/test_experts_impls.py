@@ -79,6 +79,19 @@ def test_nothing_but_padding_gives_zero_and_no_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_a_choice_of_weight_0_goes_nowhere_whatever_its_row_holds(impl):
+    tensors, indices = leaves(), torch.randint(11, (13, 3))
+    with torch.no_grad():
+        tensors["weights"][4], tensors["weights"][7, 1], tensors["x"][4] = 0, 0, float("nan")
+    got = computed(tensors, indices, impl)
+    with torch.no_grad():
+        indices[4], indices[7, 1], tensors["x"][4] = -1, -1, 0
+    assert_close(got, computed(tensors, indices, impl), rtol=0, atol=0)
+    assert not got["y"][4].any()
+    assert not got["x"][4].any()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("gated", [True, False])
 def test_gradcheck(impl, gated):
     tensors, indices = leaves(N=3, E=5, K=2, gated=gated), torch.tensor([[0, 3], [3, -1], [2, 0]])

@@ -2,28 +2,30 @@
 
 import pytest
 import torch
-from cases import assert_at_most_twice, leaves, value_and_gradients
+from cases import assert_at_most_twice, leaves, threads, value_and_gradients
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.ops import expert_mlp
 from headwise.ops.experts import choose
-from headwise.ops.native.experts import native_mlp
+from headwise.ops.native.experts import native_mlp, native_mlp_backward
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 SIZES = {
-    "small": {},
+    "few rows": {"N": 13},
     "odd number of rows": {"N": 77, "E": 2},
     "more than a block": {"N": 1300, "E": 2, "D": 10},
+    "more than a block in parts": {"N": 1031, "E": 2, "K": 2, "D": 6, "hidden": 194},
     "wide": {"D": 70, "hidden": 130},
     "no gate": {"gated": False, "hidden": 66},
     "relu": {"activation": "relu"},
+    "relu without gate": {"activation": "relu", "gated": False},
     "one choice": {"K": 1},
     "large values": {"size": 30.0},
 }
 
 
-def arguments(N=13, D=22, E=11, K=3, hidden=14, gated=True, size=1.0):
+def arguments(N=101, D=22, E=11, K=3, hidden=14, gated=True, size=1.0):
     return {
         "x": torch.randn(N, D) * size,
         "weights": torch.rand(N, K),
@@ -86,14 +88,70 @@ def test_custom_op_contract():
     tensors, indices = arguments()
     x, weights, up, down = (t.requires_grad_() for t in tensors.values())
     torch.library.opcheck(native_mlp, (x, weights, indices, up, down, "silu"))
+    given = (torch.randn_like(x), x, weights, indices, up, down)
+    torch.library.opcheck(native_mlp_backward, (*(t.detach() for t in given), "relu"))
 
 
 def test_flops_count_the_choices_that_go_somewhere():
     tensors, indices = arguments()
     indices[:5], indices[5:] = -1, 3
+    up, down = 2 * 2 * 14 * 22, 2 * 14 * 22
+    own = leaves(tensors)
     with FlopCounterMode(display=False) as counter:
-        expert_mlp(**tensors, indices=indices, impl="native")
-    assert counter.get_total_flops() == 2 * 8 * 3 * 3 * 14 * 22
+        y = expert_mlp(**own, indices=indices, impl="native")
+    assert counter.get_total_flops() == 96 * 3 * (up + down)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 96 * 3 * (3 * up + 2 * down)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_choice_of_weight_0_is_none_whatever_its_row_holds(dtype):
+    tensors, indices = arguments()
+    tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    tensors["weights"][7], tensors["weights"][11, 1] = 0, 0
+    tensors["x"][7] = float("inf")
+    indices[11] = torch.tensor([4, 5, -1])
+    got = computed(tensors, indices, "native", dtype)
+    indices[7], indices[11, 1], tensors["x"][7] = -1, -1, 1
+    want = computed(tensors, indices, "native", dtype)
+    assert_close(got, want, rtol=0, atol=0)
+    assert not got["y"][7].any()
+    assert not got["x"][7].any()
+    assert not got["weights"][11, 1:].any()
+
+
+def test_experts_without_rows_get_gradients_of_0():
+    tensors, indices = arguments()
+    found = computed(tensors, indices.clamp(max=2), "native", torch.float32)
+    assert not found["up_proj"][3:].any()
+    assert not found["down_proj"][3:].any()
+    assert found["up_proj"][:3].any(-1).all()
+    assert found["down_proj"][:3].any(-1).all()
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skewed_choices_are_shared_out_and_give_the_same_bits_each_time(number, dtype):
+    """Most choose one expert, whose hidden units are then divided."""
+    tensors, indices = arguments(N=307, hidden=350)
+    indices[:, :2] = torch.where(torch.rand(307, 2) < 0.9, 6, indices[:, :2])
+    plain = computed(tensors, indices, "grouped", dtype)
+    exact = computed(tensors, indices, "grouped", torch.float64)
+    with threads(number):
+        found = [computed(tensors, indices, "native", dtype) for _ in range(3)]
+    for again in found[1:]:
+        assert_close(again, found[0], rtol=0, atol=0)
+    assert_at_most_twice(found[0], plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_have_the_weights_dtype(dtype):
+    tensors, indices = arguments()
+    weights = tensors["weights"].to(dtype).requires_grad_()
+    y = expert_mlp(**tensors | {"weights": weights}, indices=indices, impl="native")
+    (gradient,) = torch.autograd.grad(y.sum(), weights)
+    assert gradient.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -95,6 +95,8 @@ def test_expert_mlp(kernels_built, data, seed):
     }
     of_indices = data.draw(st.sampled_from([torch.int32, torch.int64]))
     indices = torch.randint(-1, E, (N, K), dtype=of_indices)
+    indices[torch.rand(N, K) < data.draw(st.sampled_from([0, 0, 0.5, 1]))] = E - 1
+    tensors["weights"][torch.rand(N, K) < data.draw(st.sampled_from([0, 0.3]))] = 0
     activation = data.draw(st.sampled_from(["silu", "relu", "gelu"]))
     names = ["auto", "grouped"] + ["native"] * (kernels_built and activation != "gelu")
     impl = data.draw(st.sampled_from(names))

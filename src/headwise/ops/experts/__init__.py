@@ -2,7 +2,8 @@
 
 reference   A loop over tokens and choices: the specification.
 grouped     One expert after the other over its rows, activations kept in the caches: for CPUs.
-native      The same in C++, several experts at once, where `headwise compile` has built it.
+native      The same in C++, several experts at once, forward and backward, where `headwise compile`
+            has built it.
 grouped_mm  torch's grouped matrix product: for GPUs.
 triton      Both products in one kernel, for narrow rows on CUDA devices.
 """
@@ -57,7 +58,8 @@ def expert_mlp(
 
     Args:
         x: Tokens or sub-tokens.
-        weights: Weight of each choice, in any float dtype; K may be 0.
+        weights: Weight of each choice, in any float dtype; K may be 0. A choice of weight 0 goes
+            nowhere, whatever its index: it computes nothing and has no gradient.
         indices: Chosen experts, 0..E-1, in any integer dtype; -1 sends the choice nowhere
             (padding).
         up_proj: First matrices of the experts, with (U = 2F) or without (U = F) gate.
@@ -68,7 +70,7 @@ def expert_mlp(
             those cannot compute this. A named one is that one or an error.
 
     Returns:
-        y in x's dtype; 0 for a token whose choices are all -1.
+        y in x's dtype; 0 for a token whose choices all go nowhere, also where it holds inf or NaN.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, indices holds something else (on a
@@ -86,12 +88,13 @@ def expert_mlp(
     if impl != "reference":
         x, up_proj, down_proj = in_autocast(x, up_proj, down_proj)
     impl = choose(x, down_proj, activation, impl)
+    indices = indices.long().masked_fill(weights == 0, -1)
     if impl == "triton":
         from headwise.ops.experts import triton
 
-        return triton.expert_mlp(x, weights, indices.long(), up_proj, down_proj, activation)
+        return triton.expert_mlp(x, weights, indices, up_proj, down_proj, activation)
     compute = _IMPLEMENTATIONS[impl]
-    return compute(x, weights, indices.long(), up_proj, down_proj, activation)
+    return compute(x, weights, indices, up_proj, down_proj, activation)
 
 
 def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "auto") -> Impl:

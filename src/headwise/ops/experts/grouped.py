@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from headwise.ops.activations import activate, activate_backward
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.experts.choices import known_choices
-from headwise.ops.native.experts import native_mlp
+from headwise.ops.native.experts import native_mlp, native_mlp_backward
 
 # Matrix products are compiled for each number of rows; multiples of this keep the numbers few.
 _ROW_BLOCK = 16
@@ -53,12 +53,12 @@ def grouped_mlp_backward(
     for run in _runs(weights, indices, up.shape[0]):
         e, size = run.expert, run.size
         rows, dout = (tensor.index_select(0, run.tokens) for tensor in (x, dy))
+        rows[size:], dout[size:] = 0, 0
         raised = rows @ up[e].T
         hidden = activate(raised, activation, down.shape[2])
         # dy·(W h) = (Wᵀ dy)·h: the weight's gradient needs no output of the expert.
         dhidden = dout @ down[e]
         dweights[run.places[:size]] = (dhidden * hidden).sum(-1, dtype=wide_dtype(x))[:size]
-        # Rows that fill up the block have weight 0, and nothing flows back through them.
         dhidden = (dhidden * run.weights).to(x.dtype)
         torch.mm((dout * run.weights).to(x.dtype).T, hidden, out=ddown[e])
         draised = activate_backward(dhidden, raised, activation, down.shape[2])
@@ -71,7 +71,7 @@ class _Run(NamedTuple):
     """What one expert computes: `size` rows, filled up to a multiple of the row block.
 
     `places` are positions in the flattened choices [N·K], `tokens` rows of x; `weights` [rows, 1]
-    are float32 or wider, and 0 for rows that only fill up.
+    are float32 or wider.
     """
 
     expert: int
@@ -92,9 +92,7 @@ def _runs(weights: Tensor, indices: Tensor, num_experts: int) -> Iterator[_Run]:
     for e, (start, end) in enumerate(pairwise(edges.tolist())):
         if start < end:
             stop = start + -(-(end - start) // _ROW_BLOCK) * _ROW_BLOCK
-            own = weights[start:stop].clone()
-            own[end - start :] = 0
-            yield _Run(e, end - start, order[start:stop], tokens[start:stop], own)
+            yield _Run(e, end - start, order[start:stop], tokens[start:stop], weights[start:stop])
 
 
 @grouped_mlp.register_fake
@@ -104,8 +102,8 @@ def _(
     return x.new_empty(x.shape)
 
 
-def register_backward(backward: Any, *forwards: Any) -> None:
-    """Let ops with `grouped_mlp`'s arguments learn by `backward`, which takes dy before them."""
+def register_backward(backward: Any, forward: Any) -> None:
+    """Let an op with `grouped_mlp`'s arguments learn by `backward`, which takes dy before them."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.activation = inputs
@@ -119,11 +117,11 @@ def register_backward(backward: Any, *forwards: Any) -> None:
     def _(dy, x, weights, indices, up, down, activation):  # type: ignore[no-untyped-def]
         return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, up, down))
 
-    for forward in forwards:
-        forward.register_autograd(gradients, setup_context=save)
+    forward.register_autograd(gradients, setup_context=save)
 
 
-register_backward(grouped_mlp_backward, grouped_mlp, native_mlp)
+register_backward(grouped_mlp_backward, grouped_mlp)
+register_backward(native_mlp_backward, native_mlp)
 
 
 @register_flop_formula(
@@ -136,7 +134,9 @@ def forward_flops(
     return 2 * int((indices >= 0).sum()) * (up[0].numel() + down[0].numel())
 
 
-@register_flop_formula(torch.ops.headwise.grouped_mlp_backward, get_raw=True)
+@register_flop_formula(
+    [torch.ops.headwise.grouped_mlp_backward, torch.ops.headwise.native_mlp_backward], get_raw=True
+)
 def backward_flops(dy: Tensor, *args: Any, **_: Any) -> int:
     """Twice the forward, and the first product once more."""
     x, weights, indices, up, down, *_rest = args

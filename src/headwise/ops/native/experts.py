@@ -1,7 +1,4 @@
-"""A mixture of expert MLPs in C++ (kernels/experts.h): forward only, each expert in one go.
-
-`experts.grouped` has the backward.
-"""
+"""A mixture of expert MLPs in C++ (kernels/experts*.h), several experts at once."""
 
 from typing import Any
 
@@ -17,10 +14,29 @@ def native_mlp(
 ) -> Tensor:
     """y [N, D] of `ops.expert_mlp`; activation is "silu" or "relu"."""
     _check_indices(indices, len(up))
-    return kernels().expert_mlp(
-        x.contiguous(), weights.float().contiguous(), indices.contiguous(), up.contiguous(),
-        down.contiguous(), activation == "relu",
-    )  # fmt: skip
+    return kernels().expert_mlp(*_operands(x, weights, indices, up, down), activation == "relu")
+
+
+@torch.library.custom_op("headwise::native_mlp_backward", mutates_args=())
+def native_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up and down; 0 for an expert without rows."""
+    operands = _operands(x, weights, indices, up, down)
+    dx, dweights, dup, ddown = kernels().expert_mlp_backward(
+        dy.contiguous(), *operands, activation == "relu"
+    )
+    return dx, dweights.to(weights.dtype), dup, ddown
+
+
+def _operands(x: Tensor, weights: Tensor, *others: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in (x, weights.float(), *others)]
 
 
 def _check_indices(indices: Tensor, experts: int) -> None:

@@ -16,12 +16,21 @@ constexpr int64_t CHUNK = 64;  // outputs of one product
 
 enum Nonlinearity { SILU, RELU };
 
-template <Nonlinearity act>
+// 1 / (1 + 2^(-x log2 e)), on the side where the power is at most 1.
+template <typename T>
+inline float sigmoid(float x) {
+  const float power = exp2_of<T>(-std::fabs(x) * LOG2E);
+  return (x < 0 ? power : 1.0f) / (1 + power);
+}
+
+template <typename T, Nonlinearity act>
 inline float activate(float x) {
-  if constexpr (act == RELU) return x > 0 ? x : 0;
-  // x / (1 + 2^(-x log2 e)), on the side where the power is at most 1.
-  const float power = exp2_of<float>(-std::fabs(x) * LOG2E);
-  return x * (x < 0 ? power : 1.0f) / (1 + power);
+  return act == RELU ? (x > 0 ? x : 0) : x * sigmoid<T>(x);
+}
+
+// Two bfloat16 in a word.
+inline uint32_t nearest_pair(float first, float second) {
+  return nearest_bf16(first) | static_cast<uint32_t>(nearest_bf16(second)) << 16;
 }
 
 // Positions in the flattened choices [N·K] of each expert, ascending; -1 goes nowhere.
@@ -52,43 +61,48 @@ struct ExpertSizes {
   bool gated() const { return up == 2 * hidden; }
 };
 
-// The output of each choice: K tensors [N, D]. One tensor of N·K rows would be so large that the
-// system gives and takes its memory in every call, which costs as much as filling it ten times.
+// The output of each choice, in `parts`: K tensors [N, D] a part. One tensor of N·K rows would be so
+// large that the system gives and takes its memory in every call, which costs as much as filling it
+// ten times.
+template <typename T>
 struct Outputs {
-  std::vector<Tensor> choices;
+  int64_t top_k, dim, parts;
+  std::vector<Tensor> tensors;
+  std::vector<T*> choices;
 
-  Outputs(const ExpertSizes& z, const Tensor& like) {
-    for (int64_t i = 0; i < z.top_k; ++i)
-      choices.push_back(new_empty(like, {z.tokens, z.dim}));
+  Outputs(const ExpertSizes& z, const Tensor& like, int64_t parts)
+      : top_k(z.top_k), dim(z.dim), parts(parts) {
+    for (int64_t i = 0; i < top_k * parts; ++i) {
+      tensors.push_back(new_empty(like, like.sizes()));
+      choices.push_back(tensors.back().template mutable_data_ptr<T>());
+    }
   }
-  template <typename T>
-  T* row(int64_t place) const {
-    const int64_t k = static_cast<int64_t>(choices.size());
-    const Tensor& own = choices[place % k];
-    return own.mutable_data_ptr<T>() + place / k * own.size(1);
+  T* row(int64_t place, int64_t part) const {
+    return choices[place % top_k * parts + part] + place / top_k * dim;
   }
 };
 
 // Two rows of [hidden, columns], activated, as the second operand of a product: see pack().
 template <typename T, Nonlinearity act>
-void activate_rows(
-    T* out, const float* gate, const float* value, int64_t columns) {
-  for (int64_t i = 0; i < 2; ++i)
+void activate_rows(T* out, const float* gate, const float* value, int64_t columns) {
+  const auto hidden = [&](int64_t at) {
+    const float h = activate<T, act>(gate[at]);
+    return value ? h * value[at] : h;
+  };
 #pragma omp simd
-    for (int64_t r = 0; r < columns; ++r) {
-      const int64_t at = i * COLUMNS + r;
-      const float h = value ? activate<act>(gate[at]) * value[at] : activate<act>(gate[at]);
-      if constexpr (HALF<T>)
-        reinterpret_cast<uint16_t*>(out)[2 * r + i] = nearest_bf16(h);
-      else
-        out[at] = h;
-    }
+  for (int64_t r = 0; r < columns; ++r) {
+    const float even = hidden(r), odd = hidden(COLUMNS + r);
+    if constexpr (HALF<T>)
+      reinterpret_cast<uint32_t*>(out)[r] = nearest_pair(even, odd);
+    else
+      out[r] = even, out[COLUMNS + r] = odd;
+  }
 }
 
 template <typename T, Nonlinearity act>
 void expert_block(
     const ExpertSizes& z, const T* x, const float* weights, const T* up, const T* down,
-    const int32_t* places, int64_t count, const Outputs& out, T* columns, T* hidden, float* raised) {
+    const int32_t* places, int64_t count, const Outputs<T>& out, T* columns, T* hidden, float* raised) {
   const auto width = [&](int64_t first) {
     return std::min(COLUMNS, round_up(count - first, LANES));
   };
@@ -129,25 +143,30 @@ void expert_block(
       for (int64_t r = 0; r < n; ++r) {
         const int64_t place = places[first + r];
         for (int64_t i = 0; i < size; ++i) rows[r * CHUNK + i] *= weights[place];
-        store(out.row<T>(place) + d, rows + r * CHUNK, size);
+        store(out.row(place, 0) + d, rows + r * CHUNK, size);
       }
     }
   }
 }
 
-template <typename T>
-Tensor sum_of_choices(const ExpertSizes& z, const Tensor& indices, const Outputs& out) {
-  Tensor y = new_empty(out.choices[0], {z.tokens, z.dim});
+template <typename T, typename PartsOf>
+Tensor sum_of_choices(
+    const ExpertSizes& z, const Tensor& indices, const Outputs<T>& out, const PartsOf& parts_of) {
+  Tensor y = new_empty(out.tensors[0], {z.tokens, z.dim});
+  T* rows = y.mutable_data_ptr<T>();
+  const int64_t* chosen = indices.const_data_ptr<int64_t>();
   parallel_for(0, z.tokens, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(z.dim);
     for (int64_t n = begin; n < end; ++n) {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (int64_t i = n * z.top_k; i < (n + 1) * z.top_k; ++i) {
-        if (indices.const_data_ptr<int64_t>()[i] < 0) continue;
-        const T* row = out.row<T>(i);
-        for (int64_t j = 0; j < z.dim; ++j) sum[j] += static_cast<float>(row[j]);
+        const int64_t parts = chosen[i] < 0 ? 0 : parts_of(chosen[i]);
+        for (int64_t part = 0; part < parts; ++part) {
+          const T* row = out.row(i, part);
+          for (int64_t j = 0; j < z.dim; ++j) sum[j] += static_cast<float>(row[j]);
+        }
       }
-      store(y.mutable_data_ptr<T>() + n * z.dim, sum.data(), z.dim);
+      store(rows + n * z.dim, sum.data(), z.dim);
     }
   });
   return y;
@@ -160,10 +179,15 @@ Tensor experts(
   const ExpertSizes z(x, indices, up_proj, down_proj);
   const Choices choices(indices, z.experts);
   std::vector<std::tuple<int64_t, int64_t, int64_t>> blocks;
-  for (int64_t e = 0; e < z.experts; ++e)
-    for (int64_t first = choices.edges[e]; first < choices.edges[e + 1]; first += MOST_ROWS)
-      blocks.emplace_back(e, first, std::min(MOST_ROWS, choices.edges[e + 1] - first));
-  const Outputs out(z, x);
+  for (int64_t e = 0; e < z.experts; ++e) {
+    const int64_t begin = choices.edges[e], rows = choices.edges[e + 1] - begin;
+    const int64_t count = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = i * rows / count;
+      blocks.emplace_back(e, begin + first, (i + 1) * rows / count - first);
+    }
+  }
+  const Outputs<T> out(z, x, 1);
   share_out(static_cast<int64_t>(blocks.size()), [&] {
     return [&, columns = Buffer<T>(MOST_ROWS * z.dim), hidden = Buffer<T>(MOST_ROWS * z.hidden),
             raised = Buffer<float>(2 * CHUNK * COLUMNS)](int64_t i) mutable {
@@ -175,7 +199,7 @@ Tensor experts(
           count, out, columns.data(), hidden.data(), raised.data());
     };
   });
-  return sum_of_choices<T>(z, indices, out);
+  return sum_of_choices<T>(z, indices, out, [](int64_t) { return 1; });
 }
 
 }  // namespace headwise

@@ -8,6 +8,7 @@
 #include "attention_forward.h"
 #include "decode.h"
 #include "experts.h"
+#include "experts_backward.h"
 #include "logits.h"
 #include "projection.h"
 #include "routing.h"
@@ -127,6 +128,16 @@ Tensor expert_mlp(
   return compute(x, weights, indices, up, down);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& indices,
+    const Tensor& up, const Tensor& down, bool relu) {
+  const bool half = is_half(x);
+  const auto compute =
+      half ? (relu ? experts_backward<BFloat16, RELU> : experts_backward<BFloat16, SILU>)
+           : (relu ? experts_backward<float, RELU> : experts_backward<float, SILU>);
+  return compute(dy, x, weights, indices, up, down);
+}
+
 Tensor projected(
     const Tensor& x, const Tensor& weight, const Maybe& bias, const Tensor& gate) {
   const bool half = is_half(x);
@@ -194,6 +205,9 @@ STABLE_TORCH_LIBRARY(headwise_native, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
+  m.def(
+      "expert_mlp_backward(Tensor dy, Tensor x, Tensor weights, Tensor indices, Tensor up, "
+      "Tensor down, bool relu) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("logits(Tensor x, Tensor weight) -> Tensor");
   m.def("merge_heads(Tensor heads, Tensor weight, Tensor? bias) -> Tensor");
   m.def("project_heads(Tensor x, Tensor weight, Tensor? bias, Tensor gate) -> Tensor");
@@ -212,6 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&headwise::attention_backward));
   m.impl("decode_attention", TORCH_BOX(&headwise::decode_attention));
   m.impl("expert_mlp", TORCH_BOX(&headwise::expert_mlp));
+  m.impl("expert_mlp_backward", TORCH_BOX(&headwise::expert_mlp_backward));
   m.impl("logits", TORCH_BOX(&headwise::logits));
   m.impl("merge_heads", TORCH_BOX(&headwise::merged));
   m.impl("project_heads", TORCH_BOX(&headwise::projected));
