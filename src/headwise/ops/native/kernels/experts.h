@@ -61,9 +61,9 @@ struct ExpertSizes {
   bool gated() const { return up == 2 * hidden; }
 };
 
-// The output of each choice, in `parts`: K tensors [N, D] a part. One tensor of N·K rows would be so
-// large that the system gives and takes its memory in every call, which costs as much as filling it
-// ten times.
+// The output of each choice, in `parts`: K tensors [N, D] a part, of which only what is written
+// takes memory. One tensor of N·K rows would be so large that the system gives and takes its memory
+// in every call, which costs as much as filling it ten times.
 template <typename T>
 struct Outputs {
   int64_t top_k, dim, parts;
@@ -102,7 +102,8 @@ void activate_rows(T* out, const float* gate, const float* value, int64_t column
 template <typename T, Nonlinearity act>
 void expert_block(
     const ExpertSizes& z, const T* x, const float* weights, const T* up, const T* down,
-    const int32_t* places, int64_t count, const Outputs<T>& out, T* columns, T* hidden, float* raised) {
+    const int32_t* places, int64_t count, const Outputs<T>& out, T* columns, T* hidden,
+    float* raised) {
   const auto width = [&](int64_t first) {
     return std::min(COLUMNS, round_up(count - first, LANES));
   };

@@ -13,8 +13,8 @@ namespace headwise {
 
 constexpr int64_t MOST_PARTS = 16;  // of an expert; each has a dx of its own
 
-// One thread's share: some hidden units of an expert, over all of its rows. Units of experts that
-// have more rows than others are divided, and dx is the sum of what the parts say.
+// What one thread computes: all hidden units of an expert over all of its rows. The units of an
+// expert that has many of the rows are divided, and dx is the sum of what the parts say.
 struct HiddenPart {
   int64_t expert, part, first, end;
 };
@@ -107,13 +107,15 @@ float hidden_backward(float* raised, float* dh, float weight, int64_t size) {
 // What a thread needs for a block of rows, filled up with zeros, and some hidden units:
 //   x, dy              [rows, D] gathered; *_columns the same turned, [D, rows]
 //   up_columns         [D, width], up [width, D], down [D, units]: second operands
-//   raised, dhidden    [COLUMNS, width] and [COLUMNS, units] in float32, in place turned into dr, w h
+//   raised, dhidden    [COLUMNS, width] and [COLUMNS, units] in float32, turned into dr and w h
 //   dr, weighed        [rows, width] and [rows, units]; *_packed are second operands
-//   dx                 [rows, D] in float32
-//   sums               [D, width + units] in float32: dW_upᵀ, then dW_down
+//   dx                 [rows, D] in float32: the sum over hidden units
+//   sums               [D, width] and [D, units] in float32, of dW_upᵀ and dW_down, one after the
+//                      other; of all hidden units where rows are several blocks
 template <typename T>
 struct ExpertScratch {
-  Buffer<T> x, dy, x_columns, dy_columns, pairs, up_columns, up, down, dr, dr_packed, weighed_packed;
+  Buffer<T> x, dy, x_columns, dy_columns, pairs, up_columns, up, down;
+  Buffer<T> dr, dr_packed, weighed_packed;
   Buffer<float> raised, dhidden, dx, dweights, sums;
 
   explicit ExpertScratch(const ExpertSizes& z)
@@ -156,8 +158,8 @@ void store_sums(
     store(ddown + d * z.hidden + f, sums + z.dim * width + d * size, size);
 }
 
-// What a block of `count` rows says of `size` hidden units from f on; `fresh` starts sums over rows,
-// and a part's first units start dx.
+// What a block of `count` rows says of `size` hidden units from f on. The part's `first` units
+// start dx, and `fresh` rows start the sums over rows.
 template <typename T, Nonlinearity act>
 void hidden_units_backward(
     const ExpertSizes& z, const T* up, const T* down, const float* weights, const int32_t* places,
