@@ -22,7 +22,7 @@ struct HiddenPart {
 // How many parts the hidden units of each expert have: so many that no thread waits for long.
 inline std::vector<int64_t> parts_of_experts(const ExpertSizes& z, const Choices& choices) {
   const int64_t total = std::max<int64_t>(1, choices.edges[z.experts]);
-  const int64_t units = 2 * at::get_num_threads();
+  const int64_t units = 2 * num_threads();
   const int64_t most = std::min(MOST_PARTS, (z.hidden + CHUNK - 1) / CHUNK);
   std::vector<int64_t> parts;
   for (int64_t e = 0; e < z.experts; ++e) {
@@ -165,7 +165,7 @@ void hidden_units_backward(
     const ExpertSizes& z, const T* up, const T* down, const float* weights, const int32_t* places,
     int64_t count, int64_t f, int64_t size, bool first, bool fresh, ExpertScratch<T>& s,
     float* sums) {
-  const int64_t width = z.gated() ? 2 * size : size, rows = round_up(count, ROW_MULTIPLE);
+  const int64_t width = z.gated() ? 2 * size : size, rows = round_up(count, LANES);
   const auto up_row = [&](int64_t i) {
     return up + (i < size ? f + i : z.hidden + f + i - size) * z.dim;
   };
@@ -232,7 +232,7 @@ void hidden_part_backward(
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t start = begin + i * (end - begin) / blocks;
     const int64_t count = begin + (i + 1) * (end - begin) / blocks - start;
-    const int64_t rows = round_up(count, ROW_MULTIPLE);
+    const int64_t rows = round_up(count, LANES);
     const int32_t* places = choices.places.data() + start;
     const auto gather = [&](T* to, T* columns, const Tensor& from) {
       for (int64_t r = 0; r < count; ++r)
@@ -267,10 +267,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
   const auto units = hidden_parts(z, choices, parts);
   const int64_t most_parts = *std::max_element(parts.begin(), parts.end());
   const Outputs<T> dx(z, x, most_parts);
-  Tensor dparts = at::empty({most_parts, z.tokens, z.top_k}, weights.options());
-  Tensor dweights = at::empty({z.tokens, z.top_k}, weights.options());
-  Tensor dup = at::empty(up_proj.sizes(), up_proj.options());
-  Tensor ddown = at::empty(down_proj.sizes(), down_proj.options());
+  Tensor dparts = new_empty(weights, {most_parts, z.tokens, z.top_k});
+  Tensor dweights = new_empty(weights, {z.tokens, z.top_k});
+  Tensor dup = new_empty(up_proj, up_proj.sizes());
+  Tensor ddown = new_empty(down_proj, down_proj.sizes());
   const ExpertGradients<T> out{
       dx, dparts.mutable_data_ptr<float>(), dup.mutable_data_ptr<T>(), ddown.mutable_data_ptr<T>()};
   share_out(static_cast<int64_t>(units.size()), [&] {
