@@ -92,6 +92,15 @@ def test_custom_op_contract():
     torch.library.opcheck(native_mlp_backward, (*(t.detach() for t in given), "relu"))
 
 
+@pytest.mark.parametrize("wrong", [11, -2])
+def test_the_backward_refuses_an_expert_that_there_is_not(wrong):
+    tensors, indices = arguments()
+    x, weights, up, down = tensors.values()
+    indices[5, 1] = wrong
+    with pytest.raises(ValueError, match=f"indices holds {wrong}; it must hold experts, 0..10"):
+        native_mlp_backward(x, x, weights, indices, up, down, "silu")
+
+
 def test_flops_count_the_choices_that_go_somewhere():
     tensors, indices = arguments()
     indices[:5], indices[5:] = -1, 3

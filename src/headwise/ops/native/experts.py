@@ -13,7 +13,6 @@ def native_mlp(
     x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor, activation: str
 ) -> Tensor:
     """y [N, D] of `ops.expert_mlp`; activation is "silu" or "relu"."""
-    _check_indices(indices, len(up))
     return kernels().expert_mlp(*_operands(x, weights, indices, up, down), activation == "relu")
 
 
@@ -35,8 +34,11 @@ def native_mlp_backward(
     return dx, dweights.to(weights.dtype), dup, ddown
 
 
-def _operands(x: Tensor, weights: Tensor, *others: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in (x, weights.float(), *others)]
+def _operands(
+    x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor
+) -> list[Tensor]:
+    _check_indices(indices, len(up))
+    return [tensor.contiguous() for tensor in (x, weights.float(), indices, up, down)]
 
 
 def _check_indices(indices: Tensor, experts: int) -> None:

@@ -51,6 +51,13 @@ inline std::vector<HiddenPart> hidden_parts(
   return all;
 }
 
+// Rows of a block with zeros behind them. For matrix tiles torch compiles a product for each number
+// of rows that it sums over; multiples keep these few.
+template <typename T>
+int64_t filled_up(int64_t rows) {
+  return round_up(rows, HALF<T> && has_matrix_tiles() ? 32 : 2);
+}
+
 // Rows of float32 as the second operand of a product: see pack().
 template <typename T>
 void pack_rounded(T* out, const float* in, int64_t rows, int64_t columns) {
@@ -165,7 +172,7 @@ void hidden_units_backward(
     const ExpertSizes& z, const T* up, const T* down, const float* weights, const int32_t* places,
     int64_t count, int64_t f, int64_t size, bool first, bool fresh, ExpertScratch<T>& s,
     float* sums) {
-  const int64_t width = z.gated() ? 2 * size : size, rows = round_up(count, LANES);
+  const int64_t width = z.gated() ? 2 * size : size, rows = filled_up<T>(count);
   const auto up_row = [&](int64_t i) {
     return up + (i < size ? f + i : z.hidden + f + i - size) * z.dim;
   };
@@ -232,7 +239,7 @@ void hidden_part_backward(
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t start = begin + i * (end - begin) / blocks;
     const int64_t count = begin + (i + 1) * (end - begin) / blocks - start;
-    const int64_t rows = round_up(count, LANES);
+    const int64_t rows = filled_up<T>(count);
     const int32_t* places = choices.places.data() + start;
     const auto gather = [&](T* to, T* columns, const Tensor& from) {
       for (int64_t r = 0; r < count; ++r)
