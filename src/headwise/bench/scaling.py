@@ -332,9 +332,6 @@ FIGURES = {"time": ("ours_ms", "rival_ms"), "memory": ("ours_mib", "rival_mib")}
 
 def with_slopes(rows: Sequence[Row]) -> list[Row]:
     """The rows with the slopes of their series, by time and by memory."""
-    lines: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        lines.setdefault(line_of(row), []).append(row)
     slopes = {
         line: {
             f"{who}_{what}_slope": _rounded(slope([(r["size"], r[name]) for r in members], least))
@@ -342,13 +339,20 @@ def with_slopes(rows: Sequence[Row]) -> list[Row]:
             for who, name in zip(("ours", "rival"), names, strict=True)
             for least in (_LEAST_MIB if what == "memory" else 0.0,)
         }
-        for line, members in lines.items()
+        for line, members in by_series(rows).items()
     }
-    return [row | slopes[line_of(row)] for row in rows]
+    return [row | slopes[_series_of(row)] for row in rows]
 
 
-def line_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What rows of one series have in common."""
+def by_series(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The rows of each series, by what they have in common."""
+    series: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        series.setdefault(_series_of(row), []).append(row)
+    return series
+
+
+def _series_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["case"], row["axis"], row["dtype"], row["rival"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import rich.table
 
-from headwise.bench.scaling import FIGURES, line_of
+from headwise.bench.scaling import FIGURES, by_series
 from headwise.bench.table import document, milliseconds, number, where
 from headwise.results.rows import Row
 from headwise.results.table import Cell, Number, Table
@@ -35,12 +35,9 @@ _POINTS = (
 
 def slopes(rows: Sequence[Row]) -> Table:
     """A line for each series by time, and by memory where that was measured."""
-    lines: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        lines.setdefault(line_of(row), []).append(row)
     cells = [
         cells
-        for members in lines.values()
+        for members in by_series(rows).values()
         for figure in FIGURES
         if (cells := _cells(members, figure))
     ]

@@ -138,10 +138,10 @@ def _of_real_tokens(gate: Tensor, mask: Tensor | None) -> Tensor:
     What padding gives is in no loss, and a batch padded on the right costs what its tokens cost.
     Generation starts from the last position, though, also where that is padding by mistake.
     """
-    tokens = gate.shape[1]
-    if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, tokens, tokens):
+    if mask is None or mask.dtype != torch.bool or not torch.is_grad_enabled():
         return gate
-    if not torch.is_grad_enabled():
+    tokens = gate.shape[1]
+    if mask.shape[1:] != (1, tokens, tokens):
         return gate
     return gate * mask[:, 0].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 

@@ -1,6 +1,6 @@
 // An online softmax over the keys: a block of ROWS rows meets KEYS keys at a step. A row keeps the
 // score that its weights are relative to (`peak`), their sum and the weighted sum of the values
-// (`out`); where a score exceeds the peak by more than 2^SLACK, both sums shrink by 2^(old peak - new
+// (`out`); where a score exceeds the peak by more than SLACK, both sums shrink by 2^(old peak - new
 // peak).
 #pragma once
 

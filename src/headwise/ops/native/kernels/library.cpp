@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Maybe& mask, const Maybe& bias) {
   const Sizes z(q, k, causal);
   const Visible visible(z, gate, spans, mask, bias);
-  Tensor dq = new_empty(q, q.sizes()), dk = new_zeros(k, k.sizes()), dv = new_zeros(v, v.sizes());
+  Tensor dq = new_empty(q, q.sizes()), dk = zeros_like(k), dv = zeros_like(v);
   Tensor dgate = zeros_like(gate);
   const Operands x{dy, q, k, v, gate, y, lse, static_cast<float>(scale), dq, dgate};
   const auto compute = is_half(q) ? backward<BFloat16> : backward<float>;
@@ -86,14 +86,14 @@ std::vector<Tensor> aggregated_attention_backward(
       q, k, v, k_pool, v_pool, gate, local_bias, pool_bias, unit_q, tokens, learned_bias};
   // So many parts that each thread has several to do.
   const int64_t parts = std::min(z.batch, (4 * num_threads() + z.heads - 1) / z.heads);
-  const auto like = zeros_like;
   const auto in_parts = [&](const Tensor& of) {
     std::vector<int64_t> sizes(of.sizes().begin(), of.sizes().end());
     sizes.insert(sizes.begin(), parts);
     return new_zeros(of, sizes, ScalarType::Float);
   };
   MapGradients out{
-      like(q), like(k), like(v), like(k_pool), like(v_pool), like(gate), like(unit_q),
+      zeros_like(q), zeros_like(k), zeros_like(v), zeros_like(k_pool), zeros_like(v_pool),
+      zeros_like(gate), zeros_like(unit_q),
       in_parts(local_bias), in_parts(pool_bias), in_parts(learned_tokens), in_parts(learned_bias)};
   with_type_and_channels(q, [&](auto type, auto channels) {
     aggregate_backward<decltype(type), decltype(channels)::value>(z, x, dy, parts, out);
@@ -172,8 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> route_heads_backward(
     const Tensor& gates, const Tensor& probabilities, const Tensor& shared, const Tensor& routed,
     const Tensor& stage, const Tensor& indices, bool paper) {
   const HeadLogits z{Logits(shared), Logits(routed), Logits(stage), indices.size(1), paper};
-  const auto like = [](const Tensor& of) { return new_zeros(of, of.sizes()); };
-  Tensor dshared = like(shared), drouted = like(routed), dstage = like(stage);
+  Tensor dshared = zeros_like(shared), drouted = zeros_like(routed), dstage = zeros_like(stage);
   route_backward(
       z, shared.size(0), gates.const_data_ptr<float>(), probabilities.const_data_ptr<float>(),
       indices.const_data_ptr<int64_t>(), dshared.mutable_data_ptr<float>(),

@@ -32,13 +32,13 @@ struct Broadcast {
     for (int i = 0; i < 4; ++i)
       sizes[i] = x->size(i), strides[i] = sizes[i] == 1 ? 0 : x->stride(i);
   }
-  const T* row(int64_t b, int64_t h, int64_t t) const {
-    return values + b * strides[0] + h * strides[1] + t * strides[2];
+  const T* row(const Indices& i) const {
+    return values + i.b * strides[0] + i.h * strides[1] + i.t * strides[2];
   }
   // The number of a row among those that differ.
-  int64_t number(int64_t b, int64_t h, int64_t t) const {
+  int64_t number(const Indices& i) const {
     const auto one_of = [&](int axis, int64_t i) { return sizes[axis] == 1 ? 0 : i; };
-    return (one_of(0, b) * sizes[1] + one_of(1, h)) * sizes[2] + one_of(2, t);
+    return (one_of(0, i.b) * sizes[1] + one_of(1, i.h)) * sizes[2] + one_of(2, i.t);
   }
 };
 
@@ -46,8 +46,7 @@ class Visible {
   const Sizes& z_;
   Broadcast<bool> mask_;
   Broadcast<float> bias_;
-  const int32_t* spans_ = nullptr;  // [B|1, T, 2]
-  int64_t of_batch_ = 0;
+  const int32_t* spans_ = nullptr;  // [1, T, 2]
   // Of each row of the mask: where it begins and ends, whether something between is hidden, and
   // which steps have a key that is seen.
   std::vector<Span> mask_spans_;
@@ -82,10 +81,7 @@ class Visible {
       const Sizes& z, const Tensor& gate, const std::optional<Tensor>& spans,
       const std::optional<Tensor>& mask, const std::optional<Tensor>& bias)
       : z_(z), mask_(mask), bias_(bias) {
-    if (spans) {
-      spans_ = spans->const_data_ptr<int32_t>();
-      of_batch_ = spans->size(0) == 1 ? 0 : spans->stride(0);
-    }
+    if (spans) spans_ = spans->const_data_ptr<int32_t>();
     if (!mask) return;
     const int64_t heads = mask_.sizes[1], queries = mask_.sizes[2];
     const int64_t rows = mask_.sizes[0] * heads * queries;
@@ -100,34 +96,25 @@ class Visible {
     parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / queries / heads, t = i % queries;
-        if (!of_tokens || is_on(b, t)) scan(i, mask_.row(b, i / queries % heads, t));
+        if (!of_tokens || is_on(b, t)) scan(i, mask_.row({b, i / queries % heads, t}));
       }
     });
   }
 
   Span of(const Indices& i) const {
-    const auto [b, h, t] = i;
-    Span span{0, z_.causal ? std::min(z_.keys, t + z_.offset + 1) : z_.keys};
-    if (spans_) {
-      const int32_t* own = spans_ + b * of_batch_ + 2 * t;
-      span = span & Span{own[0], own[1]};
-    }
-    return mask_.values ? span & mask_spans_[mask_.number(b, h, t)] : span;
+    Span span{0, z_.causal ? std::min(z_.keys, i.t + z_.offset + 1) : z_.keys};
+    if (spans_) span = span & Span{spans_[2 * i.t], spans_[2 * i.t + 1]};
+    return mask_.values ? span & mask_spans_[mask_.number(i)] : span;
   }
 
   // Whether a row sees some of the keys from `first`, a multiple of KEYS, to first + KEYS.
   bool any(const Indices& i, int64_t first) const {
-    if (!mask_.values) return true;
-    const auto [b, h, t] = i;
-    return steps_[mask_.number(b, h, t) * z_.steps() + first / KEYS];
+    return !mask_.values || steps_[mask_.number(i) * z_.steps() + first / KEYS];
   }
 
   // Whether a span says all there is to say of a row.
   bool plain(const Indices& i) const {
-    if (bias_.values) return false;
-    if (!mask_.values) return true;
-    const auto [b, h, t] = i;
-    return !holes_[mask_.number(b, h, t)];
+    return !bias_.values && (!mask_.values || !holes_[mask_.number(i)]);
   }
 
   // To the scores of keys from `first` to `last`, in s from s[0] on, `stride` apart: bias · factor;
@@ -135,14 +122,13 @@ class Visible {
   void add(
       const Indices& i, int64_t first, int64_t last, float factor, float* s,
       int64_t stride = 1) const {
-    const auto [b, h, t] = i;
     if (bias_.values) {
-      const float* bias = bias_.row(b, h, t);
+      const float* bias = bias_.row(i);
       for (int64_t j = first; j < last; ++j)
         s[(j - first) * stride] += factor * bias[j * bias_.strides[3]];
     }
     if (mask_.values) {
-      const bool* seen = mask_.row(b, h, t);
+      const bool* seen = mask_.row(i);
       for (int64_t j = first; j < last; ++j)
         if (!seen[j * mask_.strides[3]]) s[(j - first) * stride] = -INFINITY;
     }
@@ -154,7 +140,6 @@ struct List {
   std::vector<int32_t> rows;
   Span span{INT64_MAX, 0};
 
-  bool empty() const { return rows.empty(); }
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
 
