@@ -1,7 +1,8 @@
 """Prompts and new tokens of Llamas of known sizes, eight layers each: dense, and some heads off.
 
 Heads are routed by the norms of their queries. Weights change no time: random ones do. Python
-launches kernel by kernel, as `generate` does.
+launches kernel by kernel, as `generate` does; rows called "compiled" read a static cache by CUDA
+graphs, as `generate` does with cache_implementation="static".
 """
 
 import sys
@@ -13,15 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.testing import assert_close
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import headwise
-from headwise.bench.comparison import Comparison, Effort, Rival, measure
+from headwise.bench.comparison import Comparison, Effort, Rival, measure, runnable
 from headwise.bench.tensors import INPUTS
 from headwise.results.rows import Row, write_csv
 from headwise.training.speed import filled_cache, logits_thrice, read_token
 
 LAYERS, SEQUENCES, VOCABULARY = 8, 8, 49152
+SPARE = 1024  # slots of a static cache for what is read while timing
 DEVICE = torch.device("cuda")
 
 
@@ -52,7 +55,7 @@ def main(path: Path) -> None:
     for size in SIZES:
         routed = headwise.MoHConfig(shared=size.shared, active=size.active, router="query_norm")
         ours, dense = headwise.convert(model(size), attention=routed), model(size)
-        for comparison in comparisons(size, ours, dense):
+        for comparison in comparisons(size, ours, {"dense model": dense}):
             rows += ({"benchmark": "model", **row} for row in measure(comparison, effort))
             write_csv(path, rows)
             print(*list(rows[-1].values())[1:9], flush=True)
@@ -60,32 +63,95 @@ def main(path: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def comparisons(size: Size, ours: Any, dense: Any) -> Iterator[Comparison]:
-    """Prompts at each context, and a token more of several sequences."""
+def comparisons(size: Size, ours: Any, rivals: dict[str, Any]) -> Iterator[Comparison]:
+    """Prompts at each context, and a token more of one or several sequences."""
+    (dense,) = rivals.values()
     for context in size.contexts:
         turn = cycle(torch.randint(VOCABULARY, (INPUTS, 1, context), device=DEVICE))
-        yield compared(size, "prompt", f"B=1, T={context}", ours, dense, prompt_of(turn))
-    length, ids = size.contexts[0], torch.randint(VOCABULARY, (SEQUENCES, 1), device=DEVICE)
-    cache = filled_cache(dense, length, SEQUENCES)
-    shape = f"B={SEQUENCES}, S={length}"
-    yield compared(size, "next token", shape, ours, dense, lambda m: read_token(m, ids, cache))
+        yield compared(size, "prompt", f"B=1, T={context}", ours, rivals, prompt_of(turn))
+    length = size.contexts[0]
+    for sequences in (1, SEQUENCES):
+        shape = f"B={sequences}, S={length}"
+        read = token_by_python(filled_cache(dense, length, sequences), sequences)
+        yield compared(size, "next token", shape, ours, rivals, read)
+        read = token_by_graph(length, sequences)
+        yield compared(size, "next token, compiled", shape, ours, rivals | flexible(size), read)
+        torch.compiler.reset()
 
 
 def compared(
-    size: Size, case: str, shape: str, ours: Any, dense: Any, read: Callable[[Any], Any]
+    size: Size, case: str, shape: str, ours: Any, rivals: dict[str, Any], read: Callable[[Any], Any]
 ) -> Comparison:
     """The gate looks at logits of both models' kernels on a short prompt."""
     ids = torch.randint(VOCABULARY, (1, 257), device=DEVICE)
+    runs, left_out = runnable({name: Rival(partial(read, m)) for name, m in rivals.items()})
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", flush=True)
     return Comparison(
         case,
         f"{shape}, {size.name} with {LAYERS} layers",
         torch.bfloat16,
         round(size.active / size.heads, 4),
         partial(read, ours),
-        {"dense model": Rival(partial(read, dense))},
+        runs,
         partial(logits_thrice, ours, ids),
         launches=True,
     )
+
+
+def new_tokens(sequences: int) -> Tensor:
+    return torch.randint(VOCABULARY, (sequences, 1), device=DEVICE)
+
+
+def token_by_python(cache: DynamicCache, sequences: int) -> Callable[[Any], Any]:
+    """Reads a token more, launching kernel by kernel."""
+    ids = new_tokens(sequences)
+    return lambda model: read_token(model, ids, cache)
+
+
+def flexible(size: Size) -> dict[str, Any]:
+    """A dense model whose attention reads each head of keys once; SDPA repeats them for a mask."""
+    flexible = model(size)
+    flexible.set_attn_implementation("flex_attention")
+    return {"dense model, FlexAttention": flexible}
+
+
+def token_by_graph(length: int, sequences: int) -> Callable[[Any], Any]:
+    """Reads a token more by CUDA graphs; raises where these give something else than Python."""
+    ids = new_tokens(sequences)
+    steps: dict[Any, Callable[[], Tensor]] = {}
+
+    @torch.no_grad()
+    def read(model: Any) -> Tensor:
+        if model not in steps:
+            cache = filled_static_cache(model, length, sequences)
+            compiled = torch.compile(model, mode="reduce-overhead")
+            step = steps[model] = lambda: compiled(ids, None, None, cache, use_cache=True).logits
+            expected = model(ids, None, None, cache, use_cache=True).logits
+            step()  # which captures
+            set_length(cache, length)
+            assert_close(step(), expected, rtol=0, atol=0.25 * float(expected.std()))
+        return steps[model]()
+
+    return read
+
+
+def filled_static_cache(model: Any, length: int, sequences: int) -> StaticCache:
+    """A static cache of random keys and values, full but for SPARE slots."""
+    cache = StaticCache(config=model.config, max_cache_len=length + SPARE)
+    with torch.no_grad():
+        model(new_tokens(sequences), None, None, cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    set_length(cache, length)
+    return cache
+
+
+def set_length(cache: StaticCache, length: int) -> None:
+    """The next token goes behind so many."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
 
 
 def prompt_of(turn: Iterator[Tensor]) -> Callable[[Any], Tensor]:

@@ -1,10 +1,10 @@
-"""The C++ kernel of two-stage routing: built here, then compared with float64."""
+"""The C++ kernels of routing: built here, then compared with float64."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.ops import route_heads
+from headwise.ops import route_heads, route_heads_by_query_norm
 from headwise.ops.native import routing as native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -74,3 +74,58 @@ def test_registered_as_an_operator():
     torch.library.opcheck(
         torch.ops.headwise.native_route_heads.default, (shared, routed, stage, 3, False)
     )
+
+
+def assert_same_routing(got, want):
+    """Of the fields of a routing in order, and a routing."""
+    assert torch.equal(got[0], want.weights.float())
+    assert torch.equal(got[1], want.indices)
+    for a, b in zip(got[2:4], want[2:4], strict=True):
+        assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_by_std", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "shared", "top_k"),
+    [(9, [0, 1], 4), (5, [1, 4], 2), (4, [], 1), (3, [0, 1], 1), (2, [0], 0), (62, [61], 30)],
+)
+def test_queries_route_as_in_float64(heads, shared, top_k, scale_by_std, dtype):
+    q = torch.randn(2, 150, heads, 23).to(dtype)
+    options = {"shared_heads": shared, "top_k": top_k, "scale_by_std": scale_by_std}
+    assert native.has_kernel_for_queries(q)
+    with torch.no_grad():
+        got = route_heads_by_query_norm(q, **options)
+    assert_same_routing(got, route_heads_by_query_norm(q.double(), **options))
+
+
+def test_queries_of_any_strides():
+    q = torch.randn(2, 5, 11, 24).transpose(1, 2)
+    views = q, q[..., ::2], torch.stack([q, q], dim=-1).unbind(-1)[0], q[..., :0]
+    for view in views:
+        got = native.query_norm_routing(view, [0], 2, True)
+        assert_same_routing(got, route_heads_by_query_norm(view.double(), shared_heads=1, top_k=2))
+
+
+@pytest.mark.parametrize("size", [(0, 3), (2, 0)])
+def test_no_queries_route_nowhere(size):
+    gates, indices, *_ = native.query_norm_routing(torch.ones(*size, 5, 8), [0], 2, True)
+    assert gates.shape == (*size, 5)
+    assert indices.shape == (*size, 2)
+
+
+def test_equal_norms_count_as_no_deviation_and_the_first_win():
+    _, indices, probabilities, logits = native.query_norm_routing(
+        torch.full((1, 3, 6, 16), 0.3), [0], 2, True
+    )
+    assert (indices == torch.tensor([0, 1])).all()
+    assert_close(probabilities, torch.full_like(probabilities, 0.2))
+    assert_close(logits, torch.full_like(logits, 1.2))
+
+
+def test_queries_that_are_no_numbers_choose_heads_that_exist():
+    gates, indices, *_ = native.query_norm_routing(
+        torch.full((1, 3, 6, 8), torch.nan), [0], 2, True
+    )
+    assert (gates.sum(-1) == 3).all()
+    assert ((indices >= 0) & (indices < 5)).all()

@@ -191,10 +191,10 @@ class QueryNormRouter(HeadRouter):
         """Route every token by its queries; padding (mask False) has all heads off."""
         check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
-        heads_each = self.budget.heads_per_group
+        heads_each, shared = self.budget.heads_per_group, self.budget.shared_groups
         routing = route_heads_by_query_norm(
             q if heads_each == 1 else rearrange(q, "b t (g r) c -> b t g (r c)", r=heads_each),
-            shared_heads=self.budget.shared_groups,
+            shared_heads=shared if self.budget.named_shared else len(shared),
             top_k=self.budget.kept_groups,
             scale_by_std=self.scale_by_std,
         )

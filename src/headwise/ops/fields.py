@@ -155,10 +155,13 @@ def _misfits(field: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, str]
             outside = (m for m in parts[1:] if isinstance(m, Range) and value not in m)
             yield from ((field, value, mark.demand()) for mark in outside)
     elif kind in (Union, UnionType):
-        of_each = [list(_misfits(field, value, part)) for part in parts]
-        if all(of_each):
-            entries = [misfit for some in of_each for misfit in some if misfit[0] != field]
-            yield from entries or [(field, value, f"be {describe(hint)}")]
+        of_each = []
+        for part in parts:
+            of_each += (some := list(_misfits(field, value, part)))
+            if not some:
+                return
+        entries = [misfit for misfit in of_each if misfit[0] != field]
+        yield from entries or [(field, value, f"be {describe(hint)}")]
     elif not _is_of_kind(value, hint if kind is None else kind, parts):
         yield field, value, f"be {describe(hint)}"
     elif kind in (list, tuple, Sequence):

@@ -1,7 +1,7 @@
 """Routing: scores become gates. Pure functions, float32 or wider, ties to the lowest index."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,7 +87,9 @@ def _switched_off(routing: Routing, mask: Tensor) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-# Of the Triton kernel for queries, which marks shared heads in an integer of 64 bits.
+# Not in the call: torch.compile before 2.13 breaks a graph where types are joined.
+_SHARED_HEADS: Any = Index | Sequence[Index]
+# Of the kernels for queries, which mark shared heads in an integer of 64 bits.
 _MOST_HEADS = 62
 # Up to this share of the candidates, finding one maximum after the other is faster than sorting.
 _FEW = 1 / 8
@@ -228,7 +230,7 @@ def route_heads_by_query_norm(
     Raises:
         ValueError: If q has another shape or dtype, or shared_heads or top_k is out of range.
     """
-    check("shared_heads", shared_heads, Index | Sequence[Index])
+    check("shared_heads", shared_heads, _SHARED_HEADS)
     check("scale_by_std", scale_by_std, bool)
     num_heads = check_operands({"q": (q, "B T H C")})["H"]
     shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
@@ -238,10 +240,14 @@ def route_heads_by_query_norm(
             "ascending order"
         )
     _check_top_k(top_k, num_heads - len(shared), lowest=0)
-    if len(shared) < num_heads <= _MOST_HEADS and _in_one_kernel(q):
-        from headwise.ops.triton_routing import query_norm_routing
-
-        return HeadRouting(*query_norm_routing(q, list(shared), top_k, scale_by_std))
+    compute = None
+    if len(shared) < num_heads <= _MOST_HEADS and is_plain(q):
+        if native.has_kernel_for_queries(q):
+            compute = native.query_norm_routing
+        elif _in_one_kernel(q):
+            from headwise.ops.triton_routing import query_norm_routing as compute
+    if compute is not None:
+        return HeadRouting(*compute(q, list(shared), top_k, scale_by_std))
     first = list(shared) == list(range(len(shared)))
     routed = q[..., len(shared) :, :] if first else _without(q, shared, dim=-2)
     norms = torch.linalg.vector_norm(widened(routed), dim=-1)

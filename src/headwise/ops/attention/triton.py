@@ -57,14 +57,21 @@ def head_attention(x: Operands) -> Tensor:
     return triton_attention(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)[0]
 
 
-@torch.library.custom_op("headwise::triton_attention", mutates_args=())
-def triton_attention(
+_ATTENTION = "headwise::triton_attention"
+torch.library.define(
+    _ATTENTION,
+    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? mask, float scale) -> "
+    "(Tensor, Tensor)",
+)
+# y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, H, T] in float32, which is 0
+# where a head is off or sees no key.
+triton_attention: Any = torch.ops.headwise.triton_attention
+
+
+@torch.library.impl(_ATTENTION, "default")
+def _attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, H, T] in float32.
-
-    The second is 0 where a head is off or sees no key.
-    """
     batch, queries, heads, channels = q.shape
     q = adjacent(q)
     y, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -131,7 +138,7 @@ def triton_attention_backward(
     return dq, dk, dv, dgate
 
 
-@triton_attention.register_fake
+@torch.library.register_fake(_ATTENTION)
 def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _channels = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -157,10 +164,10 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None
 
 
-triton_attention.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(_ATTENTION, _backward, setup_context=_save)
 
 
-register_flop_formula(torch.ops.headwise.triton_attention, get_raw=True)(flops_of_what_is_on)
+register_flop_formula(triton_attention, get_raw=True)(flops_of_what_is_on)
 
 
 @register_flop_formula(torch.ops.headwise.triton_attention_backward, get_raw=True)

@@ -4,7 +4,7 @@ A program holds all query heads that share a head of keys; where none of them is
 before it has read a key.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -48,8 +48,16 @@ def decode_attention(x: Operands) -> Tensor:
     return triton_decode(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)
 
 
-@torch.library.custom_op("headwise::triton_decode", mutates_args=())
-def triton_decode(
+_DECODE = "headwise::triton_decode"
+torch.library.define(
+    _DECODE,
+    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? mask, float scale) -> Tensor",
+)
+triton_decode: Any = torch.ops.headwise.triton_decode
+
+
+@torch.library.impl(_DECODE, "default")
+def _decode(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     batch, queries, heads, channels = q.shape
@@ -80,13 +88,13 @@ def triton_decode(
     return y
 
 
-@triton_decode.register_fake
+@torch.library.register_fake(_DECODE)
 def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
 # A tile also computes the other query heads of a key head, and wastes that: it is not counted.
-register_flop_formula(torch.ops.headwise.triton_decode, get_raw=True)(flops_of_what_is_on)
+register_flop_formula(triton_decode, get_raw=True)(flops_of_what_is_on)
 
 
 def _splits(keys: int, groups: int, block: int) -> tuple[int, int]:

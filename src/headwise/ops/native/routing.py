@@ -1,4 +1,4 @@
-"""Two-stage routing of heads in C++ (kernels/routing.h).
+"""Routing of heads in C++ (kernels/routing.h).
 
 A token's softmaxes are a few numbers each: a kernel reads them once, where a chain of tensor
 operations costs about as much as a quarter of the attention heads.
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.ops.native import is_ready, kernels
+from headwise.ops.native import DTYPES, is_ready, kernels
 from headwise.ops.tensors import adjacent
 
 
@@ -17,6 +17,19 @@ def has_kernel(logits: Tensor, scores: str) -> bool:
     """Whether the kernel is there and computes this."""
     plain = scores == "softmax" and logits.dtype == torch.float32
     return plain and logits.device.type == "cpu" and is_ready()
+
+
+def has_kernel_for_queries(q: Tensor) -> bool:
+    """Whether the kernel that routes by queries is there and reads these."""
+    return q.device.type == "cpu" and q.dtype in DTYPES and is_ready()
+
+
+def query_norm_routing(
+    q: Tensor, shared: list[int], top_k: int, scale_by_std: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `ops.route_heads_by_query_norm`'s routing, in order; q is [B, T, H, C]."""
+    bits = sum(1 << head for head in shared)
+    return kernels().route_heads_by_query_norm(adjacent(q), bits, top_k, scale_by_std)
 
 
 def gates(

@@ -119,9 +119,10 @@ void expert_block(
       const int64_t n = width(first);
       const T* b = columns + first * z.dim;
       float* value = z.gated() ? raised + most * COLUMNS : nullptr;
-      multiply(size, n, z.dim, up + f * z.dim, z.dim, b, COLUMNS, raised, COLUMNS, false);
+      multiply<true>(
+          size, n, z.dim, up + f * z.dim, z.dim, b, COLUMNS, raised, COLUMNS, false);
       if (value)
-        multiply(
+        multiply<true>(
             size, n, z.dim, up + (z.hidden + f) * z.dim, z.dim, b, COLUMNS, value, COLUMNS, false);
       T* h = hidden + first * z.hidden + f * COLUMNS;
       for (int64_t i = 0; i < size; i += 2)
@@ -132,7 +133,7 @@ void expert_block(
   for (int64_t d = 0; d < z.dim; d += CHUNK) {
     const int64_t size = std::min(CHUNK, z.dim - d);
     for (int64_t first = 0; first < count; first += COLUMNS) {
-      multiply(
+      multiply<true>(
           size, width(first), z.hidden, down + d * z.hidden, z.hidden, hidden + first * z.hidden,
           COLUMNS, raised, COLUMNS, false);
       const int64_t n = std::min(COLUMNS, count - first);

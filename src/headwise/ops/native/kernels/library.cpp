@@ -168,6 +168,22 @@ std::tuple<Tensor, Tensor, Tensor> route_heads(
   return {gates, indices, probabilities};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_heads_by_query_norm(
+    const Tensor& q, int64_t shared, int64_t top_k, bool scaled) {
+  int64_t routed = q.size(2);
+  for (int64_t left = shared; left; left &= left - 1) --routed;
+  const auto for_each = [&](int64_t count, ScalarType type) {
+    return new_empty(q, {q.size(0), q.size(1), count}, type);
+  };
+  Tensor gates = for_each(q.size(2), ScalarType::Float), indices = for_each(top_k, ScalarType::Long);
+  Tensor probabilities = for_each(routed, ScalarType::Float);
+  Tensor logits = for_each(routed, ScalarType::Float);
+  (is_half(q) ? route_by_norms<BFloat16> : route_by_norms<float>)(
+      q, shared, top_k, scaled, gates.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(),
+      probabilities.mutable_data_ptr<float>(), logits.mutable_data_ptr<float>());
+  return {gates, indices, probabilities, logits};
+}
+
 std::tuple<Tensor, Tensor, Tensor> route_heads_backward(
     const Tensor& gates, const Tensor& probabilities, const Tensor& shared, const Tensor& routed,
     const Tensor& stage, const Tensor& indices, bool paper) {
@@ -214,6 +230,9 @@ STABLE_TORCH_LIBRARY(headwise_native, m) {
       "route_heads(Tensor shared, Tensor routed, Tensor stage, int top_k, bool paper) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
+      "route_heads_by_query_norm(Tensor q, int shared, int top_k, bool scaled) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "route_heads_backward(Tensor gates, Tensor probabilities, Tensor shared, Tensor routed, "
       "Tensor stage, Tensor indices, bool paper) -> (Tensor, Tensor, Tensor)");
 }
@@ -230,5 +249,6 @@ STABLE_TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("merge_heads", TORCH_BOX(&headwise::merged));
   m.impl("project_heads", TORCH_BOX(&headwise::projected));
   m.impl("route_heads", TORCH_BOX(&headwise::route_heads));
+  m.impl("route_heads_by_query_norm", TORCH_BOX(&headwise::route_heads_by_query_norm));
   m.impl("route_heads_backward", TORCH_BOX(&headwise::route_heads_backward));
 }

@@ -102,14 +102,17 @@ inline Floats add_product(Floats sums, const uint32_t* from, Words b) {
   }
 }
 
-// ROWS × VECTORS vectors of C; PART: of the only vector, its first `width` entries.
-template <typename T, int ROWS, int VECTORS, bool PART>
+// ROWS × VECTORS vectors of C; PART: of the only vector, its first `width` entries. STREAMED: A comes
+// from memory, which gives twice as much to a core that asks for the rows after these, too.
+template <typename T, int ROWS, int VECTORS, bool PART, bool STREAMED>
 void product_tile(
     int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
     int64_t ldc, bool add, int64_t width) {
   const auto get = [=](const void* from) { return PART ? load_some(from, width) : load(from); };
   Floats sums[ROWS][VECTORS] = {};
   for (int64_t s = 0; s < steps; ++s) {
+    if (STREAMED && s % LANES == 0)
+      for (int i = 0; i < ROWS; ++i) __builtin_prefetch(a + (i + ROWS) * lda + s);
     Words row[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) row[v] = get(b + s * ldb + v * LANES);
@@ -134,15 +137,16 @@ void product_tile(
 }
 
 // All rows of VECTORS vectors of columns: tiles of TILE_ROWS, then one of what is left.
-template <typename T, int VECTORS, bool PART, int ROWS = TILE_ROWS>
+template <typename T, int VECTORS, bool PART, bool STREAMED, int ROWS = TILE_ROWS>
 void product_columns(
     int64_t m, int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
     float* c, int64_t ldc, bool add, int64_t width) {
   for (; m >= ROWS; m -= ROWS, a += ROWS * lda, c += ROWS * ldc)
-    product_tile<T, ROWS, VECTORS, PART>(steps, a, lda, b, ldb, c, ldc, add, width);
+    product_tile<T, ROWS, VECTORS, PART, STREAMED>(steps, a, lda, b, ldb, c, ldc, add, width);
   if constexpr (ROWS > 1)
     if (m > 0)
-      product_columns<T, VECTORS, PART, ROWS - 1>(m, steps, a, lda, b, ldb, c, ldc, add, width);
+      product_columns<T, VECTORS, PART, STREAMED, ROWS - 1>(
+          m, steps, a, lda, b, ldb, c, ldc, add, width);
 }
 
 inline bool has_matrix_tiles() {
@@ -155,7 +159,9 @@ inline bool has_matrix_tiles() {
 #endif
 }
 
-template <typename T>
+constexpr int64_t SUMMED = 128;  // products of float32 in a row: sums of sums round less
+
+template <bool STREAMED = false, typename T>
 void multiply(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
     int64_t ldc, bool add) {
@@ -164,16 +170,25 @@ void multiply(
     const int64_t rows = has_matrix_tiles() ? m / 32 * 32 : 0;
     if (rows) at::native::cpublas::brgemm(rows, n, k, lda, ldb, ldc, add, a, b, c, true);
     m -= rows, a += rows * lda, c += rows * ldc;
+  } else if (k > SUMMED) {
+    for (int64_t first = 0; first < k; first += SUMMED)
+      multiply<STREAMED>(
+          m, n, std::min(SUMMED, k - first), a + first, lda, b + first * ldb, ldb, c, ldc,
+          add || first > 0);
+    return;
   }
   const auto of_words = [](const T* x) { return reinterpret_cast<const uint32_t*>(x); };
   constexpr int64_t IN_A_WORD = sizeof(uint32_t) / sizeof(T), STEP = TILE_VECTORS * LANES;
   const int64_t steps = k / IN_A_WORD, row = lda / IN_A_WORD;
   const uint32_t *rows = of_words(a), *columns = of_words(b);
   for (; n >= STEP; n -= STEP, columns += STEP, c += STEP)
-    product_columns<T, TILE_VECTORS, false>(m, steps, rows, row, columns, ldb, c, ldc, add, LANES);
+    product_columns<T, TILE_VECTORS, false, STREAMED>(
+        m, steps, rows, row, columns, ldb, c, ldc, add, LANES);
   for (; n >= LANES; n -= LANES, columns += LANES, c += LANES)
-    product_columns<T, 1, false>(m, steps, rows, row, columns, ldb, c, ldc, add, LANES);
-  if (n > 0) product_columns<T, 1, true>(m, steps, rows, row, columns, ldb, c, ldc, add, n);
+    product_columns<T, 1, false, STREAMED>(
+        m, steps, rows, row, columns, ldb, c, ldc, add, LANES);
+  if (n > 0)
+    product_columns<T, 1, true, STREAMED>(m, steps, rows, row, columns, ldb, c, ldc, add, n);
 }
 
 // At the end of a thread's part of the work.

@@ -27,7 +27,7 @@ inline Tensor linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -124,7 +124,10 @@ void multiply_token(
         int64_t j = first;
         for (; j + LANES <= last; j += LANES) {
           const Floats own_x = widened(in + j);
-          for (int64_t r = 0; r < TOGETHER; ++r) sums[r] += own_x * widened(own[r] + j);
+          for (int64_t r = 0; r < TOGETHER; ++r) {
+            __builtin_prefetch(own[r] + TOGETHER * columns + j);  // the rows after these
+            sums[r] += own_x * widened(own[r] + j);
+          }
         }
         for (; j < last; ++j)
           for (int64_t r = 0; r < TOGETHER; ++r)

@@ -1,4 +1,5 @@
-// Two-stage routing of heads with softmaxes (ops.route_heads), and its gradient. A token at a time.
+// Two-stage routing of heads with softmaxes (ops.route_heads), and its gradient; and routing by the
+// norms of queries (ops.route_heads_by_query_norm), without one. A token at a time.
 #pragma once
 
 #include "common.h"
@@ -39,11 +40,14 @@ inline void softmax_backward(const float* p, const float* dp, int64_t count, flo
   for (int64_t i = 0; i < count; ++i) dz[i] = p[i] * (dp[i] - mean);
 }
 
-// The k largest, best first; of equal ones the first. `left` is scratch.
+// The k largest, best first; of equal ones the first; what is no number is larger than any, as torch
+// has it. `left` is scratch.
 inline void best(const float* p, int64_t count, int64_t k, float* left, int64_t* indices) {
   std::copy_n(p, count, left);
   for (int64_t i = 0; i < k; ++i) {
-    indices[i] = std::max_element(left, left + count) - left;
+    indices[i] = std::max_element(left, left + count, [](float a, float b) {
+      return a < b || (std::isnan(b) && !std::isnan(a));
+    }) - left;
     left[indices[i]] = -INFINITY;
   }
 }
@@ -76,6 +80,61 @@ inline void route(
       std::fill_n(gate + shared, routed, 0.0f);
       for (int64_t i = 0; i < z.top_k; ++i)
         gate[shared + chosen[i]] = stage[1] * of_routed * p[chosen[i]];
+    }
+  });
+}
+
+// Norms over their unbiased deviation; nothing but rounding is none.
+inline void divide_by_deviation(const float* norms, int64_t count, float* out) {
+  float sum = 0, squares = 0, most = 0;
+  for (int64_t i = 0; i < count; ++i) sum += norms[i], most = std::max(most, norms[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const float far = norms[i] - sum / count;
+    squares += far * far;
+  }
+  const float deviation = std::sqrt(squares / (count - 1));
+  const bool none = !(deviation > most * 4 * std::numeric_limits<float>::epsilon());
+  for (int64_t i = 0; i < count; ++i) out[i] = norms[i] / (none ? 1 : deviation);
+}
+
+// q [B, T, H, C], adjacent in C; `shared` has a bit for each shared head. Of the routed heads, of
+// which one at least exists, the logits are the norms of their queries.
+template <typename T>
+void route_by_norms(
+    const Tensor& q, int64_t shared, int64_t top_k, bool scaled, float* gates, int64_t* indices,
+    float* probabilities, float* logits) {
+  const int64_t length = q.size(1), heads = q.size(2), channels = q.size(3);
+  std::vector<int64_t> routed;
+  for (int64_t h = 0; h < heads; ++h)
+    if (!(shared >> h & 1)) routed.push_back(h);
+  const auto count = static_cast<int64_t>(routed.size());
+  const T* queries = q.const_data_ptr<T>();
+  parallel_for(0, q.size(0) * length, TOKENS, [&](int64_t begin, int64_t end) {
+    std::vector<float> norms(count), left(count);
+    for (int64_t t = begin; t < end; ++t) {
+      const T* own = queries + t / length * q.stride(0) + t % length * q.stride(1);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* row = own + routed[i] * q.stride(2);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < channels; ++c) {
+          const float x = row[c];
+          sum += x * x;
+        }
+        norms[i] = std::sqrt(sum);
+      }
+      float* z = logits + t * count;
+      if (scaled && count > 1)
+        divide_by_deviation(norms.data(), count, z);
+      else
+        std::copy_n(norms.data(), count, z);
+      softmax(z, count, probabilities + t * count);
+      int64_t* chosen = indices + t * top_k;
+      best(norms.data(), count, top_k, left.data(), chosen);
+      float* gate = gates + t * heads;
+      std::fill_n(gate, heads, 1.0f);
+      for (const int64_t h : routed) gate[h] = 0;
+      for (int64_t i = 0; i < top_k; ++i) gate[routed[chosen[i]]] = 1;
     }
   });
 }
