@@ -49,11 +49,12 @@ def is_plain(row: Row) -> bool:
 
 
 # Tables whose rows are in a file of another name.
-SOURCES = {"costs": "performance", "speed": "performance"}
+SOURCES = {"costs": "performance", "speed": "performance", "speed-amx": "performance_amx"}
 TABLES = {
     "costs": costs,
     "performance": bench.performance,
     "speed": bench.summary,
+    "speed-amx": bench.summary,
     "gpu": bench.on_a_gpu,
     "scaling": scaling_table.slopes,
     "stories260k": recovery.comparison,

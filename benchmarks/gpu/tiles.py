@@ -95,7 +95,7 @@ def call(candidate: Candidate) -> Callable[[], Any]:
 
     kernels.tiling = chosen
     q, k, v, gate = inputs(1, LENGTH, LENGTH, channels)
-    options = True, None, channels**-0.5
+    options = True, None, None, channels**-0.5
     if kernel == "forward":
         return partial(kernels.triton_attention, q, k, v, gate, *options)
     y, lse = kernels.triton_attention(q, k, v, gate, *options)
@@ -121,7 +121,7 @@ def decoding(batch: int, block: int, programs: int, splits: int) -> Callable[[],
     triton_decode.PROGRAMS, triton_decode.MAX_SPLITS = programs, splits
     q, k, v, gate = inputs(batch, 1, 8192, 128)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    return partial(triton_decode.triton_decode, q, k, v, gate, True, None, 128**-0.5)
+    return partial(triton_decode.triton_decode, q, k, v, gate, True, None, None, 128**-0.5)
 
 
 def inputs(batch: int, tokens: int, keys: int, channels: int) -> tuple[Tensor, ...]:

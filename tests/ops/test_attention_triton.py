@@ -4,6 +4,8 @@ Blocks are shrunk to 16 rows and keys, so that small cases take every path: seve
 that need no check, programs that leave at once.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from cases import assert_at_most_twice, plain_attention, value_and_gradients, where_on
@@ -12,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from triton_device import DEVICE, ON_GPU, RUNNABLE
 
+from headwise.ops import head_attention
 from headwise.ops.attention import (
     Operands,
     choose,
@@ -21,6 +24,7 @@ from headwise.ops.attention import (
     triton_tiles,
 )
 from headwise.ops.attention import triton as kernels
+from headwise.ops.attention.spans import mask_of, visible_spans
 
 pytestmark = RUNNABLE
 # The interpreter cuts bfloat16 off instead of rounding it.
@@ -88,6 +92,54 @@ CASES = {
 def test_equals_plain_attention_in_values_and_all_gradients(name):
     leaves, options = case(**CASES[name])
     assert_equal_to(dense.head_attention, leaves, options)
+
+
+SPANS = {
+    "window": {"window": 5},
+    "window wider than a block": {"window": 40, "T": 67, "S": 67},
+    "window of one": {"window": 1},
+    "window, fewer keys": {"window": 20, "T": 53, "S": 29},
+    "window, more keys": {"window": 9, "T": 19, "S": 60},
+    "documents": {"cu_seqlens": [0, 3, 3, 20, 37]},
+    "documents and a window": {"cu_seqlens": [0, 40, 61, 67], "window": 18, "T": 67, "S": 67},
+    "documents of other keys": {"cu_seqlens": [0, 9, 37], "cu_seqlens_k": [0, 30, 50], "S": 50},
+    "documents, grouped": {"cu_seqlens": [0, 16, 32, 37], "H": 4, "kv_heads": 2, "on": 0.3},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", SPANS)
+def test_spans_equal_masks(name, causal):
+    seen = {x: SPANS[name].get(x) for x in ("window", "cu_seqlens", "cu_seqlens_k")}
+    leaves, options = case(**{k: v for k, v in SPANS[name].items() if k not in seen})
+    edges = {
+        x: torch.tensor(seen[x], device=DEVICE) if seen[x] else None
+        for x in ("cu_seqlens", "cu_seqlens_k")
+    }
+    queries, keys = leaves["q"].shape[1], leaves["k"].shape[1]
+    spans = visible_spans(
+        queries, keys, causal=causal, window=seen["window"], **edges, device=leaves["q"].device
+    )
+    options["mask"] = mask_of(spans, keys)
+    want = exact(leaves, options, dense.head_attention)
+    options["mask"] = None
+    got = computed(leaves, options, partial(kernels.head_attention, spans=spans))
+    assert_close(got, want, **CLOSE, check_dtype=False)
+
+
+def test_keys_outside_of_all_spans_are_not_read():
+    leaves, options = case(T=64, S=64, on=0.8)
+    with torch.no_grad():
+        leaves["gate"][:, 32:] = 0
+        for name in "kv":
+            leaves[name][:, 32:] = torch.nan
+        leaves["q"][:, 32:] = torch.nan
+    spans = visible_spans(
+        64, 64, causal=False, window=None, cu_seqlens=torch.tensor([0, 32, 64], device=DEVICE),
+        cu_seqlens_k=None, device=leaves["q"].device,
+    )  # fmt: skip
+    got = computed(leaves, options, partial(kernels.head_attention, spans=spans))
+    assert all(x.isfinite().all() for x in got.values())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -189,9 +241,9 @@ def test_error_is_at_most_twice_that_of_plain_attention(dtype, causal):
 @pytest.mark.parametrize("masked", [False, True])
 def test_custom_op_contract(masked):
     leaves, options = case(T=17, S=19, mask=(1, 1, 1, 19) if masked else None)
-    arguments = (*leaves.values(), True, options["mask"], options["scale"])
+    arguments = (*leaves.values(), True, None, options["mask"], options["scale"])
     torch.library.opcheck(kernels.triton_attention, arguments)
-    detached = (*(x.detach()[:, :2] for x in leaves.values()), False, None, options["scale"])
+    detached = (*(x.detach()[:, :2] for x in leaves.values()), False, None, None, options["scale"])
     torch.library.opcheck(triton_decode.triton_decode, detached)
 
 
@@ -199,7 +251,7 @@ def test_compiles_without_a_break():
     leaves, options = case(T=17, S=17)
 
     def call(x):
-        return kernels.triton_attention(x.q, x.k, x.v, x.gate, True, x.mask, x.scale)[0]
+        return kernels.triton_attention(x.q, x.k, x.v, x.gate, True, None, x.mask, x.scale)[0]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_close(computed(leaves, options, compiled), computed(leaves, options, call))
@@ -242,6 +294,26 @@ def test_decode_equals_the_reference(name, splits, monkeypatch):
         y = kernels.decode_attention(Operands(**leaves, **options))
         wide = {name: x.double() for name, x in leaves.items()}
         assert_close(y.double(), reference.head_attention(Operands(**wide, **options)), **CLOSE)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("tokens", "window"), [(1, 1), (1, 20), (3, 5), (3, 90)])
+def test_decode_reads_no_blocks_of_keys_before_the_window(tokens, window, splits, monkeypatch):
+    monkeypatch.setattr(triton_decode, "MAX_SPLITS", splits)
+    leaves, options = case(T=tokens, S=67, H=4, kv_heads=2, on=1)
+    device = leaves["q"].device
+    spans = visible_spans(
+        tokens, 67, causal=True, window=window, cu_seqlens=None, cu_seqlens_k=None, device=device
+    )
+    with torch.no_grad():
+        masked = options | {"mask": mask_of(spans, 67)}
+        want = dense.head_attention(Operands(**leaves, **masked))
+        for name in "kv":
+            leaves[name][:, : max(0, 67 - tokens - window + 1) // 16 * 16] = torch.nan
+        got = kernels.decode_attention(Operands(**leaves, **options), spans)
+        assert_close(got, want, **CLOSE)
+        op = partial(head_attention, impl="triton", causal=True, window=window)
+        assert_close(op(*leaves.values(), scale=options["scale"]), want, **CLOSE)
 
 
 def test_decode_does_not_read_keys_of_a_group_that_is_off():

@@ -83,8 +83,16 @@ def lost_lines(rows: Sequence[Row]) -> set[tuple[str, ...]]:
 
 
 def on_a_gpu(rows: Sequence[Row]) -> Table:
-    """A line for each case and rival, but mask-only MoH, and the ratios by share of heads on."""
-    shown = [row for row in rows if row["rival"] != "mask-only MoH"]
+    """A line for each case and rival, but mask-only MoH, and the ratios by share of heads on.
+
+    Cases of another GPU than the first one's name it.
+    """
+    usual = rows[0]["device"]
+    shown = [
+        row if row["device"] == usual else {**row, "case": f"{row['case']} ({row['device']})"}
+        for row in rows
+        if row["rival"] != "mask-only MoH"
+    ]
     shares = sorted({row["share"] for row in shown}, key=float)
     heads = {share: f"{float(share):.0%}" for share in shares}
     return replace(_ratios(shown, heads, "share"), legend=_BY_SHARE, measured_on=where(rows))

@@ -131,14 +131,9 @@ def head_attention(
     plan = choose(x, share_on=share_on, impl=impl)
     if plan.impl == "native":
         return _native(x, spans, plan)
-    if spans is not None:
-        seen = mask_of(spans, k.shape[1])
-        x = x._replace(mask=seen if x.mask is None else seen & x.mask)
     if plan.impl == "triton":
-        from headwise.ops.attention import triton
-
-        return (triton.decode_attention if plan.decoding else triton.head_attention)(x)
-    return _IN_PYTORCH[plan.impl](x)
+        return _triton(x, spans, plan)
+    return _IN_PYTORCH[plan.impl](_masked(x, spans))
 
 
 class Plan(NamedTuple):
@@ -162,8 +157,24 @@ def _native(x: Operands, spans: Tensor | None, plan: Plan) -> Tensor:
     if plan.decoding:
         return native_decode(*operands)
     plain = spans is None and x.mask is None and bias is None
-    limit = largest_share(x.q.dtype, learning=plan.learning or not plain)
+    limit = largest_share(x.q.dtype, x.k.shape[1], learning=plan.learning or not plain)
     return native_attention(*operands, limit)[0]
+
+
+def _triton(x: Operands, spans: Tensor | None, plan: Plan) -> Tensor:
+    from headwise.ops.attention import triton
+
+    if x.mask is not None:
+        x, spans = _masked(x, spans), None
+    return (triton.decode_attention if plan.decoding else triton.head_attention)(x, spans)
+
+
+def _masked(x: Operands, spans: Tensor | None) -> Operands:
+    """The same, with a mask for what the spans say."""
+    if spans is None:
+        return x
+    seen = mask_of(spans, x.k.shape[1])
+    return x._replace(mask=seen if x.mask is None else seen & x.mask)
 
 
 def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -> Plan:

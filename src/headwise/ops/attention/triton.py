@@ -47,21 +47,23 @@ def tiling(width: int, dtype: torch.dtype, kernel: Kernel) -> Tiling:
     return table[max(width, 64)][get_args(Kernel).index(kernel)]
 
 
-def head_attention(x: Operands) -> Tensor:
+def head_attention(x: Operands, spans: Tensor | None = None) -> Tensor:
     """Gated attention heads by Triton kernels, forward and backward.
+
+    With `spans` [1, T, 2] a token sees the keys of its span alone, and blocks outside are skipped.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 4; the online softmax and the recomputed scores are
     FlashAttention's, arXiv 2205.14135 and 2307.08691.
     **Deviates**: rows are gathered by their gates, which changes no number.
     """
-    return triton_attention(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)[0]
+    return triton_attention(x.q, x.k, x.v, x.gate, x.causal, spans, x.mask, x.scale)[0]
 
 
 _ATTENTION = "headwise::triton_attention"
 torch.library.define(
     _ATTENTION,
-    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? mask, float scale) -> "
-    "(Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? spans, Tensor? mask, "
+    "float scale) -> (Tensor, Tensor)",
 )
 # y [B, T, H, C], and log2 of the sum of the scores' exponentials [B, H, T] in float32, which is 0
 # where a head is off or sees no key.
@@ -70,8 +72,9 @@ triton_attention: Any = torch.ops.headwise.triton_attention
 
 @torch.library.impl(_ATTENTION, "default")
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, spans: Tensor | None,
+    mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, queries, heads, channels = q.shape
     q = adjacent(q)
     y, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -81,7 +84,7 @@ def _attention(
     own, step, num_warps, num_stages = tiling(width, q.dtype, "forward")
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(queries, own) * batch * heads,)](
-            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            q, described(k, step, width), described(v, step, width), gate, spans, mask, positions,
             on_so_far, y, lse, q.stride(), gate.stride(), mask_strides, y.stride(),
             queries, k.shape[1], heads, heads // k.shape[2], scale,
             C=channels, WIDTH=width, ROWS=own, KEYS=step, CAUSAL=causal,
@@ -100,6 +103,7 @@ def triton_attention_backward(
     y: Tensor,
     lse: Tensor,
     causal: bool,
+    spans: Tensor | None,
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +126,7 @@ def triton_attention_backward(
     with torch.cuda.device_of(q):
         own, step, num_warps, num_stages = tiling(width, q.dtype, "queries")
         queries_kernel[(triton.cdiv(queries, own) * batch * heads,)](
-            q, described(k, step, width), described(v, step, width), gate, mask, positions,
+            q, described(k, step, width), described(v, step, width), gate, spans, mask, positions,
             on_so_far, dy, y, lse, dq, dgate, packed_q, packed_dy, packed_lse, packed_delta,
             q.stride(), gate.stride(), mask_strides, dy.stride(), y.stride(), dq.stride(),
             dgate.stride(), *sizes,
@@ -131,11 +135,24 @@ def triton_attention_backward(
         own, step, num_warps, num_stages = tiling(width, q.dtype, "keys")
         keys_kernel[(triton.cdiv(keys, own) * batch * kv_heads,)](
             described(packed_q, step, width), described(packed_dy, step, width), packed_lse,
-            packed_delta, k, v, mask, positions, on_so_far, dk, dv,
-            k.stride(), v.stride(), mask_strides, dk.stride(), dv.stride(), *sizes,
+            packed_delta, k, v, spans, _seeing(spans, keys, own), mask, positions, on_so_far,
+            dk, dv, k.stride(), v.stride(), mask_strides, dk.stride(), dv.stride(), *sizes,
             **shape, ROWS=step, KEYS=own, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return dq, dk, dv, dgate
+
+
+def _seeing(spans: Tensor | None, keys: int, block: int) -> Tensor | None:
+    """For each block of keys the first token that sees one of them, and the one after the last.
+
+    Spans ascend with tokens: what begins later ends no earlier.
+    """
+    if spans is None:
+        return None
+    begin, end = spans[0].unbind(-1)
+    first = torch.arange(0, keys, block, device=spans.device, dtype=spans.dtype)
+    edges = (end.contiguous(), first), (begin.contiguous(), first + (block - 1))
+    return torch.stack([torch.searchsorted(*edge, right=True) for edge in edges], dim=-1).int()
 
 
 @torch.library.register_fake(_ATTENTION)
@@ -153,15 +170,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, gate, ctx.causal, mask, ctx.scale = inputs
+    q, k, v, gate, ctx.causal, spans, mask, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, gate, *output, mask)
+    ctx.save_for_backward(q, k, v, gate, *output, spans, mask)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, gate, y, lse, mask = ctx.saved_tensors
-    gradients = triton_attention_backward(dy, q, k, v, gate, y, lse, ctx.causal, mask, ctx.scale)
-    return *gradients, None, None, None
+    *rows, spans, mask = ctx.saved_tensors
+    gradients = triton_attention_backward(dy, *rows, ctx.causal, spans, mask, ctx.scale)
+    return *gradients, None, None, None, None
 
 
 torch.library.register_autograd(_ATTENTION, _backward, setup_context=_save)

@@ -27,12 +27,13 @@ import triton.language as tl
 
 from headwise.ops.attention.triton_tiles import (
     LOG2E,
+    edges,
+    first_key,
     last_key,
     longest_first,
     ranked_tokens,
     tile_of,
     visible,
-    whole_blocks,
 )
 from headwise.ops.triton_rows import load_tile, store_tile
 
@@ -40,7 +41,7 @@ from headwise.ops.triton_rows import load_tile, store_tile
 @triton.jit
 @no_type_check
 def queries_kernel(
-    q, k, v, gate, mask, positions, on_so_far, dy, y, lse,
+    q, k, v, gate, spans, mask, positions, on_so_far, dy, y, lse,
     dq, dgate, packed_q, packed_dy, packed_lse, packed_delta,
     q_strides, gate_strides, mask_strides, dy_strides, y_strides, dq_strides, dgate_strides,
     T, S, H, GROUP, scale,
@@ -55,7 +56,8 @@ def queries_kernel(
     b, h = pair // H, pair % H
     t, valid = ranked_tokens(positions + pair * T, start, count, ROWS)
     rows = t.to(tl.int64)
-    last = last_key(t, T, S, CAUSAL)
+    begin = first_key(t, spans)
+    last = last_key(t, spans, T, S, CAUSAL)
     # Pointers to the head.
     q += b * q_strides[0] + h * q_strides[2]
     dy += b * dy_strides[0] + h * dy_strides[2]
@@ -80,14 +82,15 @@ def queries_kernel(
     store_tile(packed_dy, ranks * C, valid, dy_tile, C, WIDTH)
     tl.store(packed_lse + ranks, lses, mask=valid)
     tl.store(packed_delta + ranks, deltas, mask=valid)
-    # Keys 0..whole are seen by every row of the tile; those up to the last row's need a check.
-    queries = (q_tile, dy_tile, lses, deltas, last, rows * mask_strides[2])
+    # Blocks of keys from `inner` to `whole` are seen by every row of the tile; others need a check.
+    queries = (q_tile, dy_tile, lses, deltas, begin, last, rows * mask_strides[2])
     head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
-    keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
-    whole = whole_blocks(tl.min(last, 0) + 1, mask, KEYS)
-    end = tl.max(last, 0) + 1
+    keys = ((k, head[0], head[1]), (v, head[0], head[1]), spans, mask, mask_strides[3])
+    first, inner, whole, end = edges(begin, last, spans, mask, KEYS)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    sums = _add_queries(sums, queries, keys, 0, whole, scale, WIDTH, KEYS, False)
+    if spans is not None:
+        sums = _add_queries(sums, queries, keys, first, inner, scale, WIDTH, KEYS, True)
+    sums = _add_queries(sums, queries, keys, inner, whole, scale, WIDTH, KEYS, False)
     sums = _add_queries(sums, queries, keys, whole, end, scale, WIDTH, KEYS, True)
     dq += b * dq_strides[0] + h * dq_strides[2]
     tile = (sums * scale).to(dq.dtype.element_ty)
@@ -101,8 +104,8 @@ def _add_queries(
     WIDTH: tl.constexpr, KEYS: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of a block of queries, from the keys from first to end."""
-    q, dy, lses, deltas, last, mask_offsets = queries
-    k, v, mask, mask_stride = keys
+    q, dy, lses, deltas, begin, last, mask_offsets = queries
+    k, v, spans, mask, mask_stride = keys
     for start in range(first, end, KEYS):
         k_tile = tile_of(k, start, KEYS, WIDTH)
         v_tile = tile_of(v, start, KEYS, WIDTH)
@@ -110,7 +113,9 @@ def _add_queries(
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
             s = (start + tl.arange(0, KEYS))[None, :]
-            seen = visible(s, last[:, None], mask, mask_offsets[:, None], mask_stride)
+            seen = visible(
+                s, begin[:, None], last[:, None], spans, mask, mask_offsets[:, None], mask_stride
+            )
             scores = tl.where(seen, scores, float("-inf"))
         p = tl.exp2(scores - lses[:, None])
         dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee")
@@ -122,7 +127,8 @@ def _add_queries(
 @triton.jit
 @no_type_check
 def keys_kernel(
-    packed_q, packed_dy, packed_lse, packed_delta, k, v, mask, positions, on_so_far, dk, dv,
+    packed_q, packed_dy, packed_lse, packed_delta, k, v, spans, seeing, mask, positions,
+    on_so_far, dk, dv,
     k_strides, v_strides, mask_strides, dk_strides, dv_strides,
     T, S, H, GROUP, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
@@ -141,7 +147,7 @@ def keys_kernel(
     v += b * v_strides[0] + g * v_strides[2]
     k_tile = load_tile(k, rows * k_strides[1], s < S, C, WIDTH)
     v_tile = load_tile(v, rows * v_strides[1], s < S, C, WIDTH)
-    keys = (k_tile, v_tile, s, mask, mask_strides, T, S)
+    keys = (k_tile, v_tile, s, spans, mask, mask_strides, T, S)
     k_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     v_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     # The query heads that share these keys add to the same sums, one after the other.
@@ -157,6 +163,14 @@ def keys_kernel(
         whole = tl.minimum(first + tl.cdiv(whole - first, ROWS) * ROWS, count)
         if mask is not None:
             whole = count
+        end = count
+        if spans is not None:
+            # Of tokens that have spans, `seeing` has the first that sees a key of the block, and
+            # the one after the last.
+            block = seeing + start // KEYS * 2
+            first = _rank_of(tl.load(block), on_so_far + head)
+            end = _rank_of(tl.load(block + 1), on_so_far + head)
+            whole = end
         place = (b.to(tl.int32), h.to(tl.int32))
         queries = (
             (packed_q, place[0], place[1]), (packed_dy, place[0], place[1]),
@@ -167,7 +181,7 @@ def keys_kernel(
             k_sums, v_sums, queries, keys, first, whole, scale, WIDTH, CAUSAL, ROWS, True
         )
         k_sums, v_sums = _add_keys(
-            k_sums, v_sums, queries, keys, whole, count, scale, WIDTH, CAUSAL, ROWS, False
+            k_sums, v_sums, queries, keys, whole, end, scale, WIDTH, CAUSAL, ROWS, False
         )
     dk += b * dk_strides[0] + g * dk_strides[2]
     dv += b * dv_strides[0] + g * dv_strides[2]
@@ -184,11 +198,14 @@ def _rank_seeing(key, on_so_far, T, S, CAUSAL: tl.constexpr):
     It is the number of tokens that are on before the first that sees the key. In the example with
     S = T, token 3 is the first to see key 3, and two are on before it: rank 2, which is token 4.
     """
-    rank = key * 0
-    if CAUSAL:
-        t = key - (S - T)
-        rank = tl.load(on_so_far + t - 1, mask=t > 0, other=0)
-    return rank
+    return _rank_of(key - (S - T), on_so_far) if CAUSAL else key * 0
+
+
+@triton.jit
+@no_type_check
+def _rank_of(t, on_so_far):
+    """How many of the tokens before t are on."""
+    return tl.load(on_so_far + t - 1, mask=t > 0, other=0)
 
 
 @triton.jit
@@ -202,7 +219,7 @@ def _add_keys(
     A rank beyond `count` reads zeros and adds nothing.
     """
     q, dy, lse, delta, positions, mask_offset, count = queries
-    k_tile, v_tile, s, mask, mask_strides, T, S = keys
+    k_tile, v_tile, s, spans, mask, mask_strides, T, S = keys
     for start in range(first, end, ROWS):
         ranks = start + tl.arange(0, ROWS)
         valid = ranks < count
@@ -214,9 +231,10 @@ def _add_keys(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * LOG2E)
         if CHECKED:
             t = tl.load(positions + ranks, mask=valid, other=0)
-            last = last_key(t, T, S, CAUSAL)[None, :]
+            begin = first_key(t, spans)[None, :]
+            last = last_key(t, spans, T, S, CAUSAL)[None, :]
             offsets = (mask_offset + t.to(tl.int64) * mask_strides[2])[None, :]
-            seen = visible(s[:, None], last, mask, offsets, mask_strides[3])
+            seen = visible(s[:, None], begin, last, spans, mask, offsets, mask_strides[3])
             scores = tl.where(seen, scores, float("-inf"))
         p = tl.exp2(scores - lses[None, :])
         v_sums = tl.dot(p.to(dy_tile.dtype), dy_tile, v_sums, input_precision="ieee")

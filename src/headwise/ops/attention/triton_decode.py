@@ -17,6 +17,7 @@ from headwise.ops.attention.triton_tiles import (
     attend,
     described,
     expanded,
+    first_key,
     last_key,
     whole_blocks,
 )
@@ -38,28 +39,32 @@ def block_of_keys(width: int, dtype: torch.dtype) -> int:
     return 64 if width <= 128 else 32
 
 
-def decode_attention(x: Operands) -> Tensor:
+def decode_attention(x: Operands, spans: Tensor | None = None) -> Tensor:
     """Gated attention heads for one or a few queries and many keys; forward only.
+
+    With `spans` [1, T, 2] a token sees the keys of its span alone; others are not read.
 
     **Source**: MoH, arXiv 2410.11842, Eq. 4; splitting the keys is Flash-Decoding's (Dao et al.
     2023).
     **Deviates**: a group of query heads that are all off reads neither keys nor values.
     """
-    return triton_decode(x.q, x.k, x.v, x.gate, x.causal, x.mask, x.scale)
+    return triton_decode(x.q, x.k, x.v, x.gate, x.causal, spans, x.mask, x.scale)
 
 
 _DECODE = "headwise::triton_decode"
 torch.library.define(
     _DECODE,
-    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? mask, float scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? spans, Tensor? mask, "
+    "float scale) -> Tensor",
 )
 triton_decode: Any = torch.ops.headwise.triton_decode
 
 
 @torch.library.impl(_DECODE, "default")
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, spans: Tensor | None,
+    mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     batch, queries, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
     q = adjacent(q)
@@ -73,8 +78,8 @@ def _decode(
     mask, mask_strides = expanded(mask, q, k)
     with torch.cuda.device_of(q):
         _split_kernel[(batch * kv_heads, splits)](
-            q, described(k, block, width), described(v, block, width), gate, mask, *totals, sums,
-            q.stride(), gate.stride(), mask_strides,
+            q, described(k, block, width), described(v, block, width), gate, spans, mask,
+            *totals, sums, q.stride(), gate.stride(), mask_strides,
             queries, keys, heads, keys_each, scale,
             C=channels, WIDTH=width, CAUSAL=causal, GROUP=group,
             ROWS=max(16, triton.next_power_of_2(queries * group)), KEYS=block,
@@ -107,7 +112,7 @@ def _splits(keys: int, groups: int, block: int) -> tuple[int, int]:
 @triton.jit
 @no_type_check
 def _split_kernel(
-    q, k, v, gate, mask, peaks, totals, sums,
+    q, k, v, gate, spans, mask, peaks, totals, sums,
     q_strides, gate_strides, mask_strides,
     T, S, H, keys_each, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
@@ -127,17 +132,23 @@ def _split_kernel(
     q += b * q_strides[0]
     if mask is not None:
         mask += b * mask_strides[0]
-    last = tl.where(t < T, last_key(t, T, S, CAUSAL), S - 1)
+    # Rows beyond the last token have its span, and are not on.
+    token = tl.minimum(t, T - 1)
+    begin = first_key(token, spans)
+    last = tl.where(t < T, last_key(token, spans, T, S, CAUSAL), S - 1)
     q_tile = load_tile(q, rows * q_strides[1] + h * q_strides[2], on, C, WIDTH)
     # Of a mask only rows that are on exist; the others look at the first key's.
     mask_offsets = tl.where(on, rows * mask_strides[2] + h * mask_strides[1], 0)
     scale *= LOG2E
-    queries = (q_tile, last, mask_offsets)
+    queries = (q_tile, begin, last, mask_offsets)
     head = (b.to(tl.int32), g.to(tl.int32))
-    keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
+    keys = ((k, head[0], head[1]), (v, head[0], head[1]), spans, mask, mask_strides[3])
     first = tl.program_id(1) * keys_each
     end = tl.minimum(first + keys_each, S)
     whole = whole_blocks(tl.minimum(tl.min(last, 0) + 1, end), mask, KEYS)
+    if spans is not None:
+        first = tl.maximum(first, tl.min(tl.where(on, begin, S), 0) // KEYS * KEYS)
+        whole = first
     whole = tl.maximum(whole, first)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)

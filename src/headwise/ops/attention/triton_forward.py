@@ -11,9 +11,10 @@ import triton.language as tl
 from headwise.ops.attention.triton_tiles import (
     LOG2E,
     attend,
+    edges,
+    first_key,
     last_key,
     longest_first,
-    whole_blocks,
 )
 from headwise.ops.triton_rows import load_tile, store_tile
 
@@ -21,7 +22,7 @@ from headwise.ops.triton_rows import load_tile, store_tile
 @triton.jit
 @no_type_check
 def forward_kernel(
-    q, k, v, gate, mask, positions, on_so_far, y, lse,
+    q, k, v, gate, spans, mask, positions, on_so_far, y, lse,
     q_strides, gate_strides, mask_strides, y_strides,
     T, S, H, GROUP, scale,
     C: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
@@ -43,23 +44,27 @@ def forward_kernel(
     valid = ranks < count
     t = tl.where(valid, own, tl.load(positions + pair * T + start))
     rows = t.to(tl.int64)
-    last = last_key(t, T, S, CAUSAL)
+    begin = first_key(t, spans)
+    last = last_key(t, spans, T, S, CAUSAL)
     q += b * q_strides[0] + h * q_strides[2]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     q_tile = load_tile(q, rows * q_strides[1], valid, C, WIDTH)
     scale *= LOG2E
-    queries = (q_tile, last, rows * mask_strides[2])
+    queries = (q_tile, begin, last, rows * mask_strides[2])
     head = (b.to(tl.int32), (h // GROUP).to(tl.int32))
-    keys = ((k, head[0], head[1]), (v, head[0], head[1]), mask, mask_strides[3])
-    # Keys 0..whole are seen by all rows; those from there to the last row's end need a check.
+    keys = ((k, head[0], head[1]), (v, head[0], head[1]), spans, mask, mask_strides[3])
+    # Blocks of keys from `inner` to `whole` are seen by all rows; the others need a check.
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    whole = whole_blocks(tl.min(last, 0) + 1, mask, KEYS)
-    end = tl.max(last, 0) + 1
+    first, inner, whole, end = edges(begin, last, spans, mask, KEYS)
+    if spans is not None:
+        sums, peak, total = attend(
+            sums, peak, total, queries, keys, first, inner, scale, WIDTH, KEYS, True
+        )
     sums, peak, total = attend(
-        sums, peak, total, queries, keys, 0, whole, scale, WIDTH, KEYS, False
+        sums, peak, total, queries, keys, inner, whole, scale, WIDTH, KEYS, False
     )
     sums, peak, total = attend(
         sums, peak, total, queries, keys, whole, end, scale, WIDTH, KEYS, True

@@ -63,9 +63,11 @@ def expanded(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, 
 # no_type_check keeps jaxtyping's import hook from wrapping what Triton must read as source.
 @triton.jit
 @no_type_check
-def visible(keys, last, mask, mask_offsets, mask_stride):
+def visible(keys, first, last, spans, mask, mask_offsets, mask_stride):
     """Where a query may see a key. Shapes broadcast: queries may be the rows, or keys."""
     seen = keys <= last
+    if spans is not None:
+        seen = seen & (keys >= first)
     if mask is not None:
         allowed = tl.load(mask + mask_offsets + keys.to(tl.int64) * mask_stride, mask=seen, other=0)
         seen = seen & (allowed != 0)
@@ -100,9 +102,17 @@ def ranked_tokens(positions, start, count, ROWS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def last_key(t, T, S, CAUSAL: tl.constexpr):
-    """The last key that tokens t see; the last token sees them all."""
-    return t + (S - T) if CAUSAL else t * 0 + (S - 1)
+def first_key(t, spans):
+    """The first key that tokens t see."""
+    return t * 0 if spans is None else tl.load(spans + 2 * t)
+
+
+@triton.jit
+@no_type_check
+def last_key(t, spans, T, S, CAUSAL: tl.constexpr):
+    """The last key that tokens t see; without spans the last token sees them all."""
+    whole = t + (S - T) if CAUSAL else t * 0 + (S - 1)
+    return whole if spans is None else tl.load(spans + 2 * t + 1) - 1
 
 
 @triton.jit
@@ -110,6 +120,23 @@ def last_key(t, T, S, CAUSAL: tl.constexpr):
 def whole_blocks(keys, mask, KEYS: tl.constexpr):
     """How many of the first `keys` keys are in whole blocks, none of whose keys can be hidden."""
     return tl.maximum(keys, 0) // KEYS * KEYS if mask is None else keys * 0
+
+
+@triton.jit
+@no_type_check
+def edges(begin, last, spans, mask, KEYS: tl.constexpr):
+    """For a block of rows the keys at which it starts to see some, to see all of a block of keys,
+    no longer to, and to see none. Blocks of keys start at multiples of KEYS.
+    """
+    end = tl.max(last, 0) + 1
+    whole = whole_blocks(tl.min(last, 0) + 1, mask, KEYS)
+    first = end * 0
+    inner = first
+    if spans is not None:
+        first = tl.min(begin, 0) // KEYS * KEYS
+        inner = tl.minimum(tl.cdiv(tl.max(begin, 0), KEYS) * KEYS, tl.maximum(end, first))
+        whole = tl.maximum(whole, inner)
+    return first, inner, whole, end
 
 
 @triton.jit
@@ -131,14 +158,17 @@ def attend(
     Only CHECKED blocks look at the last key of each row and at the mask. `scale` is positive and
     holds log2(e): powers of 2 are what the hardware computes.
     """
-    q, last, mask_offsets = queries
-    k, v, mask, mask_stride = keys
+    q, first_seen, last, mask_offsets = queries
+    k, v, spans, mask, mask_stride = keys
     for start in range(first, end, KEYS):
         k_tile = tile_of(k, start, KEYS, WIDTH)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         if CHECKED:
             s = (start + tl.arange(0, KEYS))[None, :]
-            seen = visible(s, last[:, None], mask, mask_offsets[:, None], mask_stride)
+            seen = visible(
+                s, first_seen[:, None], last[:, None], spans, mask, mask_offsets[:, None],
+                mask_stride,
+            )  # fmt: skip
             scores = tl.where(seen, scores * scale, float("-inf"))
             highest = tl.maximum(peak, tl.max(scores, 1))
             # A row that has seen nothing yet must not compute inf - inf.

@@ -17,17 +17,20 @@ from headwise.ops.plain_attention import Operands, attend_all
 from headwise.ops.tensors import in_words
 
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
-# of heads on; on others these kernels are, at every share (results/performance.csv).
-_LARGEST_SHARE, _NEVER = 0.85, 2.0
+# of heads on, of few keys earlier: half of the heads take 0.72 to 0.89 of its time at 512, 0.45 at
+# 4,096 (results/performance_amx.csv). On others these kernels are faster at every share.
+_LARGEST_SHARE, _OF_FEW_KEYS, _FEW_KEYS, _NEVER = 0.85, 0.6, 512, 2.0
 _HAS_TILES = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def largest_share(dtype: torch.dtype, *, learning: bool) -> float:
+def largest_share(dtype: torch.dtype, keys: int, *, learning: bool) -> float:
     """Share of heads on up to which the kernels are faster than torch's; above 1 they always are.
 
     While something is learned they always compute, because their backward needs their sums.
     """
-    return _LARGEST_SHARE if _HAS_TILES and dtype == torch.bfloat16 and not learning else _NEVER
+    if learning or not _HAS_TILES or dtype != torch.bfloat16:
+        return _NEVER
+    return _OF_FEW_KEYS if keys <= _FEW_KEYS else _LARGEST_SHARE
 
 
 @torch.library.custom_op("headwise::native_attention", mutates_args=())
