@@ -36,7 +36,7 @@ for which in attention decode experts layer model; do
     step "$which" 200 python3 -m headwise bench "$which" --device cuda --output "$output/$which"
 done
 step scaling 200 python3 -m headwise bench scaling --quick --device cuda --output "$output/scaling"
-step models 150 python3 benchmarks/gpu/models.py "$output/models.csv"
+step models 300 python3 benchmarks/gpu/models.py "$output/models.csv"
 step train 180 python3 -m headwise train lm --models dense moh --sequence-length 4096 \
     --dim 512 --mlp-dim 1376 --num-heads 8 --num-layers 8 --steps 60 --warmup-steps 10 \
     --batch-size 8 --precision bf16 --eval-every 60 --save-every 60 --output "$output/train"

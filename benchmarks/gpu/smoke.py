@@ -12,7 +12,13 @@ from torch import Tensor
 from headwise.ops import head_attention
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-CASES = {"forward and backward": 300, "one token": 1}
+# Tokens, and keys that each of them sees.
+CASES = {
+    "forward and backward": (300, None),
+    "forward and backward in a window": (300, 100),
+    "one token": (1, None),
+    "one token in a window": (1, 100),
+}
 
 
 def main() -> int:
@@ -25,14 +31,14 @@ def passes(case: str, dtype: torch.dtype, channels: int) -> bool:
     """Whether the kernels compile, run and are right."""
     name = f"{case}, {str(dtype).removeprefix('torch.')}, {channels} channels"
     torch.manual_seed(0)
-    tokens = CASES[case]
+    tokens, window = CASES[case]
     q = torch.randn(2, tokens, 4, channels, device="cuda").to(dtype)
     k, v = (torch.randn(2, 1000, 2, channels, device="cuda").to(dtype) for _ in range(2))
     gate = torch.rand(2, tokens, 4, device="cuda") + 0.5
     gate[..., ::2] *= torch.rand(2, tokens, 2, device="cuda") < 0.5
     try:
-        got = compute((q, k, v, gate), "triton")
-        exact = compute([x.double() for x in (q, k, v, gate)], "dense")
+        got = compute((q, k, v, gate), window, "triton")
+        exact = compute([x.double() for x in (q, k, v, gate)], window, "dense")
     except Exception:
         print(f"FAILED {name}\n{traceback.format_exc(limit=-3)}", flush=True)
         return False
@@ -43,12 +49,12 @@ def passes(case: str, dtype: torch.dtype, channels: int) -> bool:
     return right
 
 
-def compute(inputs: Sequence[Tensor], impl: Any) -> list[Tensor]:
+def compute(inputs: Sequence[Tensor], window: int | None, impl: Any) -> list[Tensor]:
     """Causal attention; of more than one token with all gradients."""
     learns = inputs[0].shape[1] > 1
     leaves = [x.detach().requires_grad_(learns) for x in inputs]
     q, k, v, gate = leaves
-    y = head_attention(q, k, v, gate, causal=True, impl=impl)
+    y = head_attention(q, k, v, gate, causal=True, window=window, impl=impl)
     if not learns:
         return [y]
     upstream = torch.linspace(-1, 1, y.numel(), device="cuda").reshape(y.shape).to(y.dtype)
