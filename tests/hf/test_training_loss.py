@@ -188,7 +188,7 @@ def test_what_is_not_called_labels_has_the_balance_too(ids, build, inputs, as_tu
     assert_close(loss, evaluation + share)
 
 
-WARNING = r"computes no loss.*nothing balances.*record_routing.*routing_loss.*coefficients"
+WARNING = r"computes no loss.*nothing balances.*record_routing.*routing_loss.*balance_coefficient 0"
 
 
 def test_training_without_labels_warns_once_and_in_time(model, ids):

@@ -108,8 +108,8 @@ def _warn_of_missing_loss(model: str) -> None:
         "could join, because the caller computes it; so nothing balances them. To balance them, "
         "run the forward inside `with headwise.record_routing(model) as routings:` and add "
         "`model.routing_loss(routings)` to your loss (with bias_rate, also call "
-        "`headwise.update_biases(model, routings)` after the step); not to, set the coefficients "
-        "of the conversion to 0",
+        "`headwise.update_biases(model, routings)` after the step); not to, convert with "
+        "balance_coefficient 0 (and z_loss_coefficient 0); where nothing is trained, call eval()",
         UserWarning,
         stacklevel=3,
     )

@@ -109,10 +109,8 @@ def _misfit(
     known = [str(sizes.get(axis, axis)) for axis in symbols]
     if symbols[0] == "..." and batch is not None:
         known = [*map(str, batch), *known[1:]]
-    return (
-        f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}] = "
-        f"[{', '.join(known)}]"
-    )
+    sizes_known = "" if known == symbols else f" = [{', '.join(known)}]"
+    return f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}]{sizes_known}"
 
 
 def check_same_device(**operands: Tensor) -> None:
