@@ -55,7 +55,7 @@ def main(path: Path) -> None:
     for size in SIZES:
         routed = headwise.MoHConfig(shared=size.shared, active=size.active, router="query_norm")
         ours, dense = headwise.convert(model(size), attention=routed), model(size)
-        for comparison in comparisons(size, ours, {"dense model": dense}):
+        for comparison in comparisons(size, ours, dense):
             rows += ({"benchmark": "model", **row} for row in measure(comparison, effort))
             write_csv(path, rows)
             print(*list(rows[-1].values())[1:9], flush=True)
@@ -63,9 +63,9 @@ def main(path: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def comparisons(size: Size, ours: Any, rivals: dict[str, Any]) -> Iterator[Comparison]:
+def comparisons(size: Size, ours: Any, dense: Any) -> Iterator[Comparison]:
     """Prompts at each context, and a token more of one or several sequences."""
-    (dense,) = rivals.values()
+    rivals = {"dense model": dense}
     for context in size.contexts:
         turn = cycle(torch.randint(VOCABULARY, (INPUTS, 1, context), device=DEVICE))
         yield compared(size, "prompt", f"B=1, T={context}", ours, rivals, prompt_of(turn))
@@ -75,7 +75,8 @@ def comparisons(size: Size, ours: Any, rivals: dict[str, Any]) -> Iterator[Compa
         read = token_by_python(filled_cache(dense, length, sequences), sequences)
         yield compared(size, "next token", shape, ours, rivals, read)
         read = token_by_graph(length, sequences)
-        yield compared(size, "next token, compiled", shape, ours, rivals | flexible(size), read)
+        several = rivals | {"dense model, FlexAttention": flexible(size)}
+        yield compared(size, "next token, compiled", shape, ours, several, read)
         torch.compiler.reset()
 
 
@@ -109,11 +110,11 @@ def token_by_python(cache: DynamicCache, sequences: int) -> Callable[[Any], Any]
     return lambda model: read_token(model, ids, cache)
 
 
-def flexible(size: Size) -> dict[str, Any]:
+def flexible(size: Size) -> Any:
     """A dense model whose attention reads each head of keys once; SDPA repeats them for a mask."""
-    flexible = model(size)
-    flexible.set_attn_implementation("flex_attention")
-    return {"dense model, FlexAttention": flexible}
+    dense = model(size)
+    dense.set_attn_implementation("flex_attention")
+    return dense
 
 
 def token_by_graph(length: int, sequences: int) -> Callable[[Any], Any]:

@@ -241,8 +241,8 @@ def route_heads_by_query_norm(
         )
     _check_top_k(top_k, num_heads - len(shared), lowest=0)
     compute = None
-    if len(shared) < num_heads <= _MOST_HEADS and is_plain(q):
-        if native.has_kernel_for_queries(q):
+    if len(shared) < num_heads <= _MOST_HEADS:
+        if native.has_kernel_for_queries(q) and is_plain(q):
             compute = native.query_norm_routing
         elif _in_one_kernel(q):
             from headwise.ops.triton_routing import query_norm_routing as compute
