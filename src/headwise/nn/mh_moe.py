@@ -7,15 +7,16 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from headwise.nn.expert_routers import CosineRouter, LinearRouter
+from headwise.nn.linear import Linear
 from headwise.nn.tokens import check_tokens
 from headwise.ops import ExpertRouting, expert_mlp
 from headwise.ops.activations import Activation, activate
 from headwise.ops.experts import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
 from headwise.ops.first_pass import mark_first_pass
+from headwise.ops.linear import linear
 from headwise.ops.scores import TokenScores
 
 ExpertRouterName = Literal["linear", "cosine"]
@@ -198,8 +199,8 @@ class MHMoE(MoE):
 
     def _add_projections(self) -> None:
         head_layer, merge_layer, bias = self._projections
-        self.head_proj = nn.Linear(self.dim, self.dim, bias=bias) if head_layer else None
-        self.merge_proj = nn.Linear(self.dim, self.dim, bias=bias) if merge_layer else None
+        self.head_proj = Linear(self.dim, self.dim, bias=bias) if head_layer else None
+        self.merge_proj = Linear(self.dim, self.dim, bias=bias) if merge_layer else None
 
     def reset_parameters(self) -> None:
         """Xavier for head (gain 1/√2) and merge layer, as in the released code; biases 0."""

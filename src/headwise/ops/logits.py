@@ -3,10 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.gradients import learns
+from headwise.ops.linear import linear
 from headwise.ops.native import is_ready
 from headwise.ops.native.logits import native_logits
 from headwise.ops.tensors import check_tensor
