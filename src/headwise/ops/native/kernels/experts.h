@@ -151,11 +151,11 @@ void expert_block(
   }
 }
 
+// Over the first of the outputs, which is as large.
 template <typename T, typename PartsOf>
 Tensor sum_of_choices(
     const ExpertSizes& z, const Tensor& indices, const Outputs<T>& out, const PartsOf& parts_of) {
-  Tensor y = new_empty(out.tensors[0], {z.tokens, z.dim});
-  T* rows = y.mutable_data_ptr<T>();
+  T* rows = out.choices[0];
   const int64_t* chosen = indices.const_data_ptr<int64_t>();
   parallel_for(0, z.tokens, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(z.dim);
@@ -171,7 +171,7 @@ Tensor sum_of_choices(
       store(rows + n * z.dim, sum.data(), z.dim);
     }
   });
-  return y;
+  return out.tensors[0];
 }
 
 template <typename T, Nonlinearity act>
