@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headwise.nn.expert_routers import CosineRouter, LinearRouter
-from headwise.nn.linear import Linear
+from headwise.nn.linear import project
 from headwise.nn.tokens import check_tokens
 from headwise.ops import ExpertRouting, expert_mlp
 from headwise.ops.activations import Activation, activate
@@ -199,8 +199,8 @@ class MHMoE(MoE):
 
     def _add_projections(self) -> None:
         head_layer, merge_layer, bias = self._projections
-        self.head_proj = Linear(self.dim, self.dim, bias=bias) if head_layer else None
-        self.merge_proj = Linear(self.dim, self.dim, bias=bias) if merge_layer else None
+        self.head_proj = nn.Linear(self.dim, self.dim, bias=bias) if head_layer else None
+        self.merge_proj = nn.Linear(self.dim, self.dim, bias=bias) if merge_layer else None
 
     def reset_parameters(self) -> None:
         """Xavier for head (gain 1/√2) and merge layer, as in the released code; biases 0."""
@@ -212,11 +212,11 @@ class MHMoE(MoE):
 
     def split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T h s"]:
         """The sub-tokens of W_head x."""
-        return super().split(x if self.head_proj is None else self.head_proj(x))
+        return super().split(x if self.head_proj is None else project(self.head_proj, x))
 
     def merge(self, parts: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """W_merge concat(o)."""
-        return parts if self.merge_proj is None else self.merge_proj(parts)
+        return parts if self.merge_proj is None else project(self.merge_proj, parts)
 
 
 class Experts(nn.Module):

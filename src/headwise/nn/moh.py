@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headwise.nn.budget import Budget, HeadBudget
+from headwise.nn.linear import is_plain
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.nn.tokens import check_tokens
 from headwise.ops import HeadRouting, head_attention
@@ -175,7 +176,7 @@ class MoHAttention(nn.Module):
     def _skips(self, x: Tensor) -> bool:
         """Whether queries and outputs of heads that are off are left out, too."""
         budget = self.budget
-        plain = _is_plain(self.q_proj) and _is_plain(self.o_proj)
+        plain = is_plain(self.q_proj) and is_plain(self.o_proj)
         return (
             plain
             and self.impl == "auto"
@@ -190,9 +191,3 @@ class MoHAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.budget}, head_dim={self.head_dim}, causal={self.causal}, impl={self.impl}"
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is a linear map and no more: no adapter, hook or quantised weight."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooks

@@ -5,14 +5,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from headwise.nn.bitlinear import BitLinear, PackedExperts, PackedLinear, TernaryExperts
-from headwise.nn.linear import Linear
 from headwise.nn.mh_moe import Experts
 from headwise.nn.projections import OutputProjection, QueryProjection
 from headwise.nn.routers import Router, ScoreMap
 
 TERNARY: dict[type, type] = {
     nn.Linear: BitLinear,
-    Linear: BitLinear,
     QueryProjection: BitLinear,
     OutputProjection: BitLinear,
     Experts: TernaryExperts,

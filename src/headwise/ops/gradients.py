@@ -1,14 +1,38 @@
-"""Whether a call will be differentiated, or watched step by step."""
+"""Whether a call will be differentiated, by what, or watched step by step."""
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
 
 def learns(*tensors: Tensor) -> bool:
     """Whether gradients are on and any of the tensors wants one."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def by_formulas() -> bool:
+    """Whether `torch.func` differentiates, or gradients go forward.
+
+    Torch's own operators have formulas for that. Ours have none; where gradients go forward, torch
+    would take theirs for 0.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    transforms = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(x.key() in _DERIVATIVES for x in transforms)
+
+
+def check_formulas(impl: str, *plain: str) -> None:
+    """Refuse an implementation that is none of the `plain` ones where `by_formulas`."""
+    if impl not in plain and by_formulas():
+        raise ValueError(
+            f"impl is {impl!r}, which torch.func and forward gradients cannot differentiate; "
+            f"{' and '.join(map(repr, plain))} can be"
+        )
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -19,11 +43,9 @@ def is_watched(*tensors: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
+        or by_formulas()
         or _get_current_dispatch_mode() is not None
         or any(
-            type(x) not in (Tensor, nn.Parameter)
-            or torch._C._functorch.is_functorch_wrapped_tensor(x)
-            for x in tensors
+            type(x) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(x) for x in tensors
         )
     )

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,19 +24,41 @@ def linear(
     """x Wᵀ + b; in float32 on processors that are not Intel's about twice as fast as torch's.
 
     torch multiplies float32 by Intel's MKL, which does without AVX-512 there. What MKL does well,
-    and where torch.compile, `torch.func` or another tensor type is at work, is torch's. Gradients
-    of gradients are not computed otherwise.
+    and where torch.compile, `torch.func` or another tensor type is at work, is torch's.
     """
     operands = [x, weight] if bias is None else [x, weight, bias]
     enough = len(weight) >= _FEWEST_OUTPUTS and x.numel() * len(weight) >= _FEWEST_PRODUCTS
-    if not enough or not _by_onednn(*operands):
+    if not enough or not _for_onednn(*operands):
         return functional.linear(x, weight, bias)
     if learns(*operands):
-        return functional.linear(x.to_mkldnn(), weight, bias).to_dense()
+        return _OneDNN.apply(x, weight, bias)
+    return _by_onednn(x, weight, bias)
+
+
+class _OneDNN(torch.autograd.Function):
+    """The same with gradients, which are linear maps again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
+        with torch.autocast("cpu", enabled=False):
+            dx = linear(dy, weight.T) if of_x else None
+            dweight = linear(drows.T, rows.T) if of_weight else None
+        return dx, dweight, drows.sum(0) if of_bias else None
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _by_onednn(*operands: Tensor) -> bool:
+def _for_onednn(*operands: Tensor) -> bool:
     """Whether oneDNN takes these, and MKL would be slower."""
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)

@@ -21,6 +21,7 @@ from headwise.ops.dtypes import in_autocast
 from headwise.ops.experts import grouped_mm, reference
 from headwise.ops.experts.grouped import grouped_mlp
 from headwise.ops.gpu import runs_triton
+from headwise.ops.gradients import check_formulas
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.experts import native_mlp
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
@@ -75,7 +76,7 @@ def expert_mlp(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, indices holds something else (on a
             CUDA device torch's assertion says so later), activation or impl is unknown, or impl
-            cannot compute this.
+            cannot compute this. `torch.func` and forward gradients differentiate "reference" only.
 
     Example (worked by hand): one expert, relu without gate, up 2, down 3, weight 1/2: x = 1 gives
     1/2 · 3 · relu(2) = 3.
@@ -105,6 +106,7 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "a
         activation: "silu", "gelu" or "relu".
         impl: "auto" or a name.
     """
+    check_formulas(impl, "reference")
     if impl == "auto":
         if x.device.type == "cuda" and grouped_mm.computes(x, down_proj):
             return "triton" if _triton_computes(x, down_proj) else "grouped_mm"

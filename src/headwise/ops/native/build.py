@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from headwise.ops import native
 from headwise.ops.native.kernel_file import (
     SANITIZERS,
@@ -113,15 +115,12 @@ def _remove_what_is_left(directory: Path) -> None:
 
 def _compile(workshop: Path, more_flags: list[str]) -> Path:
     """What the compiler makes of the kernels."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
     for file, text in sources().items():
         (workshop / file).write_text(text)
-    built = workshop / "built.so"
+    built, of_torch = workshop / "built.so", Path(torch.__file__).parent
     command = [
         _compiler(), *FLAGS, *more_flags, "-w", str(workshop / "library.cpp"), "-o", str(built),
-        *(f"-isystem{path}" for path in include_paths("cpu")),
-        *(f"-L{path}" for path in library_paths("cpu")), "-ltorch_cpu",
+        f"-isystem{of_torch / 'include'}", f"-L{of_torch / 'lib'}", "-ltorch_cpu",
     ]  # fmt: skip
     if sys.platform == "darwin":
         command += ["-undefined", "dynamic_lookup"]

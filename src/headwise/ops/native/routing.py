@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.ops.gradients import by_formulas
 from headwise.ops.native import DTYPES, is_ready, kernels
 from headwise.ops.tensors import adjacent
 
@@ -16,7 +17,7 @@ from headwise.ops.tensors import adjacent
 def has_kernel(logits: Tensor, scores: str) -> bool:
     """Whether the kernel is there and computes this."""
     plain = scores == "softmax" and logits.dtype == torch.float32
-    return plain and logits.device.type == "cpu" and is_ready()
+    return plain and logits.device.type == "cpu" and not by_formulas() and is_ready()
 
 
 def has_kernel_for_queries(q: Tensor) -> bool:

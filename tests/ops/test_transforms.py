@@ -1,0 +1,115 @@
+"""torch.func and forward gradients: right where torch's own operators compute, else refused.
+
+torch takes the forward gradient of an operator without a formula for 0, without a word.
+"""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+
+from headwise import MHMoE, MoHAttention
+from headwise.ops import expert_mlp, head_attention, route_heads
+from headwise.ops.logits import router_logits
+
+# torch's own.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
+
+X = torch.randn(6, 8)
+WEIGHTS, INDICES = torch.rand(6, 2), torch.randint(3, (6, 2))
+UP, DOWN = torch.randn(3, 10, 8), torch.randn(3, 8, 5)
+REFUSED = "torch.func and forward gradients cannot differentiate"
+
+
+def experts(impl):
+    return lambda x: expert_mlp(x, WEIGHTS, INDICES, UP, DOWN, impl=impl)
+
+
+def attention(impl):
+    keys = torch.randn(1, 6, 2, 4)
+    gate = torch.tensor([1.0, 0.0]).expand(1, 6, 2)
+    return lambda x: head_attention(x.view(1, 6, 2, 4), keys, keys, gate, impl=impl)
+
+
+def slope(compute, x, dx):
+    """The derivative of float64 along dx, by differences."""
+    x, dx, step = x.double(), dx.double(), 1e-6
+    return (compute(x + step * dx) - compute(x - step * dx)) / (2 * step)
+
+
+def forward(compute, x, dx):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(compute(forward_ad.make_dual(x, dx))).tangent
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: forward(f, x, x),
+        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    ],
+)
+@pytest.mark.parametrize("impl", ["auto", "grouped", "native"])
+def test_experts_are_refused(take, impl):
+    with pytest.raises(ValueError, match=f"impl is '{impl}', which {REFUSED}; 'reference' can be"):
+        take(experts(impl), X)
+
+
+@pytest.mark.parametrize("impl", ["native", "gathered", "decode"])
+def test_heads_of_a_named_kernel_are_refused(impl):
+    with pytest.raises(ValueError, match=f"{REFUSED}; 'dense' and 'reference' can be"):
+        torch.func.jvp(attention(impl), (X,), (X,))
+
+
+def test_forward_gradients_of_the_reference_are_right():
+    dx = torch.randn_like(X)
+    wide = [tensor.double() for tensor in (WEIGHTS, UP, DOWN)]
+
+    def exact(x):
+        return expert_mlp(x, wide[0], INDICES, wide[1], wide[2], impl="reference")
+
+    want = slope(exact, X, dx).float()
+    assert_close(forward(experts("reference"), X, dx), want, rtol=1e-4, atol=1e-4)
+    assert_close(torch.func.jvp(experts("reference"), (X,), (dx,))[1], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense"])
+def test_torch_func_differentiates_heads(impl):
+    compute = attention(impl)
+    x = X.clone().requires_grad_()
+    (want,) = torch.autograd.grad(compute(x).square().sum(), x)
+    got = torch.func.grad(lambda x: compute(x).square().sum())(X)
+    assert_close(got, want)
+
+
+def test_forward_gradients_of_a_routing_are_right():
+    shared, stage = torch.randn(6, 2), torch.randn(6, 2)
+
+    def gates(x):
+        parts = (y.to(x.dtype) for y in (shared, stage))
+        return route_heads(next(parts), x, next(parts), top_k=3).weights
+
+    dx = torch.randn_like(X)
+    got = torch.func.jvp(gates, (X,), (dx,))[1]
+    assert_close(got, slope(gates, X, dx).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_gradients_of_logits_in_bfloat16_are_right():
+    x, weight = X.bfloat16(), UP[0].bfloat16()
+    got = torch.func.jvp(lambda x: router_logits(x, weight), (x,), (x,))[1]
+    assert_close(got, router_logits(x, weight))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MHMoE(16, num_heads=2, num_experts=4, top_k=2, expert_dim=8),
+        MoHAttention(16, num_heads=4, shared_heads=1, active_heads=3),
+    ],
+)
+@torch.no_grad()
+def test_no_layer_gives_a_forward_gradient_of_0(layer):
+    x = torch.randn(1, 5, 16)
+    with pytest.raises((ValueError, NotImplementedError)):
+        forward(lambda x: layer(x)[0], x, x)
