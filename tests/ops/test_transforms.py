@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from headwise import MHMoE, MoHAttention
+from headwise.bitnet import ternarize
 from headwise.ops import expert_mlp, head_attention, route_heads
 from headwise.ops.logits import router_logits
 
@@ -99,6 +100,21 @@ def test_forward_gradients_of_logits_in_bfloat16_are_right():
     x, weight = X.bfloat16(), UP[0].bfloat16()
     got = torch.func.jvp(lambda x: router_logits(x, weight), (x,), (x,))[1]
     assert_close(got, router_logits(x, weight))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_forward_gradients_of_ternary_layers_are_those_of_backward(whole):
+    torch.manual_seed(0)
+    layer = ternarize(MHMoE(16, num_heads=2, num_experts=4, top_k=2, expert_dim=8))
+    compute = (lambda x: layer(x)[0]) if whole else layer.head_proj
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    dx, dy = torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    (backward,) = torch.autograd.grad(compute(x), x, dy)
+    want = (backward * dx).sum()
+    with torch.no_grad():
+        tangent = torch.func.jvp(compute, (x.detach(),), (dx,))[1]
+    assert want.abs() > 0.1
+    assert_close((tangent * dy).sum(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ _DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
 
 def learns(*tensors: Tensor) -> bool:
-    """Whether gradients are on and any of the tensors wants one."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    """Whether gradients are on and any of the tensors wants one; or `by_formulas`."""
+    return by_formulas() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def by_formulas() -> bool:
@@ -49,3 +49,11 @@ def is_watched(*tensors: Tensor) -> bool:
             type(x) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(x) for x in tensors
         )
     )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether a kernel that no operator of torch stands for may read these.
+
+    It has no gradients, and nothing sees its steps.
+    """
+    return not learns(*tensors) and not is_watched(*tensors)

@@ -1,7 +1,6 @@
 """A linear map by oneDNN, which comes with torch, where torch's own choice is half as fast."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwise.ops.gradients import is_watched, learns
+from headwise.ops.native.levels import cpuinfo, levels_here
 
 # Below these, layouts and gradients cost more than is won.
 _FEWEST_PRODUCTS = 2**23
@@ -61,18 +61,17 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _for_onednn(*operands: Tensor) -> bool:
     """Whether oneDNN takes these, and MKL would be slower."""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
+        _mkl_is_slow()
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not is_watched(*operands)
-        and _mkl_is_slow()
     )
 
 
 @cache
 def _mkl_is_slow() -> bool:
     """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's."""
-    info = Path("/proc/cpuinfo")
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    wide = torch.cpu.get_capabilities().get("avx512_f", False)
-    return both and wide and info.exists() and "GenuineIntel" not in info.read_text()
+    known = cpuinfo()
+    return both and "avx512" in levels_here() and known != "" and "GenuineIntel" not in known

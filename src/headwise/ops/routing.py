@@ -10,7 +10,8 @@ from torch import Tensor
 from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import widened
 from headwise.ops.fields import Index, check
-from headwise.ops.gpu import is_plain, runs_triton
+from headwise.ops.gpu import runs_triton
+from headwise.ops.gradients import is_plain
 from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 from headwise.ops.tensors import check_operands

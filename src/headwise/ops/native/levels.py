@@ -41,9 +41,14 @@ def levels_here() -> Iterator[str]:
             yield level
 
 
+def cpuinfo() -> str:
+    """What Linux says of the processors; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
 def instructions() -> str:
     """What the processor knows: Linux's line of it, "flags", on Arm "Features"."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = cpuinfo().splitlines()
     known = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {known}"
