@@ -26,6 +26,7 @@ import headwise
 from headwise import MHMoE, MoE, MoHAttention
 from headwise.bitnet import ternarize
 from headwise.ops import aggregated_attention, head_attention
+from headwise.ops.linear import linear
 
 B, T, D = 2, 7, 15
 HEADS = {"num_heads": 5, "shared_heads": 2, "active_heads": 3}
@@ -165,6 +166,13 @@ def aggregated(impl: str) -> None:
     assert_close(*results)
 
 
+def wide_linear() -> None:
+    """So many products that another library might compute them."""
+    x, weight, bias = torch.randn(300, 200), torch.randn(170, 200), torch.randn(170)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, weight, bias), nn.functional.linear(x, weight, bias))
+
+
 # These need the C++ kernels.
 NATIVE_CASES: dict[str, Callable[[], None]] = {
     **{name: partial(layer, name) for name in LAYERS if name.startswith("native")},
@@ -176,6 +184,7 @@ NATIVE_CASES: dict[str, Callable[[], None]] = {
 MASKED = ("two_stage", "query_norm", "mh_moe", "moe", "ternary experts")
 INDUCTOR = {"backend": "inductor"}
 CASES: dict[str, Callable[[], None]] = {
+    "wide linear": wide_linear,
     "aggregated": partial(aggregated, "dense"),
     **{n: partial(layer, n) for n in LAYERS if n not in (*NATIVE_CASES, "ternary experts")},
     **{f"{n}, mask": partial(layer, n, masked=True) for n in MASKED},

@@ -60,12 +60,13 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _for_onednn(*operands: Tensor) -> bool:
     """Whether oneDNN takes these, and MKL would be slower."""
+    # First whether torch.compile is at work: it cannot trace the questions about this machine.
     return (
-        _mkl_is_slow()
+        not is_watched(*operands)
+        and _mkl_is_slow()
         and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not is_watched(*operands)
     )
 
 
