@@ -3,14 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from headwise.analysis.plots import cost_against_size, recovery_curves, time_against_share
+from headwise.analysis.plots import (
+    cost_against_size,
+    quality_against_share,
+    recovery_curves,
+    time_against_share,
+)
 from headwise.bench import scaling_table
 from headwise.bench import table as bench
 from headwise.commands.eval import table as evaluation
 from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
-from headwise.results.rows import Row, read_csv
-from headwise.results.table import Table
+from headwise.results.rows import NO_ROUTER, Row, measured_on, read_csv, router_label
+from headwise.results.table import Cell, Number, Table
 from headwise.training import table as training
 from headwise.training.figure import draw_comparison
 
@@ -48,6 +53,106 @@ def is_plain(row: Row) -> bool:
     return "whole key groups" not in row["case"] and not (several and "=4096" not in row["shape"])
 
 
+def fitted(rows: Sequence[Row]) -> Table:
+    """A line for each conversion, and by how much perplexity rises on each kind of text."""
+    kinds, found = perplexities(rows, "active", "router", "fitted_to", "allocate")
+    (dense,) = (by_kind for (_, router, *_), by_kind in found.items() if router == NO_ROUTER)
+    budgets = {"loss": "by the loss", "alike": "every layer alike"}
+    lines = [
+        [
+            active, router_label(router), fitted_to, budgets.get(allocate, ""),
+            *rises(by_kind, dense),
+        ]
+        for (active, router, fitted_to, allocate), by_kind in found.items()
+    ]  # fmt: skip
+    legend = (
+        "Perplexity of text that nothing was fitted to (first line), and by how much it rises. "
+        "Fitted to 16,384 tokens; by query norm all but two of the heads that are on are shared, "
+        "and calibrated."
+    )
+    where = measured_on(rows, "{device}, {threads} thread(s), {precision}")
+    columns = ["heads on, of 9", "router", "fitted to", "budget", *kinds]
+    return Table(columns, lines, legend, where)
+
+
+def fitted_experts(rows: Sequence[Row]) -> Table:
+    """A line for each share of the MLPs, and by how much perplexity rises on each kind of text."""
+    kinds, found = perplexities(rows, "share", "experts")
+    (dense,) = (by_kind for (_, experts), by_kind in found.items() if not experts)
+    lines = [
+        [f"{100 * float(share):.0f} %", experts or "the MLP as it is", *rises(by_kind, dense)]
+        for (share, experts), by_kind in found.items()
+    ]
+    legend = (
+        "Perplexity of text that nothing was fitted to (first line), and by how much it rises, "
+        "untuned. Fitted to 4,096 tokens of each kind; experts of 48 neurons, of fitted ones a "
+        "quarter is shared."
+    )
+    where = measured_on(rows, "{device}, {threads} thread(s), {precision}")
+    return Table(["of each MLP", "experts", *kinds], lines, legend, where)
+
+
+def perplexities(
+    rows: Sequence[Row], *fields: str
+) -> tuple[list[str], dict[tuple[str, ...], dict[str, float]]]:
+    """The kinds of text, and for each value of these fields the perplexity of each kind."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        by_kind = found.setdefault(tuple(row[field] for field in fields), {})
+        by_kind[row["text"]] = float(row["perplexity"])
+    return list(dict.fromkeys(row["text"] for row in rows)), found
+
+
+def rises(by_kind: dict[str, float], dense: dict[str, float]) -> list[Cell]:
+    """Kind by kind, by how much perplexity is above the dense model's; its own as it is."""
+    if by_kind is dense:
+        return [Number(perplexity, "{:.2f}") for perplexity in dense.values()]
+    each = [100 * (by_kind[kind] / dense[kind] - 1) for kind in dense]
+    return [Number(rise, "+{:.1f} %" if rise >= 0 else "{:.1f} %") for rise in each]
+
+
+def tuned(rows: Sequence[Row]) -> Table:
+    """A line for each model, tuned at the learning rate that is best for it."""
+    return recovery.comparison(at_best_rate(rows))
+
+
+def at_best_rate(rows: Sequence[Row]) -> list[Row]:
+    """Of each model the rows of its best learning rate: least perplexity, of the first seed."""
+    ends = {(row["model"], row["learning_rate"]): row for row in rows if row["seed"] == "0"}
+    best: dict[str, Row] = {}
+    for (model, _), row in ends.items():
+        if model not in best or float(row["perplexity"]) < float(best[model]["perplexity"]):
+            best[model] = row
+    return [row for row in rows if row["learning_rate"] == best[row["model"]]["learning_rate"]]
+
+
+def quality_lines(untuned: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dict[float, list]]:
+    """What `quality_against_share` draws: perplexity of WikiText-2 over the original's."""
+    (original,) = (
+        float(row["perplexity"])
+        for row in untuned
+        if (row["router"], row["text"]) == (NO_ROUTER, "encyclopedia")
+    )
+    lines: dict[str, dict[float, list]] = {}
+
+    def add(label: str, share: float, ratio: float) -> None:
+        lines.setdefault(label, {}).setdefault(share, []).append(ratio)
+
+    for row in untuned:
+        fitted_to, text = row["fitted_to"], row["text"]
+        if fitted_to == text == "encyclopedia" and row["allocate"] != "alike":
+            name = router_label(row["router"])
+            add(name, int(row["active"]) / 9, float(row["perplexity"]) / original)
+    chosen = at_best_rate(tuned)
+    last = max(int(row["step"]) for row in chosen)
+    for row in chosen:
+        if int(row["step"]) == last:
+            name = router_label(row["router"])
+            ratio = float(row["perplexity"]) / float(row["original_perplexity"])
+            add(f"{name}, tuned", float(row["active_heads"]), ratio)
+    return lines
+
+
 # Tables whose rows are in a file of another name.
 SOURCES = {"costs": "performance", "speed": "performance", "speed-amx": "performance_amx"}
 TABLES = {
@@ -56,9 +161,12 @@ TABLES = {
     "speed": bench.summary,
     "speed-amx": bench.summary,
     "gpu": bench.on_a_gpu,
+    "fitted": fitted,
+    "fitted-experts": fitted_experts,
     "scaling": scaling_table.slopes,
     "stories260k": recovery.comparison,
     "smollm2": evaluation.comparison,
+    "smollm2-tuning": tuned,
 } | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
 
 
@@ -76,6 +184,9 @@ def main() -> None:
         (ROOT / page).write_text(text)
     figure = recovery_curves(rows_of("stories260k"))
     figure.savefig(ROOT / "results" / "stories260k.png", dpi=150)
+    lines = quality_lines(rows_of("fitted"), rows_of("smollm2-tuning"))
+    figure = quality_against_share(lines, title="SmolLM2-135M on WikiText-2")
+    figure.savefig(ROOT / "results" / "fitted.png", dpi=150)
     figure = time_against_share(rows_of("performance"))
     figure.savefig(ROOT / "results" / "performance.png", dpi=150)
     if (ROOT / "results" / "scaling.csv").exists():

@@ -3,6 +3,8 @@
 Run by test_compile.py in a process of its own: dynamo cannot trace jaxtyping's checks.
 """
 
+import contextlib
+import io
 import json
 import sys
 import traceback
@@ -81,11 +83,23 @@ def layer(name: str, backend: str = "aot_eager", masked: bool = False) -> None:
     assert_close(gradients(compiled, *inputs), gradients(module, *inputs))
 
 
+def heads(model: Any, router: str, **budget: int) -> Any:
+    """What `convert` makes of the model's attention."""
+    config = headwise.MoHConfig(router=router, router_std=0.02, **budget)
+    if router != "fitted":
+        return config
+    ids = torch.randint(0, 31, (4, 4, 64))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return headwise.fit(model, batches, config)
+
+
 def model(router: str) -> None:
     """A training step of a converted model: the same loss and the same gradients."""
+    llama = LlamaForCausalLM(LlamaConfig(**LLAMA))
     llama = headwise.convert(
-        LlamaForCausalLM(LlamaConfig(**LLAMA)),
-        attention=headwise.MoHConfig(router=router, router_std=0.02),
+        llama,
+        attention=heads(llama, router),
         mlp=headwise.MHMoEConfig(num_heads=3, **EXPERTS),
     ).train()
     ids, mask = torch.randint(0, 31, (B, T)), half_mask().long()
@@ -111,9 +125,8 @@ def without_labels() -> None:
 
 def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     """A padded prompt and its continuation in a static cache, each step one graph."""
-    converted = headwise.convert(
-        model_class(config).eval(), attention=headwise.MoHConfig(router=router, router_std=0.02)
-    )
+    dense = model_class(config).eval()
+    converted = headwise.convert(dense, attention=heads(dense, router))
     ids, mask = torch.randint(3, 31, (B, T)), half_mask().long().flip(1)
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
     want = converted.generate(ids, **options)
@@ -124,10 +137,8 @@ def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
 def without_gradients(router: str) -> None:
     """A converted model that leaves out projections of heads, of a prompt and of one token."""
     sizes = LLAMA | {"hidden_size": 96, "head_dim": 64, "max_position_embeddings": 640}
-    llama = headwise.convert(
-        LlamaForCausalLM(LlamaConfig(**sizes)).eval(),
-        attention=headwise.MoHConfig(router=router, router_std=0.02, shared=2, active=3),
-    )
+    llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    headwise.convert(llama, attention=heads(llama, router, shared=2, active=3))
     with torch.no_grad():
         for ids in (torch.randint(0, 31, (2, 600)), torch.tensor([[5]])):
             want = llama(input_ids=ids, use_cache=False).logits
@@ -179,6 +190,7 @@ NATIVE_CASES: dict[str, Callable[[], None]] = {
     "native decode": decoding,
     "native model, two_stage": partial(without_gradients, "two_stage"),
     "native model, query_norm": partial(without_gradients, "query_norm"),
+    "native model, fitted": partial(without_gradients, "fitted"),
     "native aggregated": partial(aggregated, "native"),
 }
 MASKED = ("two_stage", "query_norm", "mh_moe", "moe", "ternary experts")
@@ -189,11 +201,15 @@ CASES: dict[str, Callable[[], None]] = {
     **{n: partial(layer, n) for n in LAYERS if n not in (*NATIVE_CASES, "ternary experts")},
     **{f"{n}, mask": partial(layer, n, masked=True) for n in MASKED},
     **{f"{n}, inductor": partial(layer, n, **INDUCTOR) for n in ("two_stage", "mh_moe", "moe")},
-    **{f"model, {router}": partial(model, router) for router in ("two_stage", "query_norm")},
+    **{
+        f"model, {router}": partial(model, router)
+        for router in ("two_stage", "query_norm", "fitted")
+    },
     "model, without labels": without_labels,
     "generating, two_stage": partial(
         generating, "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
     ),
+    "generating, fitted": partial(generating, "fitted", LlamaForCausalLM, LlamaConfig(**LLAMA)),
     "generating, query_norm, sliding window": partial(
         generating, "query_norm", MistralForCausalLM, MistralConfig(**LLAMA, sliding_window=5)
     ),

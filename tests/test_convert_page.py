@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from headwise.cli import main
+from headwise.training import speed
 from tiny import llama, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def commands() -> list[str]:
 def tiny(directory: Path) -> None:
     """In place of the page's first Python block."""
     model = llama(
-        vocab_size=300, hidden_size=36, intermediate_size=40, num_attention_heads=9,
+        vocab_size=300, hidden_size=36, intermediate_size=64, num_attention_heads=9,
         num_key_value_heads=3, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     for part in (model, tokenizer((directory / "text.txt").read_text())):
@@ -64,6 +65,8 @@ def smollm2(directory: Path) -> None:
 @pytest.mark.parametrize("build", [tiny, pytest.param(smollm2, marks=pytest.mark.smollm2)])
 def test_the_page_runs(build, tmp_path, monkeypatch, capsys, verbosity):
     monkeypatch.chdir(tmp_path)
+    for field, least in (("_ROUNDS", 1), ("_WARMUPS", 0), ("_SECONDS", 0.0)):
+        monkeypatch.setattr(speed, field, least)
     (tmp_path / "text.txt").write_text(Path(json.__file__).read_text())
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "piqa.json").write_text(json.dumps([QUESTION] * 3))

@@ -5,11 +5,15 @@ Layers return (y, routing); losses, statistics and plots are functions of the ro
 
 from headwise import bitnet, models, ops, parity
 from headwise.hf import (
+    FittedExperts,
+    FittedHeads,
     MHMoEConfig,
     MoEConfig,
     MoHConfig,
     calibrate,
     convert,
+    fit,
+    fit_experts,
     load,
     record_routing,
     restore,
@@ -22,6 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExpertRouting",
+    "FittedExperts",
+    "FittedHeads",
     "HeadRouting",
     "MHMoE",
     "MHMoEConfig",
@@ -34,6 +40,8 @@ __all__ = [
     "bitnet",
     "calibrate",
     "convert",
+    "fit",
+    "fit_experts",
     "load",
     "load_released",
     "models",

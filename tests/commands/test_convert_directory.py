@@ -62,9 +62,11 @@ def test_layers_that_are_not_named_stay_as_they_are(original, tmp_path, capsys):
 
 
 def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
-    options = {"shared": 2, "active": 4, "calibrate": tmp_path / "text.txt"}
+    options = {"shared": 2, "active": 4, "calibrate": (tmp_path / "text.txt",)}
     for by in ("query_norm", "loss"):
-        run = ConversionRun(path=str(original), output=tmp_path / by, by=by, **options)
+        run = ConversionRun(
+            path=str(original), output=tmp_path / by, by=by, router="query_norm", **options
+        )
         model = convert_directory(run)
         assert all(len(heads) == 2 for heads in model.conversion.attention.shared)
         printed = capsys.readouterr().out
@@ -75,29 +77,40 @@ def test_calibration_names_heads_and_compares(original, tmp_path, capsys):
         assert again.conversion == model.conversion
 
 
-@pytest.mark.parametrize("calibrated", [1.5, 2.5])
-def test_calibration_that_made_it_worse_says_so(
-    original, tmp_path, capsys, monkeypatch, calibrated
-):
-    perplexities = {"all on": 1.0, "the first ones shared": 2.0, "calibrated": calibrated}
-    monkeypatch.setattr("headwise.commands.convert._comparison", lambda *_: perplexities)
-    convert_directory(
-        ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
+def test_with_a_text_routers_are_fitted_to_it(original, tmp_path, capsys):
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    options = ("--calibrate", str(text), str(other), "--active", "4")
+    main(["convert", str(original), "-o", str(tmp_path / "new"), *options])
+    printed = capsys.readouterr().out
+    for file in (text, other):
+        assert f"{file.name}: calibrated on pieces 1 to " in printed
+    for row in ("all on", "by query norm", "fitted", "next token at 512 tokens", "prompt at 512"):
+        assert row in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.conversion.attention.router == "fitted"
+    assert sum(model.conversion.attention.active) == 8
+    assert model.conversion.attention.shared == 0
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| heads | text.txt | other.txt |" in card
+    assert "router\n`fitted`" in card
+    alike = ConversionRun(
+        str(original), tmp_path / "alike", active=4, allocate="alike", calibrate=(text,)
     )
-    assert ("calibrated is worse here" in capsys.readouterr().out) == (calibrated > 2)
+    assert convert_directory(alike).conversion.attention.active == 4
 
 
-@pytest.mark.parametrize(("longest", "calibrated", "compared"), [(512, 10, 4), (11, 48, 16)])
-def test_calibration_takes_at_most_64_pieces_and_none_longer_than_the_model_was_made_for(
+@pytest.mark.parametrize(("longest", "calibrated", "compared"), [(512, 5, 2), (11, 32, 8)])
+def test_calibration_takes_at_most_40_pieces_and_none_longer_than_the_model_was_made_for(
     original, tmp_path, capsys, longest, calibrated, compared
 ):
     llama(**TEXTUAL | {"max_position_embeddings": longest}).save_pretrained(original)
     tokens = len(AutoTokenizer.from_pretrained(original)(TEXT)["input_ids"])
-    run = ConversionRun(str(original), tmp_path / "new", calibrate=tmp_path / "text.txt")
-    convert_directory(run)
-    pieces = -(-tokens // min(longest, 256))
+    text = tmp_path / "text.txt"
+    convert_directory(ConversionRun(str(original), tmp_path / "new", calibrate=(text,)))
+    pieces = -(-tokens // min(longest, 512))
     assert (
-        f"calibrated on pieces 1 to {calibrated} of the text's {pieces}, compared on the next "
+        f"text.txt: calibrated on pieces 1 to {calibrated} of {pieces}, compared on the next "
         f"{compared}\n"
     ) in capsys.readouterr().out
 
@@ -128,7 +141,7 @@ def test_an_image_classifier_keeps_its_processor(tmp_path, capsys, fails):
     calibrate = ("-o", tmp_path / "no", "--calibrate", tmp_path / "text.txt")
     message = fails(2, "convert", tmp_path / "vit", *calibrate)
     assert "vit holds an image classifier (model_type 'vit'), not a language model" in message
-    assert "headwise.calibrate(model, batches, config) in Python takes" in message
+    assert "headwise.fit(model, batches, config) in Python takes" in message
     assert not (tmp_path / "no").exists()
     assert AutoImageProcessor.from_pretrained(tmp_path / "new").size["height"] == 8
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "new").conversion
@@ -157,10 +170,11 @@ def test_what_it_refuses(original, tmp_path, fails):
         (("--active", 7), "layer 0: active is 7; it must lie in 1..6"),
         (("--shared", -1), "shared is -1; it must be an int of at least 0"),
         (("--calibrate", "none.txt"), "there is no file"),
+        (("--router", "fitted"), "there is no text to fit it to; give one with --calibrate"),
     ):
         assert message in refusal(original, *options)
     for content, message in (
-        (b"too short", "text.txt, of 9 tokens in all; it must have more than 256"),
+        (b"too short", "text.txt, of 9 tokens in all; it must have more than 512"),
         (b"\n", "text.txt, which holds no text"),
         (b"\xff", "text.txt is not UTF-8 text"),
     ):

@@ -8,15 +8,14 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from headwise import MoHConfig, convert
-from headwise.hf.card import budget_lines, calibration_figures, model_card
+from headwise.hf.card import budget_lines, model_card
 from tiny import SIZES
 
 
-def card(path, original=None, perplexities=None):
+def card(path, original=None):
     original = original or LlamaForCausalLM(LlamaConfig(**SIZES))
     model = convert(original, attention=MoHConfig(router="query_norm"))
-    figures = calibration_figures(perplexities or {})
-    return model_card(model, str(path), "new", weights="As they were.", figures=figures)
+    return model_card(model, str(path), "new", weights="As they were.")
 
 
 def test_the_metadata_of_a_model_from_the_hub():
@@ -29,7 +28,7 @@ def test_the_metadata_of_a_model_from_the_hub():
     }
     for part in ("# some-model with", "As they were.", "pip install headwise", "import headwise"):
         assert part in text
-    assert "- all 2 layers: heads=6: 2 shared" in text
+    assert "- all 2 layers: heads=6: 3 shared" in text
     assert "perplexity" not in text
 
 
@@ -70,7 +69,8 @@ def test_a_line_for_each_layer_where_they_differ():
     assert second.startswith("layer 1: heads=6: 2 shared")
 
 
-def test_figures_of_a_calibration():
-    assert "| all on | 12.35 |\n| calibrated | 13 |\n" in card(
-        "a/b", perplexities={"all on": 12.3456, "calibrated": 13.0}
-    )
+def test_one_line_where_only_the_number_of_heads_that_are_on_differs():
+    attention = MoHConfig(router="query_norm", shared=1, active=[2, 5])
+    model = convert(LlamaForCausalLM(LlamaConfig(**SIZES)), attention=attention)
+    (line,) = budget_lines(model)
+    assert line == "heads on, of 6, layer by layer: 2 5; 3.5 on average, 1 of them shared"

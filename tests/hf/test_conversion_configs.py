@@ -175,7 +175,7 @@ def test_the_default_is_safe_for_a_pretrained_model():
 
 def test_the_default_is_the_commands(tmp_path):
     command = ConversionRun(path="none", output=tmp_path / "new").attention()
-    assert replace(command, shared=0.4) == MoHConfig(shared=0.4)
+    assert command == MoHConfig()
 
 
 def test_what_was_saved_before_a_field_was_there_loads_as_it_was():

@@ -1,38 +1,22 @@
 """What the documentation's table of model families promises, a cell a test, on tiny models."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
-from conversions import ALL_ON, MH_MOE, QUERY_NORM
+from conversions import ALL_ON, FAMILIES, MH_MOE, QUERY_NORM
 from torch.testing import assert_close
 
 from gradients import assert_checkpointing_changes_none
-from headwise import MoHConfig, convert, record_routing
+from headwise import MoHConfig, convert, fit, record_routing
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
-TEXT = SIZES | {
-    "vocab_size": 31, "intermediate_size": 29, "max_position_embeddings": 64, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = TEXT | {"num_key_value_heads": 2, "head_dim": 4}
-IMAGES = SIZES | {"intermediate_size": 29, "image_size": 10, "patch_size": 2, "num_labels": 7}
-# Which config and model class of transformers, and its sizes.
-FAMILIES = {
-    "Llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
-    "Qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
-    "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
-    "Mistral": ("MistralConfig", "MistralForCausalLM", GROUPED | {"sliding_window": 5}),
-    "Gemma": ("GemmaConfig", "GemmaForCausalLM", GROUPED),
-    "GPT-2": ("GPT2Config", "GPT2LMHeadModel", TEXT),
-    "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
-    "BERT": ("BertConfig", "BertForMaskedLM", TEXT),
-    "ViT": ("ViTConfig", "ViTForImageClassification", IMAGES),
-}
 GENERATING = tuple(name for name, (_, model, _) in FAMILIES.items() if "LM" in model)[:-1]
 ROUTERS = {
     "query_norm": QUERY_NORM,
     "two_stage": MoHConfig(shared=0.25, active=0.75, router="two_stage", router_std=0.02),
     "lists": MoHConfig(router="query_norm", shared=[[0, 3], [1], []], active=[4, 3, 2]),
+    "fitted": MoHConfig(router="fitted", active=4),
 }
 
 
@@ -59,6 +43,17 @@ def inputs(family):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
+def converted(family, router):
+    return convert(tiny(family), attention=attention(family, router))
+
+
+@cache
+def attention(family, router):
+    if router != "fitted":
+        return ROUTERS[router]
+    return fit(tiny(family), [inputs(family) for _ in range(12)], ROUTERS["fitted"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_all_heads_on_it_is_the_original_bit_for_bit(family):
     given = inputs(family)
@@ -74,11 +69,14 @@ def test_with_all_heads_on_it_is_the_original_bit_for_bit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_are_off_as_budgeted(family, router):
     original = set(tiny(family).state_dict())
-    model = convert(tiny(family), attention=ROUTERS[router])
+    model = converted(family, router)
     assert original <= set(model.state_dict())
     with record_routing(model) as routings:
         model(**inputs(family))
-    want = {"query_norm": [4, 4, 4], "two_stage": [5, 5, 5], "lists": [4, 3, 2]}[router]
+    want = {"query_norm": [4, 4, 4], "two_stage": [5, 5, 5], "lists": [4, 3, 2]}.get(router)
+    if want is None:
+        want = model.conversion.attention.active
+        assert sum(want) == 12
     for routing, active in zip(routings.values(), want, strict=True):
         on = (routing.weights != 0).sum(-1)
         assert (on[... if routing.mask is None else routing.mask] == active).all()
@@ -143,7 +141,7 @@ def test_attention_weights_that_nobody_keeps_are_refused(family, router, build):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", GENERATING)
 def test_it_generates_with_a_cache_as_without(family, router):
-    model = convert(tiny(family), attention=ROUTERS[router])
+    model = converted(family, router)
     given = unlabelled(family)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     without = model.generate(**given, use_cache=False, **options)
@@ -153,7 +151,7 @@ def test_it_generates_with_a_cache_as_without(family, router):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_trains_a_step(family, router):
-    model = convert(tiny(family), attention=ROUTERS[router]).train()
+    model = converted(family, router).train()
     given = inputs(family)
     loss = model(**given).loss
     loss.backward()
@@ -170,7 +168,7 @@ def test_it_trains_a_step(family, router):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_saves_and_loads(family, router, tmp_path):
-    model = convert(tiny(family), attention=ROUTERS[router])
+    model = converted(family, router)
     model.save_pretrained(tmp_path)
     kind = "CausalLM" if family in GENERATING else FAMILIES[family][1].partition("For")[2]
     again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path)
@@ -205,7 +203,7 @@ def test_all_ways_of_generating_with_a_cache_agree_with_none(family, side, optio
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(family, router):
     def build():
-        model = convert(tiny(family), attention=ROUTERS[router]).train()
+        model = converted(family, router).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from conversions import EXPERTS, MH_MOE, MOE
-from test_families import FAMILIES, SIZES, tiny, unlabelled
+from conversions import EXPERTS, FAMILIES, MH_MOE, MOE, SIZES
+from test_families import tiny, unlabelled
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert
 from headwise.parity import count_flops, count_parameters, measure_flops

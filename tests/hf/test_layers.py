@@ -92,7 +92,7 @@ def test_an_older_version_would_refuse_it(tiny, tmp_path):
         ({"layers": []}, r"layers is \[\]; it must name at least one layer"),
         ({"layers": [1.0]}, r"layers\[0\] is 1.0; it must be an int"),
         ({"layers": [True]}, r"layers\[0\] is True; it must be an int"),
-        ({"layers": 1}, "layers is 1; it must be a tuple"),
+        ({"layers": 1}, "layers is 1; it must be a list"),
         ({"layers": [1], "every": 2, "mlp": MH_MOE}, "every is 2, but layers names 1 layers"),
         ({"layers": [1], "ternary": True}, r"layers is \[1\]; with ternary=True it must be None"),
     ],

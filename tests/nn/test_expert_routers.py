@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from headwise import MHMoE, record_routing, update_biases
-from headwise.nn import CosineRouter, LinearRouter
+from headwise.nn import CosineRouter, FittedExpertRouter, LinearRouter
 from headwise.ops import count_choices, load_and_probability, route_tokens
 
 KINDS = pytest.mark.parametrize("kind", [LinearRouter, CosineRouter])
@@ -41,6 +41,30 @@ def test_linear_is_route_tokens_of_a_product(scores):
     )
     want = route_tokens(x @ router.weight.T, top_k=3, normalize=False, scores=scores)
     assert_close(router(x)[:4], want[:4])
+
+
+def test_fitted_by_hand():
+    router = FittedExpertRouter(2, 3, top_k=2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        router.bias.copy_(torch.tensor([0.0, 2.0, -9.0]))
+        router.gain.copy_(torch.tensor([1.5, 0.5, 7.0]))
+    routing = router(torch.tensor([[3.0, 4.0]]))
+    assert_close(routing.logits, torch.tensor([[3.0, 6.0, -2.0]]))
+    assert routing.indices.tolist() == [[1, 0]]
+    assert routing.weights.tolist() == [[0.5, 1.5]]
+
+
+def test_the_choice_of_a_fitted_router_learns_straight_through():
+    router, x = FittedExpertRouter(13, 7, top_k=3), torch.randn(5, 13)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_()
+    routing, up = router(x), torch.randn(5, 3)
+    gradient = torch.autograd.grad((routing.weights * up).sum(), router.weight, retain_graph=True)
+    of_chosen = routing.probabilities.gather(-1, routing.indices)
+    gain = router.gain.detach()[routing.indices]
+    assert_close(gradient, torch.autograd.grad((of_chosen * gain * up).sum(), router.weight))
 
 
 @KINDS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.nn import HeadBudget, OneStageRouter, QueryNormRouter, TwoStageRouter
+from headwise.nn import FittedRouter, HeadBudget, OneStageRouter, QueryNormRouter, TwoStageRouter
 from headwise.ops import route_heads, route_heads_by_query_norm
 
 BUDGET = HeadBudget.resolve(7, shared=2, active=5)
@@ -130,3 +130,42 @@ def test_the_gradient_of_a_group_is_the_sum_over_its_heads():
     p = (z / z.std(-1, keepdim=True)).softmax(-1)
     (want,) = torch.autograd.grad((p * upstream.unflatten(-1, (5, 3)).sum(-1)[..., 2:]).sum(), q)
     assert_close(got, want)
+
+
+def filled(budget):
+    router = FittedRouter(13, budget)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_()
+    return router
+
+
+def test_fitted_gates_are_the_gains_of_what_scores_most():
+    router, x = filled(BUDGET), torch.randn(2, 3, 13)
+    routing = router(x)
+    scores = x @ router.weight.T + router.bias
+    assert_close(routing.logits, scores)
+    kept = torch.zeros(2, 3, 7)
+    kept[..., :2] = 1
+    kept.scatter_(-1, 2 + scores.topk(3, dim=-1).indices, 1.0)
+    assert_close(routing.weights, kept * router.gain)
+    groups = filled(GROUPS)
+    gates = groups(x).weights.unflatten(-1, (5, 3))
+    assert (gates == gates[..., :1]).all()
+    assert ((gates != 0).sum((-1, -2)) == 12).all()
+
+
+def test_a_fitted_router_without_a_choice_has_no_parameters():
+    budget = HeadBudget.resolve(7, shared=0, active=7)
+    router = FittedRouter(13, budget)
+    assert not list(router.parameters())
+    assert router.is_dense
+    assert (router(torch.randn(2, 3, 13)).weights == 1).all()
+    assert not filled(BUDGET).is_dense
+
+
+def test_all_that_is_fitted_has_gradients():
+    router, x = filled(BUDGET), torch.randn(2, 3, 13, requires_grad=True)
+    (router(x).weights * torch.randn(2, 3, 7)).sum().backward()
+    assert x.grad.any()
+    assert all(parameter.grad.any() for parameter in router.parameters())

@@ -8,6 +8,7 @@ import torch
 from headwise import MHMoE, MoHAttention
 from headwise.nn import (
     CosineRouter,
+    FittedExpertRouter,
     HeadBudget,
     LinearRouter,
     OneStageRouter,
@@ -53,6 +54,7 @@ BUDGET = HeadBudget(5, 2, 3)
 ROUTERS = {
     "linear": (LinearRouter(15, 7, top_k=2), torch.zeros(2, 7, 15)),
     "cosine": (CosineRouter(15, 7, top_k=2), torch.zeros(2, 7, 15)),
+    "fitted": (FittedExpertRouter(15, 7, top_k=2), torch.zeros(2, 7, 15)),
     "two_stage": (TwoStageRouter(15, BUDGET), torch.zeros(2, 7, 15)),
     "one_stage": (OneStageRouter(15, BUDGET), torch.zeros(2, 7, 15)),
     "query_norm": (QueryNormRouter(BUDGET), torch.zeros(2, 7, 5, 3)),

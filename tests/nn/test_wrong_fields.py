@@ -14,6 +14,7 @@ from headwise.hf.conversion import Conversion
 from headwise.models import DiTConfig, TransNeXtConfig
 from headwise.nn import (
     CosineRouter,
+    FittedExpertRouter,
     HeadBudget,
     LinearRouter,
     OneStageRouter,
@@ -32,6 +33,7 @@ VALID = {
     MoE: {"dim": 15, **EXPERTS},
     LinearRouter: {"dim": 15, "num_experts": 7, "top_k": 2},
     CosineRouter: {"dim": 15, "num_experts": 7, "top_k": 2},
+    FittedExpertRouter: {"dim": 15, "num_experts": 7, "top_k": 2},
     TwoStageRouter: {"dim": 15, "budget": BUDGET},
     OneStageRouter: {"dim": 15, "budget": BUDGET},
     QueryNormRouter: {"budget": BUDGET},

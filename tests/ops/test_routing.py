@@ -12,6 +12,7 @@ from headwise.ops import (
     Routing,
     route_heads,
     route_heads_by_query_norm,
+    route_heads_by_scores,
     route_tokens,
 )
 
@@ -87,6 +88,29 @@ def test_query_norm_gradient_is_the_probabilities_gradient(scale_by_std):
     z = q[..., 2:, :].norm(dim=-1)
     z = z / z.std(-1, keepdim=True) if scale_by_std else z
     (want,) = torch.autograd.grad((z.softmax(-1) * upstream[..., 2:]).sum(), q)
+    assert_close(got, want)
+
+
+def test_scores_by_hand():
+    scores = torch.tensor([2.0, 1.0, 3.0]).log()
+    routing = route_heads_by_scores(scores, shared_heads=1, top_k=2)
+    assert routing.weights.tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert routing.indices.tolist() == [2, 0]
+    assert_close(routing.probabilities, torch.tensor([1 / 3, 1 / 6, 1 / 2]))
+    named = route_heads_by_scores(scores, shared_heads=(0, 3), top_k=1)
+    assert named.weights.tolist() == [1.0, 0.0, 0.0, 1.0, 1.0]
+    gain = torch.tensor([5.0, 2.0, 3.0, 0.5])
+    gained = route_heads_by_scores(scores, shared_heads=1, top_k=2, gain=gain)
+    assert gained.weights.tolist() == [5.0, 2.0, 0.0, 0.5]
+
+
+def test_the_gradient_of_scores_is_straight_through():
+    scores = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, 9, dtype=torch.float64)
+    gate = route_heads_by_scores(scores, shared_heads=2, top_k=3).weights
+    assert set(gate.unique().tolist()) == {0.0, 1.0}
+    (got,) = torch.autograd.grad((gate * upstream).sum(), scores)
+    (want,) = torch.autograd.grad((scores.softmax(-1) * upstream[..., 2:]).sum(), scores)
     assert_close(got, want)
 
 
@@ -212,6 +236,8 @@ def test_ties_go_to_the_lowest_index():
     assert heads.indices.tolist() == [list(range(7))] * 3
     norms = route_heads_by_query_norm(torch.ones(1, 3, 101, 2), shared_heads=0, top_k=7)
     assert norms.indices.tolist() == [[list(range(7))] * 3]
+    scored = route_heads_by_scores(equal, shared_heads=2, top_k=7)
+    assert scored.indices.tolist() == [list(range(7))] * 3
     partly = torch.tensor([[1.0, 2.0, 2.0, 3.0, 2.0]])
     assert route_tokens(partly, top_k=3).indices.tolist() == [[3, 1, 2]]
 
@@ -226,6 +252,7 @@ def test_routing_is_float32_or_wider(dtype, autocast):
             route_tokens(x, top_k=2),
             route_heads(x[..., :3], x, x[..., :2], top_k=2),
             route_heads_by_query_norm(x, shared_heads=2, top_k=2),
+            route_heads_by_scores(x, shared_heads=2, top_k=2),
         ]
     for routing in routings:
         assert routing.weights.dtype == routing.probabilities.dtype == routing.logits.dtype == want
@@ -250,6 +277,13 @@ def test_mask_switches_padding_off():
         (lambda x: route_heads(x, x, x[..., :2], top_k=1, mode="soft"), "mode is 'soft'"),
         (lambda x: route_heads(x, x, None, top_k=1), "stage_logits is None"),
         (lambda x: route_heads(x, x, x[..., :2], top_k=1, scores="relu"), "scores is 'relu'"),
+        (lambda x: route_heads_by_scores(x, shared_heads=2, top_k=6), r"top_k is 6.*0\.\.5"),
+        (lambda x: route_heads_by_scores(x, shared_heads=[4, 3], top_k=1), r"shared_heads is \[4"),
+        (lambda x: route_heads_by_scores(x, shared_heads=-1, top_k=1), "shared_heads is -1"),
+        (
+            lambda x: route_heads_by_scores(x, shared_heads=2, top_k=1, gain=x[0]),
+            r"gain has shape \[5\]; it must be \[7\]",
+        ),
         (lambda x: route_tokens(x, top_k=1, scores="sparsemax"), "scores is 'sparsemax'"),
         (lambda x: route_tokens(x, top_k=0), r"top_k is 0.*1\.\.5"),
         (lambda x: route_tokens(x, top_k=6), r"top_k is 6.*1\.\.5"),

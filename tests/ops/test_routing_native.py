@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwise.ops import route_heads, route_heads_by_query_norm
+from headwise.ops import route_heads, route_heads_by_query_norm, route_heads_by_scores
 from headwise.ops.native import routing as native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -37,7 +37,7 @@ def test_equals_float64(shared, routed, top_k, mode):
     logits = case(shared, routed)
     upstream = torch.randn(3, 101, shared + routed), torch.randn(3, 101, routed)
     options = {"top_k": top_k, "mode": mode}
-    assert native.has_kernel(logits[1], "softmax")
+    assert native.has_kernel(logits[1])
     got, chosen = value_and_gradients(logits, upstream, torch.float32, **options)
     want, expected = value_and_gradients(logits, upstream, torch.float64, **options)
     assert torch.equal(chosen, expected)
@@ -97,6 +97,40 @@ def test_queries_route_as_in_float64(heads, shared, top_k, scale_by_std, dtype):
     with torch.no_grad():
         got = route_heads_by_query_norm(q, **options)
     assert_same_routing(got, route_heads_by_query_norm(q.double(), **options))
+
+
+@pytest.mark.parametrize("with_gain", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "shared", "top_k"),
+    [(9, [0, 1], 4), (5, [1, 4], 2), (4, [], 4), (3, [0, 1, 2], 0), (2, [0], 0), (62, [61], 30)],
+)
+def test_scores_route_as_in_float64(heads, shared, top_k, with_gain):
+    # Of longer rows, as a router's product may have them.
+    scores = torch.randn(2, 150, heads + 3)[..., : heads - len(shared)]
+    gain = torch.randn(heads) if with_gain else None
+    options = {"shared_heads": shared, "top_k": top_k}
+    want = route_heads_by_scores(
+        scores.double(), gain=None if gain is None else gain.double(), **options
+    )
+    with torch.no_grad():
+        got = route_heads_by_scores(scores, gain=gain, **options)
+        fields = native.routing_by_scores(scores, gain, shared, top_k)
+    assert_same_routing((*fields, scores), want)
+    assert_same_routing(got, want)
+
+
+def test_scores_of_any_number_of_tokens_and_ties():
+    for batch in ((), (0,), (1000,), (2, 0, 3)):
+        gates, indices, _ = native.routing_by_scores(torch.zeros(*batch, 5), None, [2], 3)
+        assert gates.shape == (*batch, 6)
+        assert (indices == torch.arange(3)).all()
+        assert (gates == torch.tensor([1.0, 1, 1, 1, 0, 0])).all()
+
+
+def test_scores_that_are_no_numbers_choose_heads_that_exist():
+    gates, indices, _ = native.routing_by_scores(torch.full((4, 5), torch.nan), None, [0], 2)
+    assert (gates.sum(-1) == 3).all()
+    assert ((indices >= 0) & (indices < 5)).all()
 
 
 def test_queries_of_any_strides():

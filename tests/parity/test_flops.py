@@ -13,7 +13,16 @@ from transformers import (
 )
 
 import tiny
-from headwise import MHMoE, MHMoEConfig, MoEConfig, MoHAttention, MoHConfig, convert
+from headwise import (
+    MHMoE,
+    MHMoEConfig,
+    MoEConfig,
+    MoHAttention,
+    MoHConfig,
+    convert,
+    fit,
+    fit_experts,
+)
 from headwise.parity import count_flops, measure_flops
 
 B, T = 2, 48
@@ -73,6 +82,19 @@ def test_moh_equals_torchs_counter_less_the_heads_that_are_off(router):
     # The router multiplies by rows of zeros, up to 16: part of its speed, not of its work.
     zeros = 2 * 2 * model.config.hidden_size * 8 if router == "two_stage" else 0
     assert by_formula(model) == pytest.approx(measured(model) - off - zeros, rel=1e-3)
+
+
+def test_what_is_fitted_equals_torchs_counter_less_the_heads_that_are_off():
+    model = llama(num_hidden_layers=3).eval()
+    batches = [{"input_ids": x, "labels": x} for x in torch.randint(97, (4, 4, T))]
+    experts = MoEConfig(
+        num_experts=5, top_k=2, expert_dim=16, shared_expert_dim=32, router="fitted",
+        experts_from="mlp",
+    )  # fmt: skip
+    heads = fit(model, batches, MoHConfig(router="fitted", active=[6, 4, 4]), allocate="alike")
+    convert(model, attention=heads, mlp=fit_experts(model, batches, experts))
+    off = 2 * 2 * 4 * 8 * (T + 1) / 2
+    assert by_formula(model) == pytest.approx(measured(model) - off, rel=0.01)
 
 
 @pytest.mark.parametrize(

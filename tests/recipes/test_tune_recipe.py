@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwise import MoEConfig, MoHConfig, convert
+from headwise.data.split_tokens import load_tokens
+from headwise.data.text import MixedBlocks
 from headwise.recipes.tune import SCHEDULES, TuningRun, tune
 from headwise.results.rows import Row, read_csv
 from tiny import llama, tokenizer
@@ -185,6 +187,24 @@ def test_tokens_instead_of_text(converted, tmp_path):
     assert len(rows(tmp_path / "run")) == 3
 
 
+def test_measured_on_text_of_its_own(converted, original, tmp_path):
+    """Then all of the data is trained on, and no row of the other text."""
+    data = token_file(tmp_path / "data.parquet", [[i] * 16 for i in range(8)])
+    given = torch.randint(300, (3, 16))
+    eval_data = token_file(tmp_path / "eval.parquet", given.tolist())
+    began = run(converted, tmp_path / "run", data=data, eval_data=eval_data)
+    tune(began)
+    model = AutoModelForCausalLM.from_pretrained(original)
+    with torch.no_grad():
+        loss = model(input_ids=given, labels=given).loss
+    want = pytest.approx(loss.exp().item(), rel=1e-4)
+    assert float(rows(began.output)[0]["original_perplexity"]) == want
+    (stream,) = load_tokens(data, None, 16).whole().values()
+    assert sorted(set(stream.tolist())) == list(range(8))
+    blocks = MixedBlocks({"data": stream}, sequence_length=16, num_blocks=8, exponent=0.5, seed=0)
+    assert {block["input_ids"][0].item() for block in blocks} == set(range(8))
+
+
 def test_wrong_input_is_refused_before_anything_is_written(
     converted, original, of_the_text, tmp_path
 ):
@@ -208,6 +228,8 @@ def test_wrong_input_is_refused_before_anything_is_written(
         ({"data": tokens}, "the text has token 300, and the model in .* has embeddings for 0..299"),
         ({"data": short}, "sequence_length is 16, but .* has rows of at most 5 tokens"),
         ({"data": str(tmp_path / "none.parquet")}, "there is no file"),
+        ({"eval_data": tokens}, "the text has token 300, and the model in .*"),
+        ({"eval_data": str(tmp_path / "none.parquet")}, "there is no file"),
         ({"original": str(other)}, "original is .*, whose tokenizer is not that of"),
         ({"path": bare}, "has no tokenizer, and text needs one"),
         ({"sequence_length": 9999}, "sequence_length is 9999; the model in .* takes at most"),

@@ -1,9 +1,11 @@
 """Dense against routed heads after training: gated, timed at short contexts, said and kept."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+import transformers
 
 import headwise
 from headwise.analysis.records import from_json
@@ -14,7 +16,7 @@ from headwise.recipes.lm import LanguageModelRun
 from headwise.training import speed
 from headwise.training.speed import filled_cache, read_token, time_models
 from headwise.training.timing import interleaved
-from tiny import ONE_STEP, RUN, llama
+from tiny import ONE_STEP, RUN, SIZES, llama
 
 CONTEXTS = (67, 131)
 
@@ -65,6 +67,21 @@ def test_a_filled_cache_stays_as_long_and_carries_past_the_trained_positions():
         cache = filled_cache(model, 67)
         read_token(model, torch.tensor([[3]]), cache)
         assert cache.get_seq_length() == 67
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "fields"),
+    [
+        ("GPT2Config", "GPT2LMHeadModel", {}),
+        ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+        ("MistralConfig", "MistralForCausalLM", {"num_key_value_heads": 3, "sliding_window": 5}),
+    ],
+)
+def test_models_of_other_families_are_timed_too(config, kind, fields):
+    sizes = getattr(transformers, config)(**SIZES, **fields)
+    model = getattr(transformers, kind)(sizes).eval()
+    converted = headwise.convert(copy.deepcopy(model), attention=headwise.MoHConfig())
+    assert all(s.routed > 0 for s in time_models(model, converted, contexts=[17]).speeds)
 
 
 def run_of(text, output, **fields):

@@ -1,35 +1,34 @@
 """`headwise convert`: a directory with a pretrained model becomes one with routed heads."""
 
-import copy
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rich.console import Console
+from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
-from headwise.data.text import read
-from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
-from headwise.hf import MoHConfig, calibrate, convert
+from headwise.analysis.tables import speed_table
+from headwise.commands.calibration import perplexities, read_texts, twin
+from headwise.hf import FittedHeads, MoHConfig, calibrate, convert, fit
 from headwise.hf.calibration import Batches, Measure
-from headwise.hf.card import budget_lines, calibration_figures, model_card
+from headwise.hf.card import budget_lines, model_card
+from headwise.hf.fitting.heads import Allocation
+from headwise.hf.head_configs import RouterName
 from headwise.hf.loading import load_original
 from headwise.loading import described, kind_of, load_tokenizer, longest_sequence
 from headwise.nn import Budget
-from headwise.nn.moh import HeadRouterName
 from headwise.ops.fields import check_fields
 from headwise.parsing import parsed
-from headwise.progress import followed, plain_console
+from headwise.progress import plain_console
 from headwise.results.files import check_new, write_whole
-from headwise.results.table import Cell, Number, Table
-from headwise.training.evaluation import FileLoss
+from headwise.results.table import Table
+from headwise.training.speed import time_models
 
-_PIECE = 256  # tokens
-_MOST_PIECES = 64
+_TIMED_CONTEXT = 1024
 
 
 def main(argv: list[str]) -> None:
@@ -44,50 +43,67 @@ class ConversionRun:
     Attributes:
         path: Directory of the model, as transformers saves it, or its name on the Hugging Face hub.
         output: Directory for the converted model; must not hold anything yet.
-        shared: Heads that are always on, a count or a share of all.
-        active: Heads that a token switches on, shared ones included, a count or a share of all.
-        router: query_norm (no parameters, ready at once), or two_stage or one_stage (learned; tune
+        shared: Heads that are always on, a count or a share of all. By default none with a fitted
+            router, half with query_norm, 0.4 with a learned one.
+        active: Heads that a token switches on, shared ones included, a count or a share of all;
+            with a fitted router on average over the layers.
+        router: fitted (to the text of calibrate, with which it is the default), query_norm (no
+            parameters, the default without a text), or two_stage or one_stage (learned; tune
             afterwards).
+        allocate: Of a fitted router: loss spends the budget over the layers where the loss needs
+            it, alike gives every layer the same.
         route_groups: Query heads that share a key head are on or off together.
         layers: Numbers of the layers to convert, counted from 0; all of them if empty.
-        calibrate: Text file, or tokens that `headwise write-text` wrote (.parquet), by which to
-            choose the shared heads of each layer; without it they are the first ones. It is read in
-            pieces of up to 256 tokens, of which at most the first 64 are taken: three quarters to
-            choose by, the last quarter to compare the two.
-        by: What calibration goes by: gradient of the loss with respect to the head's gate, loss (a
-            forward for each head), or query_norm.
+        calibrate: Text files, or tokens that `headwise write-text` wrote (.parquet), to fit routers
+            to; for other routers to choose the shared heads of each layer by, which else are the
+            first ones. Several files are a mixture of equal parts. They are read in pieces of up to
+            512 tokens, of which at most 40 are taken: four fifths to fit to, the last fifth to
+            compare on.
+        by: What the choice of shared heads goes by: gradient of the loss with respect to the head's
+            gate, loss (a forward for each head), or query_norm.
     """
 
     path: Annotated[str, tyro.conf.Positional]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    shared: Budget = 0.5
+    shared: Budget | None = None
     active: Budget = 0.75
-    router: HeadRouterName = "query_norm"
+    router: RouterName | None = None
+    allocate: Allocation = "loss"
     route_groups: bool = False
     layers: tuple[int, ...] = ()
-    calibrate: Path | None = None
+    calibrate: tuple[Path, ...] = ()
     by: Measure = "gradient"
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_new("output", self.output, or_empty=True)
-        if self.calibrate is not None and not self.calibrate.is_file():
+        for file in self.calibrate:
+            if not file.is_file():
+                raise ValueError(
+                    f"calibrate is {file}, where there is no file; it must be text files or tokens "
+                    "that `headwise write-text` wrote"
+                )
+        if self.router == "fitted" and not self.calibrate:
             raise ValueError(
-                f"calibrate is {self.calibrate}, where there is no file; it must be a text file or "
-                "tokens that `headwise write-text` wrote"
+                "router is 'fitted', and there is no text to fit it to; give one with --calibrate"
             )
         self.attention()
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether routers are fitted to a text."""
+        return bool(self.calibrate) and self.router in (None, "fitted")
+
     def attention(self) -> MoHConfig:
-        """The same as `convert` takes it."""
+        """The same as `convert` takes it, before calibration."""
+        router = "fitted" if self.is_fitted else self.router or "query_norm"
         return MoHConfig(
-            shared=self.shared, active=self.active, router=self.router,
-            route_groups=self.route_groups,
-        )  # fmt: skip
+            shared=self.shared, active=self.active, router=router, route_groups=self.route_groups
+        )
 
 
 def convert_directory(run: ConversionRun) -> PreTrainedModel:
-    """Load, calibrate if asked to, convert, save beside and rename; returns the model.
+    """Load, fit or calibrate if asked to, convert, save beside and rename; returns the model.
 
     Raises:
         ValueError: If there is no model or it cannot be converted, or the text does not do.
@@ -95,23 +111,16 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     """
     console = plain_console()
     model, tokenizer = load_original(run.path), load_tokenizer(run.path)
-    attention, perplexities = run.attention(), {}
-    if run.calibrate is not None:
+    attention: MoHConfig | FittedHeads = run.attention()
+    dense, measured = None, None
+    if run.calibrate:
+        dense = twin(model)
         _check_reads_text(run, model)
-        pieces = _pieces(run.calibrate, tokenizer, model, run.path)
-        batches = _batches(pieces[:_MOST_PIECES], model)
-        kept = -(-len(batches) // 4)
-        attention = calibrate(model, batches[:-kept], attention, by=run.by)
-        perplexities = _comparison(run, model, attention, batches[-kept:])
-        console.print(
-            f"calibrated on pieces 1 to {len(batches) - kept} of the text's {len(pieces):,}, "
-            f"compared on the next {kept}"
-        )
-        console.print(_table(perplexities).for_terminal())
-        if perplexities["calibrated"] > perplexities["the first ones shared"]:
-            console.print(
-                "calibrated is worse here than the first ones: give more text, or no --calibrate"
-            )
+        texts = read_texts(run.calibrate, tokenizer, model, run.path)
+        console.print(texts.note)
+        attention = _calibrated(run, model, texts.calibration)
+        measured = _comparison(run, model, attention, texts.held_out)
+        console.print(measured.for_terminal())
     try:
         convert(model, attention=attention, layers=run.layers or None)
     except ValueError as error:
@@ -125,7 +134,7 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
         run.path,
         run.output.name,
         weights="The weights are those of the original; they were not tuned since.",
-        figures=calibration_figures(perplexities),
+        figures="" if measured is None else f"\n{measured.markdown()}\n",
     )
 
     def write(directory: Path) -> None:
@@ -142,67 +151,61 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
     for line in budget_lines(model):
         console.print(line)
     console.print(f"saved in {run.output}")
+    if dense is not None:
+        _print_speed(console, dense, model.eval())
     return model
+
+
+def _print_speed(console: Console, dense: Any, routed: Any) -> None:
+    """What a prompt and the next token cost here, where both models can be timed."""
+    context = int(min(_TIMED_CONTEXT, longest_sequence(routed)))
+    try:
+        timed = time_models(dense, routed, contexts=[context])
+    # Of models with layers and caches of all kinds. What was converted is saved, and stays so.
+    except Exception as error:
+        console.print(f"not timed: {type(error).__name__}: {error}")
+        return
+    console.print(speed_table(timed.speeds).for_terminal())
+    console.print(timed.note)
 
 
 def _check_reads_text(run: ConversionRun, model: Any) -> None:
     if kind_of(model.config) != "language model":
+        name = "fit" if run.is_fitted else "calibrate"
         raise ValueError(
-            f"calibrate is {run.calibrate}, and {run.path} holds {described(model.config)}, not a "
-            "language model; headwise.calibrate(model, batches, config) in Python takes batches of "
+            f"calibrate is {run.calibrate[0]}, and {run.path} holds {described(model.config)}, not "
+            f"a language model; headwise.{name}(model, batches, config) in Python takes batches of "
             "any kind"
         )
 
 
-def _pieces(
-    file: Path, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, path: str
-) -> list[Tokens]:
-    """The text in pieces, none longer than the model was made for."""
-    length = int(min(_PIECE, longest_sequence(model)))
-    if file.suffix == TOKEN_FILE:
-        rows = token_rows(file)
-    elif tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer, and calibrate needs one; save one beside it")
-    elif not (text := read(file)).strip():
-        raise ValueError(f"calibrate is {file}, which holds no text")
-    else:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        rows = np.split(np.array(ids, dtype=np.int32), range(length, len(ids), length))
-    pieces = [row[:length] for row in rows if len(row) > 1]
-    if len(pieces) < 2:
-        tokens = sum(map(len, rows))
-        least = "2 rows of 2 tokens" if file.suffix == TOKEN_FILE else f"more than {length} tokens"
-        raise ValueError(f"calibrate is {file}, of {tokens} tokens in all; it must have {least}")
-    check_tokens(np.concatenate(pieces), model.get_input_embeddings().num_embeddings, path)
-    return pieces
-
-
-def _batches(pieces: list[Tokens], model: PreTrainedModel) -> Batches:
-    """Each piece with itself as labels."""
-    ids = [torch.from_numpy(piece.astype(np.int64))[None].to(model.device) for piece in pieces]
-    return [{"input_ids": piece, "labels": piece} for piece in ids]
+def _calibrated(
+    run: ConversionRun, model: PreTrainedModel, batches: Batches
+) -> MoHConfig | FittedHeads:
+    if not run.is_fitted:
+        return calibrate(model, batches, run.attention(), by=run.by)
+    layers = run.layers or None
+    return fit(model, batches, run.attention(), allocate=run.allocate, layers=layers)
 
 
 def _comparison(
-    run: ConversionRun, model: PreTrainedModel, calibrated: MoHConfig, batches: Batches
-) -> dict[str, float]:
-    """Perplexity on text that calibration has not seen."""
-    perplexities = {"all on": _perplexity(model, batches)}
-    configs = {"the first ones shared": run.attention(), "calibrated": calibrated}
-    for name, attention in configs.items():
-        converted = convert(copy.deepcopy(model), attention=attention, layers=run.layers or None)
-        perplexities[name] = _perplexity(converted, batches)
-    return perplexities
+    run: ConversionRun,
+    model: PreTrainedModel,
+    calibrated: MoHConfig | FittedHeads,
+    texts: Mapping[str, Batches],
+) -> Table:
+    """Perplexity on text that calibration has not seen: of the original, and converted both ways.
 
-
-def _table(perplexities: dict[str, float]) -> Table:
-    rows: list[list[Cell]] = [[name, Number(x, "{:.4g}")] for name, x in perplexities.items()]
-    return Table(["heads", "perplexity"], rows)
-
-
-def _perplexity(model: Any, batches: Batches) -> float:
-    with torch.no_grad():
-        tokens = [batch["labels"].numel() - 1 for batch in batches]
-        shown = followed(batches, "perplexity", total=len(batches))
-        nats = [model(**b).loss.item() * n for b, n in zip(shown, tokens, strict=True)]
-    return FileLoss(sum(nats), sum(tokens)).perplexity
+    Fitted routers are compared with the router without parameters, others with the first heads
+    shared.
+    """
+    if run.is_fitted:
+        config = MoHConfig(active=run.active, route_groups=run.route_groups)
+        configs = {"by query norm, the first half shared": config, "fitted": calibrated}
+    else:
+        configs = {"the first ones shared": run.attention(), "calibrated": calibrated}
+    models = {
+        name: convert(twin(model), attention=attention, layers=run.layers or None)
+        for name, attention in configs.items()
+    }
+    return perplexities({"all on": model, **models}, texts)

@@ -5,18 +5,24 @@ from typing import Any
 from headwise.hf.calibration import calibrate
 from headwise.hf.conversion import Conversion
 from headwise.hf.converter import convert, restore
-from headwise.hf.expert_configs import MHMoEConfig, MoEConfig
-from headwise.hf.head_configs import MoHConfig
+from headwise.hf.expert_configs import FittedExperts, MHMoEConfig, MoEConfig
+from headwise.hf.fitting.experts import fit_experts
+from headwise.hf.fitting.heads import fit
+from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load
 from headwise.hf.recorder import record_routing
 
 __all__ = [
     "Conversion",
+    "FittedExperts",
+    "FittedHeads",
     "MHMoEConfig",
     "MoEConfig",
     "MoHConfig",
     "calibrate",
     "convert",
+    "fit",
+    "fit_experts",
     "load",
     "record_routing",
     "restore",

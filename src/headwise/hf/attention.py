@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headwise.hf.output_gates import decided_by_queries, gates_before, watch_queries
 from headwise.hf.parallelism import check_num_heads
-from headwise.nn import HeadRouter, QueryNormRouter
+from headwise.nn import HeadRouter, OutputGateRouter, QueryNormRouter
 from headwise.nn.projections import with_gates
-from headwise.ops import head_attention
+from headwise.ops import HeadRouting, head_attention
 
 NAME = "headwise"
 
@@ -38,19 +40,33 @@ def _before_attention(
     """Route by the attention's input; its forward hands the routing down to `attend`.
 
     The input takes the gates along, for a query projection that leaves out heads. A router by
-    queries waits for `attend`, which has them. The function is checked here because somebody may
-    set that of a part of the model without the whole.
+    queries waits for `attend`, which has them, and so does one by gates that come with queries.
+    The function is checked here because somebody may set that of a part of the model without the
+    whole.
     """
     config: Any = attention.config
     router: Any = attention.router
     check_implementation(config._attn_implementation)
     if isinstance(router, QueryNormRouter):
         return None
-    x = args[0] if args else kwargs["hidden_states"]
-    routing = router(x)
+    x = attention_input(args, kwargs)
+    if isinstance(router, OutputGateRouter):
+        gates = gates_before(attention, x)
+        if gates is None:
+            watch_queries(attention)
+            return None
+        routing = router(gates)
+    else:
+        routing = router(x)
     x = with_gates(x, routing.weights)
     args, given = ((x, *args[1:]), {}) if args else (args, {"hidden_states": x})
     return args, {**kwargs, **given, "routing": routing}
+
+
+def attention_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What an attention module reads, of the arguments of its forward."""
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    return x
 
 
 def attend(
@@ -69,7 +85,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
 
-    The routing comes from the module's forward (learned routers) or from q (query-norm router).
+    The routing comes from the module's forward (routers that read its input, or gates), or from q
+    and what is projected with it.
     Attention modules of the model that were not converted get transformers' own dense attention.
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
@@ -82,12 +99,9 @@ def attend(
             if kwargs.get(name) is not None:
                 raise ValueError(f"the model's attention has {name}; routed heads support none")
         check_num_heads(query.shape[1], router.budget.num_heads)
-        if routing is None and not isinstance(router, QueryNormRouter):
-            raise ValueError(f"{type(module).__name__} was given a routing and did not pass it on")
         if routing is None:
-            routing = router(query.transpose(1, 2))
-    by_norm = isinstance(router, QueryNormRouter)
-    all_on = router is None or (by_norm and router.budget.active_share == 1)
+            routing = _by_queries(module, query)
+    all_on = router is None or router.is_dense
     if all_on or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
@@ -130,6 +144,16 @@ def attend(
         share_on=router.budget.active_share,
     )
     return heads, None
+
+
+def _by_queries(module: Any, query: Tensor) -> HeadRouting:
+    """The routing where the attention's input did not decide it; q is [B, H, T, C]."""
+    if isinstance(module.router, QueryNormRouter):
+        routing: HeadRouting = module.router(query.transpose(1, 2))
+        return routing
+    if isinstance(module.router, OutputGateRouter):
+        return decided_by_queries(module)
+    raise ValueError(f"{type(module).__name__} was given a routing and did not pass it on")
 
 
 def _of_real_tokens(gate: Tensor, mask: Tensor | None) -> Tensor:

@@ -62,13 +62,7 @@ def calibrate(
         raise ValueError(f"model is a {type(model).__name__}; it must be a transformers model")
     if isinstance(model, Routed):
         raise ValueError(f"{type(model).__name__} is converted already; calibrate the original")
-    if not isinstance(batches, Sized) or isinstance(batches, Tensor | Mapping) or not len(batches):
-        what = "empty" if isinstance(batches, Sequence) else f"a {type(batches).__name__}"
-        raise ValueError(f"batches is {what}; it must be a list of at least one, each {_A_BATCH}")
-    for batch in batches:
-        if not isinstance(batch, Mapping) or (by != "query_norm" and "labels" not in batch):
-            found = "no labels in a dict" if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(f"batches holds {found}; each must be {_A_BATCH}")
+    check_batches(batches, labelled=by != "query_norm")
     num_layers = len(attention_modules(model))
     config = config.resolve(num_layers)
     routers = build_routers(model, config, range(num_layers))
@@ -85,6 +79,17 @@ def calibrate(
     return dataclasses.replace(config, shared=shared)
 
 
+def check_batches(batches: Batches, *, labelled: bool) -> None:
+    """Raises ValueError unless it is a list of arguments of a model's forward, with labels."""
+    if not isinstance(batches, Sized) or isinstance(batches, Tensor | Mapping) or not len(batches):
+        what = "empty" if isinstance(batches, Sequence) else f"a {type(batches).__name__}"
+        raise ValueError(f"batches is {what}; it must be a list of at least one, each {_A_BATCH}")
+    for batch in batches:
+        if not isinstance(batch, Mapping) or (labelled and "labels" not in batch):
+            found = "no labels in a dict" if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"batches holds {found}; each must be {_A_BATCH}")
+
+
 def _heaviest(weights: Tensor, budget: HeadBudget) -> tuple[int, ...]:
     """The heads of the heaviest groups, ascending; of equal ones the first."""
     size = budget.heads_per_group
@@ -97,7 +102,7 @@ def _heaviest(weights: Tensor, budget: HeadBudget) -> tuple[int, ...]:
 def _add_query_norms(model: PreTrainedModel, batches: Batches, weights: list[Tensor]) -> None:
     all_on = [HeadBudget.resolve(len(w), shared=0, active=len(w)) for w in weights]
     routers = [QueryNormRouter(budget, scale_by_std=False) for budget in all_on]
-    with _routed_by(model, routers), record_routing(model) as routings:
+    with routed_by(model, routers), record_routing(model) as routings:
         for batch in followed(batches, "query norms", total=len(batches)):
             model(**batch)
             for total, routing in zip(weights, routings.values(), strict=True):
@@ -109,7 +114,7 @@ def _add_rises_of_loss(model: PreTrainedModel, batches: Batches, weights: list[T
     """Without the loss of the whole model: a constant does not change the order."""
     routers = [_Gated(len(w)) for w in weights]
     heads = [(layer, head) for layer, w in enumerate(weights) for head in range(len(w))]
-    with _routed_by(model, routers):
+    with routed_by(model, routers):
         for layer, head in followed(heads, "loss without each head", total=len(heads)):
             routers[layer].gates[head] = 0
             weights[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
@@ -119,7 +124,7 @@ def _add_rises_of_loss(model: PreTrainedModel, batches: Batches, weights: list[T
 def _add_slopes_of_loss(model: PreTrainedModel, batches: Batches, weights: list[Tensor]) -> None:
     routers = [_Gated(len(w)) for w in weights]
     gates = [router.gates.requires_grad_() for router in routers]
-    with _routed_by(model, routers):
+    with routed_by(model, routers):
         for batch in followed(batches, "gradient of each head", total=len(batches)):
             # Only the gates: the gradients of the model's weights stay as they were.
             gradients = torch.autograd.grad(model(**batch).loss, gates)
@@ -149,9 +154,18 @@ class _Gated(QueryNormRouter):
 
 
 @contextmanager
-def _routed_by(model: PreTrainedModel, routers: Sequence[nn.Module]) -> Iterator[None]:
-    """While inside, the model's attention asks these routers; afterwards it is as it was."""
-    modules: list[Any] = list(attention_modules(model).values())
+def routed_by(
+    model: PreTrainedModel, routers: Sequence[nn.Module], names: Sequence[str] | None = None
+) -> Iterator[None]:
+    """While inside, attention modules ask these routers; afterwards the model is as it was.
+
+    Args:
+        model: Not converted.
+        routers: One for each of the modules.
+        names: Of the modules; all by default.
+    """
+    found = attention_modules(model)
+    modules: list[Any] = [found[name] for name in found if names is None or name in names]
     before = model.config._attn_implementation
     model.set_attn_implementation(attention.NAME)
     for module, router in zip(modules, routers, strict=True):

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,21 @@ model = {auto}.from_pretrained("{name}")  # the directory of this card
 
 
 def budget_lines(model: Any) -> list[str]:
-    """The budget of each layer; one line where all are the same."""
+    """The budget of each layer; one line where all are the same but for how many heads are on."""
     modules: list[Any] = list(attention_modules(model).values())
-    lines = {i: str(m.router.budget) for i, m in enumerate(modules) if hasattr(m, "router")}
-    if len(set(lines.values())) == 1 and len(lines) == len(modules):
-        return [f"all {len(lines)} layers: {lines[0]}"]
-    return [f"layer {layer}: {line}" for layer, line in lines.items()]
+    budgets = {i: m.router.budget for i, m in enumerate(modules) if hasattr(m, "router")}
+    if len(budgets) == len(modules):
+        if len(set(map(str, budgets.values()))) == 1:
+            return [f"all {len(budgets)} layers: {budgets[0]}"]
+        alike = {replace(b, active_heads=b.num_heads, rounded=()) for b in budgets.values()}
+        if len(alike) == 1:
+            active = [budget.active_heads for budget in budgets.values()]
+            return [
+                f"heads on, of {budgets[0].num_heads}, layer by layer: "
+                f"{' '.join(map(str, active))}; {statistics.fmean(active):.3g} on average, "
+                f"{budgets[0].shared_heads} of them shared"
+            ]
+    return [f"layer {layer}: {budget}" for layer, budget in budgets.items()]
 
 
 def _original(path: str) -> tuple[str, str | None]:
@@ -89,17 +99,3 @@ def _hub_name(path: str) -> str | None:
         return path
     name = json.loads((directory / "config.json").read_text()).get("_name_or_path", "")
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) else None
-
-
-def calibration_figures(perplexities: Mapping[str, float]) -> str:
-    """Perplexity by which heads are on, on text kept from calibration; nothing of nothing."""
-    if not perplexities:
-        return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in perplexities.items())
-    return f"""
-On pieces of the text by which the shared heads were chosen that had no part in that:
-
-| heads | perplexity |
-|---|---:|
-{rows}
-"""

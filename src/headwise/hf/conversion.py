@@ -1,7 +1,7 @@
 """All that `convert` does to a model, how config.json keeps it, and what such a model can do."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,11 +34,13 @@ class Conversion:
 
     attention: MoHConfig | None = None
     mlp: MoEConfig | None = None
-    layers: tuple[Index, ...] | list[Index] | None = None
+    layers: Sequence[Index] | None = None
     every: Count = 1
     ternary: Ternary = "no"
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, range):
+            object.__setattr__(self, "layers", tuple(self.layers))
         check_fields(self)
         if self.attention is None and self.mlp is None and self.ternary == "no":
             raise ValueError(
@@ -161,6 +163,11 @@ class Converted(StrictlyLoaded):
                 experts.append(mlp.balance_coefficient * balance + z_loss)
         kinds = [torch.stack(losses).mean() for losses in (heads, experts) if losses]
         return torch.stack(kinds).sum()
+
+
+def is_of_diffusers(model: Any) -> bool:
+    """Whether the model's class comes from diffusers, found out without importing that."""
+    return any(kind.__module__.split(".")[0] == "diffusers" for kind in type(model).__mro__)
 
 
 # Of fields that the first saved models may lack.

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.auto import routed_classes
-from headwise.hf.conversion import Conversion, Converted
-from headwise.hf.expert_configs import MoEConfig
-from headwise.hf.head_configs import MoHConfig
+from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
+from headwise.hf.expert_configs import FittedExperts, MoEConfig
+from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load_original
 from headwise.hf.parallelism import refuse_tensor_parallel
 from headwise.hf.surgery import attention_modules, install
@@ -22,8 +22,8 @@ from headwise.nn import HeadRouter
 def convert(
     model_or_path: PreTrainedModel | str | os.PathLike[str],
     *,
-    attention: MoHConfig | None = None,
-    mlp: MoEConfig | None = None,
+    attention: MoHConfig | FittedHeads | None = None,
+    mlp: MoEConfig | FittedExperts | None = None,
     layers: Sequence[int] | None = None,
     every: int = 1,
     ternary: bool = False,
@@ -41,8 +41,10 @@ def convert(
             of one. Or a model of diffusers whose self-attention is plain (DiTTransformer2DModel,
             PixArtTransformer2DModel, UNet2DConditionModel and others): there only attention is
             converted, and cross attention stays.
-        attention: What to make of the attentions; None leaves them.
-        mlp: What to put for the MLPs; None leaves them. The layers must have a module `mlp`.
+        attention: What to make of the attentions: a configuration, or what `headwise.fit` made of
+            it. None leaves them.
+        mlp: What to put for the MLPs: a configuration, or what `headwise.fit_experts` made of it.
+            None leaves them. The layers must have a module `mlp`.
         layers: Numbers of the layers to convert, counted from 0, each once, such as [2, 3]; the
             others stay as they are. Default: all. Budgets of single layers in `attention` still
             have one entry for each layer of the model.
@@ -75,23 +77,26 @@ def convert(
         raise ValueError(f"ternary is {ternary!r}; it must be True or False")
     if ternary and layers is not None:
         raise ValueError(f"layers is {layers!r}; with ternary=True it must be None, for all layers")
-    if isinstance(layers, range):
-        layers = list(layers)
+    of_heads, heads = _config_of(attention, FittedHeads, "attention", "fit")
+    of_experts, experts = _config_of(mlp, FittedExperts, "mlp", "fit_experts")
+    for fitted in (heads, experts):
+        if fitted is not None and layers is None:
+            layers = fitted.layers
     conversion = Conversion(
-        attention=attention,
-        mlp=mlp,
-        layers=layers,  # type: ignore[arg-type]
+        attention=of_heads,
+        mlp=of_experts,
+        layers=layers,
         every=every,
         ternary="trained" if ternary else "no",
     )
     model: Any = model_or_path
     if isinstance(model, Converted):
         raise ValueError(f"{type(model).__name__} is converted already; load the original instead")
-    if any(kind.__module__.split(".")[0] == "diffusers" for kind in type(model).__mro__):
+    if is_of_diffusers(model):
         # Imported here because diffusers needs seconds for it, and is an extra.
         from headwise.hf.of_diffusers import convert_model
 
-        return convert_model(model, conversion)
+        return convert_model(model, conversion, heads)
     if not isinstance(model, PreTrainedModel | str | os.PathLike):
         raise ValueError(
             f"model_or_path is a {type(model).__name__}; it must be a model of transformers or "
@@ -103,11 +108,11 @@ def convert(
     original: Any = type(model)
     model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
-    if attention is not None:
+    if of_heads is not None:
         num_layers = len(attention_modules(model))
-        conversion = replace(conversion, attention=attention.resolve(num_layers))
+        conversion = replace(conversion, attention=of_heads.resolve(num_layers))
     with _own_config(model):
-        install(model, conversion, keep_mlps=True)
+        install(model, conversion, heads=heads, experts=experts, keep_mlps=True)
     model.__class__ = model_class
     model.config.__class__ = config_class
     model.config.base_model_type = base_model_type
@@ -115,6 +120,18 @@ def convert(
     # As saving the model would; a config that is saved alone must say so, too.
     model.config.architectures = [model_class.__name__]
     return model
+
+
+def _config_of(given: Any, kind: Any, name: str, fit: str) -> tuple[Any, Any]:
+    """The configuration in what `convert` was given, and what was fitted, if that is what it is."""
+    if isinstance(given, kind):
+        return given.config, given
+    if getattr(given, "router", None) == "fitted":
+        raise ValueError(
+            f"{name} has router 'fitted', which is fitted to a text; give what headwise.{fit}("
+            "model, batches, config) returns"
+        )
+    return given, None
 
 
 def restore(model: Any) -> Any:

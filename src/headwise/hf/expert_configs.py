@@ -1,10 +1,12 @@
 """Frozen descriptions of mixtures of experts, for `convert(mlp=)`."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 
 from headwise.nn import MHMoE, MoE
 from headwise.nn.mh_moe import ExpertRouterName
@@ -28,8 +30,10 @@ class MoEConfig:
         experts_from: "random", or "mlp": expert e starts as the e-th slice of the hidden units of
             the gated MLP that it replaces, so num_experts * expert_dim must be the MLP's hidden
             width. With every expert on (top_k = num_experts) the layer starts as the MLP, up to
-            rounding; with fewer, as an estimate of it that needs training. **Source**: LLaMA-MoE,
-            arXiv 2406.16554 (slices); sparse upcycling, arXiv 2212.05055.
+            rounding; with fewer, as an estimate of it that needs training. With router "fitted"
+            the experts are groups of units that are active together (`headwise.fit_experts`), and
+            the units of the shared expert count, too. **Source**: LLaMA-MoE, arXiv 2406.16554
+            (slices); sparse upcycling, arXiv 2212.05055.
     """
 
     num_experts: Count
@@ -56,21 +60,39 @@ class MoEConfig:
         if not torch.compiler.is_compiling():
             with torch.device("meta"):
                 self.build(getattr(self, "num_heads", 1))
+        if self.router == "fitted" and self.experts_from != "mlp":
+            raise ValueError(
+                f"experts_from is {self.experts_from!r}; with router 'fitted' it must be 'mlp'"
+            )
         if self.experts_from == "mlp":
-            self._check_is_an_mlp_in_slices()
+            self._check_is_an_mlp_in_parts()
 
-    def _check_is_an_mlp_in_slices(self) -> None:
-        needed = {"glu": True, "router": "linear", "inner_residual": False}
+    @property
+    def num_shared(self) -> int:
+        """How many experts' width the shared expert of a fitted mixture has."""
+        return (self.shared_expert_dim or 0) // self.expert_dim
+
+    def _check_is_an_mlp_in_parts(self) -> None:
+        fitted = self.router == "fitted"
+        router = "fitted" if fitted else "linear"
+        needed = {"glu": True, "router": router, "inner_residual": False}
         for field, value in needed.items():
             if getattr(self, field) != value:
                 raise ValueError(
                     f"{field} is {getattr(self, field)!r}; with experts_from 'mlp' it must be "
                     f"{value!r}"
                 )
-        if self.shared_expert_dim:
+        if fitted and getattr(self, "num_heads", 1) != 1:
+            raise ValueError("router is 'fitted'; in an MHMoEConfig it must be 'linear'")
+        if not fitted and self.shared_expert_dim:
             raise ValueError(
                 f"shared_expert_dim is {self.shared_expert_dim}; with experts_from 'mlp' it must "
-                "be None"
+                "be None, or the router 'fitted'"
+            )
+        if fitted and self.num_shared * self.expert_dim != (self.shared_expert_dim or 0):
+            raise ValueError(
+                f"shared_expert_dim is {self.shared_expert_dim}; with router 'fitted' it must be a "
+                f"multiple of expert_dim = {self.expert_dim}"
             )
         if self.scores == "sigmoid" and not self.normalize_top_k:
             raise ValueError(
@@ -151,10 +173,37 @@ class MHMoEConfig(MoEConfig):
         }  # fmt: skip
         return cls(**first | fields)
 
-    def _check_is_an_mlp_in_slices(self) -> None:
-        super()._check_is_an_mlp_in_slices()
+    def _check_is_an_mlp_in_parts(self) -> None:
+        super()._check_is_an_mlp_in_parts()
         if self.num_experts % self.num_heads:
             raise ValueError(
                 f"num_experts is {self.num_experts}; with experts_from 'mlp' it must be a multiple "
                 f"of num_heads = {self.num_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedExperts:
+    """What `headwise.fit_experts` gives, and `convert(mlp=)` takes.
+
+    Attributes:
+        config: The mixture.
+        orders: The hidden units of each layer's MLP, by the layer's number: those of the shared
+            expert, then expert by expert.
+        routers: weight and bias of the router of each layer, and gain, of which the first are the
+            shared expert's; none where every expert is on.
+        layers: The layers that were fitted to; None for all.
+    """
+
+    config: MoEConfig
+    orders: Mapping[int, Tensor]
+    routers: Mapping[int, Mapping[str, Tensor]]
+    layers: tuple[int, ...] | None = None
+
+    def check_fits(self, layers: Sequence[int]) -> None:
+        """Raises ValueError if they were fitted to other layers."""
+        if set(layers) != set(self.orders):
+            raise ValueError(
+                f"mlp was fitted to layers {sorted(self.orders)}; layers and every must give "
+                f"these, not {sorted(layers)}"
             )

@@ -1,17 +1,26 @@
 """A frozen description of Mixture-of-Head attention, for `convert(attention=)`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from headwise.nn import Budget, HeadBudget, HeadRouter
+from torch import Tensor
+
+from headwise.nn import Budget, FittedRouter, HeadBudget, HeadRouter, OutputGateRouter
 from headwise.nn.moh import HeadRouterName, check_head_router, head_router
 from headwise.ops.fields import Index, Weight, check_fields
 from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores
 
 OfDepth = Callable[[int, int], Budget]
+# Of models that are converted: those of a layer, and those that need a model around them.
+RouterName = HeadRouterName | Literal["fitted", "output_gate"]
+_OF_MODELS: dict[str, Callable[[int, HeadBudget], HeadRouter]] = {
+    "fitted": FittedRouter,
+    "output_gate": lambda _, budget: OutputGateRouter(budget),
+}
+_SHARED: dict[str, Budget] = {"fitted": 0, "output_gate": 0, "query_norm": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +33,15 @@ class MoHConfig:
     `headwise.calibrate` makes such lists.
 
     Attributes:
-        shared: Heads that are always on; the first ones, unless they are named.
+        shared: Heads that are always on; the first ones, unless they are named. Default: none with
+            routers "fitted" and "output_gate", which find by themselves what is always needed; 0.5
+            of them with "query_norm", as in the released MoH-LLaMA3-8B; otherwise 0.4.
         active: Heads that a token switches on, shared ones included.
-        router: "query_norm" (without parameters, for pretrained models), "two_stage" (learned, for
-            models trained from scratch) or "one_stage" (its ablation, shared heads at 1).
+        router: "query_norm" (without parameters, for pretrained models), "fitted" (for pretrained
+            models and a little text: `headwise.fit`), "output_gate" (for models whose attention
+            multiplies heads by gates already, as Lfm3, Step3p7, Laguna, Qwen3-Next and Qwen3.5 do:
+            the largest stay), "two_stage" (learned, for models trained from scratch) or
+            "one_stage" (its ablation, shared heads at 1).
         mode: Formulas of a learned router: "released" or "paper".
         scores: A learned router's scores of routed heads: "softmax", "sparsemax" or "sigmoid".
         balance_coefficient: Factor of the balance loss in the training loss (the paper's beta).
@@ -40,9 +54,9 @@ class MoHConfig:
             routed heads are then on for every token, until the balance loss spreads them.
     """
 
-    shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth = 0.4
+    shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth | None = None
     active: Budget | Sequence[Budget] | OfDepth = 0.75
-    router: HeadRouterName = "query_norm"
+    router: RouterName = "query_norm"
     mode: HeadMode = "released"
     balance_coefficient: Weight = 0.01
     route_groups: bool = False
@@ -51,6 +65,8 @@ class MoHConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.shared is None:
+            object.__setattr__(self, "shared", _SHARED.get(self.router, 0.4))
         for field in ("shared", "active"):
             value: Any = getattr(self, field)
             if isinstance(value, list | tuple):
@@ -100,10 +116,55 @@ class MoHConfig:
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
+        if build := _OF_MODELS.get(self.router):
+            return build(dim, budget)
         return head_router(
-            self.router, dim, budget, mode=self.mode, scores=self.scores, std=self.router_std
+            cast(HeadRouterName, self.router),
+            dim,
+            budget,
+            mode=self.mode,
+            scores=self.scores,
+            std=self.router_std,
         )
 
     @staticmethod
     def _of_layer(budget: Any, layer: int) -> Any:
         return budget[layer] if isinstance(budget, tuple) else budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedHeads:
+    """What `headwise.fit` gives, and `convert(attention=)` takes.
+
+    Attributes:
+        config: With the budget of each layer.
+        routers: The parameters of the router of each layer, by its number; none where all heads are
+            on.
+        layers: The layers that were fitted to; None for all.
+    """
+
+    config: MoHConfig
+    routers: Mapping[int, Mapping[str, Tensor]]
+    layers: tuple[int, ...] | None = None
+
+    def fill(self, routers: Mapping[int, HeadRouter]) -> None:
+        """Give routers the parameters that were fitted.
+
+        Raises:
+            ValueError: If they were fitted to other layers, or to a model of other widths.
+        """
+        if set(routers) != set(self.routers):
+            raise ValueError(
+                f"attention was fitted to layers {sorted(self.routers)}; layers must be these, not "
+                f"{sorted(routers)}"
+            )
+        for layer, router in routers.items():
+            fitted = {name: tuple(x.shape) for name, x in self.routers[layer].items()}
+            needed = {name: tuple(x.shape) for name, x in router.named_parameters()}
+            if fitted != needed:
+                raise ValueError(
+                    f"attention was fitted to another model: in layer {layer} its router has "
+                    f"{fitted}, and this model's {needed}"
+                )
+        for layer, router in routers.items():
+            router.load_state_dict(self.routers[layer])

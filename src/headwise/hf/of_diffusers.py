@@ -1,7 +1,7 @@
 """MoH in diffusers' models: an attention processor, and the classes of converted models."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from headwise.hf.attention import attend
 from headwise.hf.conversion import Conversion, Converted
-from headwise.hf.head_configs import MoHConfig
+from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.surgery import placed
-from headwise.nn import QueryNormRouter
+from headwise.nn import HeadRouter, QueryNormRouter
 from headwise.ops import Routing
 from headwise.ops.balance import mean_balance_loss
 
@@ -76,7 +76,7 @@ class Routed(Converted, ModelMixin):
         return attention.balance_coefficient * mean_balance_loss(routings.values())
 
 
-def convert_model(model: Any, conversion: Conversion) -> Any:
+def convert_model(model: Any, conversion: Conversion, fitted: FittedHeads | None) -> Any:
     """`headwise.convert` for a model of diffusers, whose self-attention gets routers.
 
     Cross attention stays as it is.
@@ -91,7 +91,7 @@ def convert_model(model: Any, conversion: Conversion) -> Any:
         )
     original: Any = type(model)
     routed = routed_class(original)
-    _install(model, conversion)
+    _install(model, conversion, fitted)
     model.__class__ = routed
     return model
 
@@ -123,7 +123,19 @@ def class_of(name: str) -> Any:
     return routed_class(original) if is_model and name.startswith(_PREFIX) else None
 
 
-def _install(model: Any, conversion: Conversion) -> None:
+def build_routers(
+    attentions: Sequence[Any], attention: MoHConfig, layers: Iterable[int]
+) -> dict[int, HeadRouter]:
+    """A router for each of these layers, by its number; the model is left alone."""
+    routers = {}
+    for layer in layers:
+        attn = attentions[layer]
+        router = attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads)
+        routers[layer] = placed(router, attn)
+    return routers
+
+
+def _install(model: Any, conversion: Conversion, fitted: FittedHeads | None = None) -> None:
     """Put routers beside the projections and our processor in the place of diffusers'.
 
     The config then tells of them. All routers are built before one is placed.
@@ -132,11 +144,9 @@ def _install(model: Any, conversion: Conversion) -> None:
     layers, _ = conversion.layers_of(len(attentions))
     asked: Any = conversion.attention
     attention: MoHConfig = asked.resolve(len(attentions))
-    routers = {}
-    for layer in layers:
-        attn = attentions[layer]
-        router = attention.build_router(layer, dim=attn.query_dim, num_heads=attn.heads)
-        routers[layer] = placed(router, attn)
+    routers = build_routers(attentions, attention, layers)
+    if fitted is not None:
+        fitted.fill(routers)
     for layer, router in routers.items():
         attentions[layer].router = router
         attentions[layer].set_processor(RoutedAttnProcessor())

@@ -8,21 +8,33 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
-from headwise.hf.head_configs import MoHConfig
+from headwise.hf.expert_configs import FittedExperts
+from headwise.hf.head_configs import FittedHeads, MoHConfig
+from headwise.hf.output_gates import check_has_gates
 from headwise.hf.projections import skip_heads
 from headwise.hf.training_loss import watch_training
-from headwise.hf.upcycling import start_as_slices
+from headwise.hf.upcycling import start_from_mlp
 from headwise.nn import HeadRouter, MoE
 from headwise.nn.ternarize import become, pack_inside, ternary_kinds
 
 
-def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool = False) -> None:
+def install(
+    model: PreTrainedModel,
+    conversion: Conversion,
+    *,
+    heads: FittedHeads | None = None,
+    experts: FittedExperts | None = None,
+    keep_mlps: bool = False,
+) -> None:
     """Put routers and experts where the conversion says. All are built before one is placed.
 
     Then what is in the layers becomes ternary, or packed, where the conversion says so.
 
-    Experts start with the deviation of the MLPs that they replace (`config.initializer_range`), or
-    with `keep_mlps` as slices of these where the conversion says so. When weights are loaded
+    Routers of heads, and experts, start as they were fitted, if they were.
+
+    Other experts start with the deviation of the MLPs that they replace
+    (`config.initializer_range`), or with `keep_mlps` as slices of these where the conversion says
+    so. When weights are loaded
     afterwards, there is nothing to keep.
     """
     attentions = attention_modules(model)
@@ -30,23 +42,27 @@ def install(model: PreTrainedModel, conversion: Conversion, *, keep_mlps: bool =
     routers = {}
     if conversion.attention is not None:
         routers = build_routers(model, conversion.attention, of_attention)
-    experts = {}
+        if heads is not None:
+            heads.fill(dict(zip(of_attention, routers.values(), strict=True)))
+    if experts is not None:
+        experts.check_fits(of_mlp)
+    mixtures = {}
     for layer, name in enumerate(attentions):
         if conversion.mlp is not None and layer in of_mlp:
             config = _config_of(model, name)
             mlp = conversion.mlp.build(config.hidden_size)
             mlp.reset_experts(std=config.initializer_range)
-            place = _mlp_beside(model, name)
-            experts[place] = placed(RoutedMLP(mlp), attentions[name])
+            place = mlp_beside(model, name)
+            mixtures[place] = placed(RoutedMLP(mlp), attentions[name])
             if keep_mlps and conversion.mlp.experts_from == "mlp":
-                start_as_slices(mlp, model.get_submodule(place))
+                start_from_mlp(mlp, model.get_submodule(place), layer, experts)
     ternary = conversion.ternary != "no"
-    kinds = ternary_kinds(modules_of_layers(model, without=experts)) if ternary else {}
+    kinds = ternary_kinds(modules_of_layers(model, without=mixtures)) if ternary else {}
     for name, router in routers.items():
         headwise_attention.install_router(attentions[name], router)
         if not ternary:
             skip_heads(attentions[name], router)
-    for name, routed_mlp in experts.items():
+    for name, routed_mlp in mixtures.items():
         model.set_submodule(name, routed_mlp)
         if ternary:
             kinds |= ternary_kinds(routed_mlp.named_modules())
@@ -70,6 +86,8 @@ def build_routers(
             continue
         if attention.router != "query_norm":
             headwise_attention.check_passes_routing(model, name)
+        if attention.router == "output_gate":
+            check_has_gates(model, name)
         config = _config_of(model, name)
         if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
             raise ValueError(
@@ -85,7 +103,8 @@ def build_routers(
         router = attention.build_router(
             layer,
             dim=config.hidden_size,
-            num_heads=config.num_attention_heads,
+            # Layers may differ.
+            num_heads=getattr(module, "num_heads", config.num_attention_heads),
             num_kv_heads=getattr(config, "num_key_value_heads", None),
         )
         routers[name] = placed(router, module)
@@ -166,7 +185,7 @@ def pack_layers(model: PreTrainedModel) -> None:
 _CROSSING = ("is_encoder_decoder", "add_cross_attention")
 
 
-def _mlp_beside(model: PreTrainedModel, attention: str) -> str:
+def mlp_beside(model: PreTrainedModel, attention: str) -> str:
     """The name of the MLP in the layer of an attention."""
     layer = attention.rpartition(".")[0]
     if not isinstance(getattr(model.get_submodule(layer), "mlp", None), nn.Module):

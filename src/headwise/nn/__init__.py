@@ -1,12 +1,20 @@
 """Layers: parameters around ops. Each returns (y, routing)."""
 
 from headwise.nn.budget import Budget, HeadBudget
-from headwise.nn.expert_routers import CosineRouter, ExpertRouter, LinearRouter, update_biases
+from headwise.nn.expert_routers import (
+    CosineRouter,
+    ExpertRouter,
+    FittedExpertRouter,
+    LinearRouter,
+    update_biases,
+)
 from headwise.nn.mh_moe import MHMoE, MoE
 from headwise.nn.moh import MoHAttention
 from headwise.nn.routers import (
+    FittedRouter,
     HeadRouter,
     OneStageRouter,
+    OutputGateRouter,
     QueryNormRouter,
     Router,
     TwoStageRouter,
@@ -16,6 +24,8 @@ __all__ = [
     "Budget",
     "CosineRouter",
     "ExpertRouter",
+    "FittedExpertRouter",
+    "FittedRouter",
     "HeadBudget",
     "HeadRouter",
     "LinearRouter",
@@ -23,6 +33,7 @@ __all__ = [
     "MoE",
     "MoHAttention",
     "OneStageRouter",
+    "OutputGateRouter",
     "QueryNormRouter",
     "Router",
     "TwoStageRouter",

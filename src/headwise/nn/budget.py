@@ -112,6 +112,11 @@ class HeadBudget:
         return cls(num_heads, shared_heads, active_heads, notes, size, named_shared)
 
     @property
+    def num_groups(self) -> int:
+        """All groups, shared ones included."""
+        return self.num_heads // self.heads_per_group
+
+    @property
     def routed_heads(self) -> int:
         """Heads that the router chooses from."""
         return self.num_heads - self.shared_heads
@@ -131,6 +136,12 @@ class HeadBudget:
         """Groups that are always on."""
         first_of_each = self.which_shared[:: self.heads_per_group]
         return tuple(head // self.heads_per_group for head in first_of_each)
+
+    @property
+    def candidates(self) -> Heads:
+        """The groups that the router chooses from."""
+        shared = self.shared_groups
+        return tuple(group for group in range(self.num_groups) if group not in shared)
 
     @property
     def routed_groups(self) -> int:

@@ -47,8 +47,7 @@ class ExpertRouter(KeepsBuffers, Router):
         bias_rate: Weight = 0.0,
     ):
         super().__init__()
-        if top_k > num_experts:
-            raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")
+        check_top_k_of(num_experts, top_k)
         self.top_k, self.normalize_top_k = top_k, normalize_top_k
         self.scores, self.bias_rate = scores, bias_rate
         for name in ("bias", "load"):
@@ -139,6 +138,58 @@ class CosineRouter(ExpertRouter):
         num_experts, projection_dim = self.embedding.shape
         sizes = f"num_experts={num_experts}, projection_dim={projection_dim}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+class FittedExpertRouter(Router):
+    """A linear map that scores experts, and weights that make up for those that are off.
+
+        s = W x + b,   p = softmax(s),   w_e = gain_e for top-k(s)
+
+    `headwise.fit_experts` finds W, b and gain for the MLPs of a pretrained model. The gradient of
+    the choice is straight-through, dL/dp_e := dL/dw_e gain_e, so that a fitted router can be tuned.
+
+    **Source**: ours, as `FittedRouter` for heads.
+
+    Args:
+        dim: Width of the tokens.
+        num_experts: All experts.
+        top_k: Experts that a token goes to.
+
+    Raises:
+        ValueError: If top_k is out of range.
+    """
+
+    @checked
+    def __init__(self, dim: Count, num_experts: Count, *, top_k: Count):
+        super().__init__()
+        check_top_k_of(num_experts, top_k)
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(num_experts, dim))
+        self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.gain = nn.Parameter(torch.ones(num_experts))
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> ExpertRouting:
+        """Route every row of x; padding (mask False) goes nowhere."""
+        check_rows("x", x, ("...", self.weight.shape[1]), mask, weight=self.weight)
+        scores = router_logits(x, self.weight) + self.bias
+        chosen = route_tokens(scores, top_k=self.top_k, normalize=False)
+        # p - p.detach() is exactly 0.
+        on = 1 + (chosen.weights - chosen.weights.detach())
+        weights = on * self.gain.to(on.dtype)[chosen.indices]
+        routing = ExpertRouting(weights, chosen.indices, chosen.probabilities, chosen.logits)
+        return routing.with_mask(mask)
+
+    def extra_repr(self) -> str:
+        num_experts, dim = self.weight.shape
+        return f"dim={dim}, num_experts={num_experts}, top_k={self.top_k}"
+
+
+def check_top_k_of(num_experts: int, top_k: int) -> None:
+    """Raises ValueError unless a token can go to so many of the experts."""
+    if top_k > num_experts:
+        raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")
 
 
 def update_biases(module: nn.Module, routings: Mapping[str, Routing]) -> None:

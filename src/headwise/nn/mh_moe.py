@@ -8,7 +8,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headwise.nn.expert_routers import CosineRouter, LinearRouter
+from headwise.nn.expert_routers import (
+    CosineRouter,
+    ExpertRouter,
+    FittedExpertRouter,
+    LinearRouter,
+)
 from headwise.nn.linear import project
 from headwise.nn.tokens import check_tokens
 from headwise.ops import ExpertRouting, expert_mlp
@@ -19,7 +24,7 @@ from headwise.ops.first_pass import mark_first_pass
 from headwise.ops.linear import linear
 from headwise.ops.scores import TokenScores
 
-ExpertRouterName = Literal["linear", "cosine"]
+ExpertRouterName = Literal["linear", "cosine", "fitted"]
 
 
 class MoE(nn.Module):
@@ -41,7 +46,8 @@ class MoE(nn.Module):
         inner_residual: Add the token to what its experts say.
         activation: "silu", "gelu" or "relu".
         glu: Gated experts (three matrices) instead of plain ones (two).
-        router: "linear", or X-MoE's "cosine".
+        router: "linear", X-MoE's "cosine", or "fitted" (`headwise.fit_experts`), whose weights are
+            gains: `normalize_top_k` says nothing to it.
         scores: "softmax" over the experts, or DeepSeek-V3's "sigmoid" of each (`ops.route_tokens`).
         bias_rate: Above 0 a bias for the choice alone balances the experts, moved by this much at
             a time (`update_biases`); 0 for none.
@@ -78,15 +84,21 @@ class MoE(nn.Module):
         # First, so that parameters keep their order and draw the same random numbers as ever.
         self._add_projections()
         width = dim // self.num_heads
-        kind = LinearRouter if router == "linear" else CosineRouter
-        self.router = kind(
-            width,
-            num_experts,
-            top_k=top_k,
-            normalize_top_k=normalize_top_k,
-            scores=scores,
-            bias_rate=bias_rate,
-        )
+        if router == "fitted":
+            _check_options_of_fitted(scores, bias_rate)
+            self.router: ExpertRouter | FittedExpertRouter = FittedExpertRouter(
+                width, num_experts, top_k=top_k
+            )
+        else:
+            kind = LinearRouter if router == "linear" else CosineRouter
+            self.router = kind(
+                width,
+                num_experts,
+                top_k=top_k,
+                normalize_top_k=normalize_top_k,
+                scores=scores,
+                bias_rate=bias_rate,
+            )
         self.experts = Experts(num_experts, width, expert_dim, glu=glu)
         self.shared_expert = (
             Experts(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
@@ -155,6 +167,12 @@ class MoE(nn.Module):
             f"num_heads={self.num_heads}, activation={self.activation}, "
             f"inner_residual={self.inner_residual}, impl={self.impl}"
         )
+
+
+def _check_options_of_fitted(scores: TokenScores, bias_rate: float) -> None:
+    for name, value, needed in (("scores", scores, "softmax"), ("bias_rate", bias_rate, 0.0)):
+        if value != needed:
+            raise ValueError(f"{name} is {value!r}; with router 'fitted' it must be {needed!r}")
 
 
 class MHMoE(MoE):

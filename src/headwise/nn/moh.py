@@ -21,13 +21,16 @@ from headwise.ops.scores import HeadScores
 HeadRouterName = Literal["two_stage", "one_stage", "query_norm"]
 
 
-def check_head_router(router: HeadRouterName, *, scores: HeadScores) -> None:
+def check_head_router(router: str, *, scores: HeadScores) -> None:
     """Refuse scores that the router has no use for."""
-    if router == "query_norm" and scores != "softmax":
+    if router not in _GATES_ARE_SCORES and scores != "softmax":
         raise ValueError(
-            f"scores is {scores!r}; with router 'query_norm', whose gates are 0 and 1, it must be "
-            "'softmax'"
+            f"scores is {scores!r}; with router {router!r}, whose gates do not depend on the size "
+            "of its scores, it must be 'softmax'"
         )
+
+
+_GATES_ARE_SCORES = ("two_stage", "one_stage")
 
 
 def head_router(

@@ -8,11 +8,17 @@ from torch.nn.functional import pad
 
 from headwise.nn.budget import HeadBudget
 from headwise.nn.tokens import check_rows
-from headwise.ops import HeadRouting, route_heads, route_heads_by_query_norm
+from headwise.ops import (
+    HeadRouting,
+    route_heads,
+    route_heads_by_query_norm,
+    route_heads_by_scores,
+)
 from headwise.ops.dtypes import wide_dtype
 from headwise.ops.fields import Count, Weight, checked
+from headwise.ops.gates import arrange_gates
 from headwise.ops.logits import router_logits
-from headwise.ops.routing import HeadMode, arrange_gates
+from headwise.ops.routing import HeadMode
 from headwise.ops.scores import HeadScores
 
 # Of the outputs of a matrix product: a cache line of float32.
@@ -33,6 +39,17 @@ class HeadRouter(Router):
     def __init__(self, budget: HeadBudget):
         super().__init__()
         self.budget = budget
+
+    @property
+    def shared_groups(self) -> int | tuple[int, ...]:
+        """Groups that are always on, as ops take them: how many of the first ones, or which."""
+        shared = self.budget.shared_groups
+        return shared if self.budget.named_shared else len(shared)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every gate is 1: all heads are on, and no gate is learned."""
+        return self.budget.active_share == 1 and next(self.parameters(), None) is None
 
 
 class ScoreMap(nn.Module):
@@ -170,6 +187,86 @@ class OneStageRouter(LearnedRouter):
         return routing.with_weights(gates)
 
 
+class FittedRouter(HeadRouter):
+    """A linear map that scores heads, and gates that make up for those that are off.
+
+        s = W x + b,   gate_h = gain_h for shared heads and top-k(s), 0 for the others
+
+    `headwise.fit` finds W, b and gain for a pretrained model. The gradient of the choice is
+    straight-through (`ops.route_heads_by_scores`), so that a fitted router can be tuned. With a
+    budget in groups it scores groups, and all heads of a group get its gate. Where every head is
+    on there is nothing to choose, and no parameters: gates are 1.
+
+    **Source**: ours; MoH, arXiv 2410.11842, has no router that is fitted. Scores of a linear map
+    are those of its Eq. 5, straight-through gradients those of its Eq. 10.
+
+    Args:
+        dim: Width of the tokens.
+        budget: The heads.
+    """
+
+    @checked
+    def __init__(self, dim: Count, budget: HeadBudget):
+        super().__init__(budget)
+        self.dim = dim
+        self.weight = self.bias = self.gain = None
+        if budget.active_heads < budget.num_heads:
+            self.weight = nn.Parameter(torch.zeros(budget.routed_groups, dim))
+            self.bias = nn.Parameter(torch.zeros(budget.routed_groups))
+            self.gain = nn.Parameter(torch.ones(budget.num_groups))
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> HeadRouting:
+        """Route every token of x; padding (mask False) has all heads off."""
+        check_rows("x", x, ("B", "T", self.dim), mask, weight=self.weight)
+        if self.weight is None or self.bias is None or self.gain is None:
+            scores = x.new_zeros(*x.shape[:-1], self.budget.routed_groups, dtype=wide_dtype(x))
+        else:
+            scores = router_logits(x, self.weight) + self.bias
+        routing = route_heads_by_scores(
+            scores,
+            shared_heads=self.shared_groups,
+            top_k=self.budget.kept_groups,
+            gain=self.gain,
+        )
+        return _gates_of_heads(routing, self.budget).with_mask(mask)
+
+    def extra_repr(self) -> str:
+        return str(self.budget)
+
+
+class OutputGateRouter(HeadRouter):
+    """For attention that multiplies each head by a learned gate already: the largest gates win.
+
+        on_h = 1 for shared heads and top-k(gates), 0 for the others
+
+    There are no parameters. The gates themselves stay where the model multiplies by them, and learn
+    there; the choice has no gradient. With a budget in groups, a group's gate is the mean of its
+    heads'.
+
+    **Source**: ours; gates after attention: Qwen's gated attention, arXiv 2505.06708.
+    """
+
+    def forward(
+        self, gates: Float[Tensor, "B T H"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> HeadRouting:
+        """Route every token by its gates; padding (mask False) has all heads off."""
+        budget = self.budget
+        check_rows("gates", gates, ("B", "T", budget.num_heads), mask)
+        of_groups = gates.detach().unflatten(-1, (budget.num_groups, -1)).mean(-1)
+        routed = [of_groups[..., group] for group in budget.candidates]
+        routing = route_heads_by_scores(
+            torch.stack(routed, dim=-1) if routed else of_groups[..., :0],
+            shared_heads=self.shared_groups,
+            top_k=budget.kept_groups,
+        )
+        return _gates_of_heads(routing, budget).with_mask(mask)
+
+    def extra_repr(self) -> str:
+        return str(self.budget)
+
+
 class QueryNormRouter(HeadRouter):
     """MoH's router without parameters, for pretrained models: the longest queries win.
 
@@ -191,10 +288,10 @@ class QueryNormRouter(HeadRouter):
         """Route every token by its queries; padding (mask False) has all heads off."""
         check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
-        heads_each, shared = self.budget.heads_per_group, self.budget.shared_groups
+        heads_each = self.budget.heads_per_group
         routing = route_heads_by_query_norm(
             q if heads_each == 1 else rearrange(q, "b t (g r) c -> b t g (r c)", r=heads_each),
-            shared_heads=shared if self.budget.named_shared else len(shared),
+            shared_heads=self.shared_groups,
             top_k=self.budget.kept_groups,
             scale_by_std=self.scale_by_std,
         )

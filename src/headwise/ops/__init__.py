@@ -14,6 +14,7 @@ from headwise.ops.routing import (
     Routing,
     route_heads,
     route_heads_by_query_norm,
+    route_heads_by_scores,
     route_tokens,
 )
 from headwise.ops.scores import sparsemax
@@ -30,6 +31,7 @@ __all__ = [
     "load_and_probability",
     "route_heads",
     "route_heads_by_query_norm",
+    "route_heads_by_scores",
     "route_tokens",
     "router_z_loss",
     "sparsemax",

@@ -1,8 +1,10 @@
 """What gates [B, T, H] switch on: a gate of exactly 0 means that the token skips the head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -31,3 +33,21 @@ def flops_of_what_is_on(
 ) -> int:
     """The formula for ops that compute exactly the pairs whose gate is not 0."""
     return attention_flops(q, k, gate != 0, causal)
+
+
+def arrange_gates(
+    shared: Sequence[int],
+    of_shared: Float[Tensor, "*batch s"],
+    of_others: Float[Tensor, "*batch r"],
+) -> Float[Tensor, "*batch H"]:
+    """Gates of the shared heads and of the others, each where its head stands."""
+    if not shared:
+        return of_others
+    gates = torch.cat([of_shared, of_others], dim=-1)
+    num_heads = gates.shape[-1]
+    order = [*shared, *(head for head in range(num_heads) if head not in shared)]
+    if order == sorted(order):
+        return gates
+    # Not by indexing with a list: that waits for a copy to the device.
+    each = gates.unbind(-1)
+    return torch.stack([each[order.index(head)] for head in range(num_heads)], dim=-1)

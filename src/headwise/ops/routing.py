@@ -10,11 +10,13 @@ from torch import Tensor
 from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import widened
 from headwise.ops.fields import Index, check
+from headwise.ops.gates import arrange_gates
 from headwise.ops.gpu import runs_triton
-from headwise.ops.gradients import is_plain
+from headwise.ops.gradients import is_plain, learns
 from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
-from headwise.ops.tensors import check_operands
+from headwise.ops.tensors import check_operands, check_tensor
+from headwise.ops.top_k import check_top_k, multi_hot, top_k_lowest_first
 
 HeadMode = Literal["released", "paper"]
 
@@ -92,25 +94,6 @@ def _switched_off(routing: Routing, mask: Tensor) -> tuple[Tensor, Tensor, Tenso
 _SHARED_HEADS: Any = Index | Sequence[Index]
 # Of the kernels for queries, which mark shared heads in an integer of 64 bits.
 _MOST_HEADS = 62
-# Up to this share of the candidates, finding one maximum after the other is faster than sorting.
-_FEW = 1 / 8
-
-
-def top_k_lowest_first(scores: Float[Tensor, "*batch E"], k: int) -> Int[Tensor, "*batch K"]:
-    """Indices of the `k` largest scores, best first; of equal scores the lowest index wins.
-
-    torch.topk leaves the order of ties to the backend, so two devices could route differently;
-    torch.max and a stable sort do not. Scores must be finite.
-    """
-    if not 0 < k <= _FEW * scores.shape[-1]:
-        # A copy, or the order of all would be kept as long as that of the best.
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        return order[..., :k].contiguous()
-    best = [scores.max(-1, keepdim=True).indices]
-    while len(best) < k:
-        scores = scores.scatter(-1, best[-1], float("-inf"))
-        best.append(scores.max(-1, keepdim=True).indices)
-    return torch.cat(best, dim=-1)
 
 
 def route_heads(
@@ -169,15 +152,13 @@ def route_heads(
     stages = {} if stage_logits is None else {"stage_logits": (stage_logits, "... stages")}
     sizes = check_operands({**logits, **stages}, sizes={"stages": 2})
     num_shared, num_routed = sizes["shared"], sizes["routed"]
-    _check_top_k(top_k, num_routed, lowest=0)
+    check_top_k(top_k, num_routed, lowest=0)
     if num_shared > 0 and num_routed > 0 and stage_logits is None:
         raise ValueError("stage_logits is None; with shared and routed heads it must be given")
     routed_logits = widened(routed_logits)
     compute = None
-    if native.has_kernel(routed_logits, scores):
-        compute = native.gates
-    elif scores == "softmax" and _in_one_kernel(shared_logits, routed_logits, stage_logits):
-        from headwise.ops.triton_routing import two_stage_routing as compute
+    if scores == "softmax":
+        compute = _two_stages_in_one_kernel(routed_logits, shared_logits, stage_logits)
     if compute is not None:
         stage = None if stage_logits is None else widened(stage_logits)
         paper = mode == "paper"
@@ -186,7 +167,7 @@ def route_heads(
     shared = widened(shared_logits).softmax(-1)
     p, probabilities = affinities(routed_logits, scores)
     indices = top_k_lowest_first(p, top_k)
-    routed = p * _multi_hot(indices, p)
+    routed = p * multi_hot(indices, p)
     if scores == "sparsemax":
         indices = indices.masked_fill(p.gather(-1, indices) == 0, -1)
     if mode == "released":
@@ -234,13 +215,8 @@ def route_heads_by_query_norm(
     check("shared_heads", shared_heads, _SHARED_HEADS)
     check("scale_by_std", scale_by_std, bool)
     num_heads = check_operands({"q": (q, "B T H C")})["H"]
-    shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
-    if not set(range(num_heads)).issuperset(shared) or list(shared) != sorted(set(shared)):
-        raise ValueError(
-            f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}, or name such heads in "
-            "ascending order"
-        )
-    _check_top_k(top_k, num_heads - len(shared), lowest=0)
+    shared = _which_shared(shared_heads, num_heads)
+    check_top_k(top_k, num_heads - len(shared), lowest=0)
     compute = None
     if len(shared) < num_heads <= _MOST_HEADS:
         if native.has_kernel_for_queries(q) and is_plain(q):
@@ -254,9 +230,68 @@ def route_heads_by_query_norm(
     norms = torch.linalg.vector_norm(widened(routed), dim=-1)
     indices = top_k_lowest_first(norms, top_k)
     logits = norms / _guarded_std(norms) if scale_by_std and norms.shape[-1] > 1 else norms
-    probabilities = logits.softmax(-1)
-    # (p - p.detach()) is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
-    hard = _multi_hot(indices, probabilities) + (probabilities - probabilities.detach())
+    return _straight_through(shared, logits, indices, logits.softmax(-1))
+
+
+def route_heads_by_scores(
+    scores: Float[Tensor, "*batch R"],
+    *,
+    shared_heads: int | Sequence[int],
+    top_k: int,
+    gain: Float[Tensor, " H"] | None = None,
+) -> HeadRouting:
+    """A token keeps the heads of the largest scores, each with a gate that is the same for all.
+
+        p = softmax(scores),   gate_h = gain_h for shared heads and top-k(scores), 0 for the others
+
+    The gradient is straight-through, dL/dp_i := gain_i dL/dgate_i.
+
+    Args:
+        scores: Of the routed heads, [..., R].
+        shared_heads: Heads that are always on, beside these: how many, which are the first ones
+            then; or which of all of them, ascending.
+        top_k: Routed heads that a token keeps, 0 to R.
+        gain: Of all heads, [shared + R]; None for 1.
+
+    Returns:
+        A HeadRouting with weights [..., shared + R], exactly 0 where a head is off.
+
+    Raises:
+        ValueError: If scores is no floating tensor, gain has another shape, or shared_heads or
+            top_k is out of range.
+
+    Example (worked by hand): scores ln 2, 0 and ln 3 with one shared head and top_k 2 give the
+    gates [1, 1, 0, 1] and the probabilities [1/3, 1/6, 1/2].
+    """
+    num_routed = check_operands({"scores": (scores, "... R")})["R"]
+    check("shared_heads", shared_heads, _SHARED_HEADS)
+    num_shared = shared_heads if isinstance(shared_heads, int) else len(shared_heads)
+    shared = _which_shared(shared_heads, num_shared + num_routed)
+    num_heads = num_shared + num_routed
+    if gain is not None:
+        check_tensor("gain", gain, (num_heads,), like=scores)
+    check_top_k(top_k, num_routed, lowest=0)
+    scores = widened(scores)
+    plain = is_plain(scores, scores if gain is None else gain)
+    if plain and num_heads <= _MOST_HEADS and native.has_kernel(scores):
+        return HeadRouting(*native.routing_by_scores(scores, gain, list(shared), top_k), scores)
+    compute = _two_stages_in_one_kernel(scores) if plain else None
+    if compute is not None:
+        _, indices, probabilities = compute(scores[..., :0], scores, None, top_k, False)
+    else:
+        indices, probabilities = top_k_lowest_first(scores, top_k), scores.softmax(-1)
+    routing = _straight_through(shared, scores, indices, probabilities)
+    return routing if gain is None else routing.with_weights(routing.weights * gain)
+
+
+def _straight_through(
+    shared: Sequence[int], logits: Tensor, indices: Tensor, probabilities: Tensor
+) -> HeadRouting:
+    """Gates of 1 for shared and chosen heads, with the gradients of the probabilities."""
+    hard = multi_hot(indices, probabilities)
+    if learns(probabilities):
+        # p - p.detach() is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
+        hard = hard + (probabilities - probabilities.detach())
     always_on = hard.new_ones(*hard.shape[:-1], len(shared))
     return HeadRouting(arrange_gates(shared, always_on, hard), indices, probabilities, logits)
 
@@ -299,7 +334,7 @@ def route_tokens(
     biases = {} if bias is None else {"bias": (bias, "E")}
     sizes = check_operands({"logits": (logits, "... E"), **biases})
     logits = widened(logits)
-    _check_top_k(top_k, sizes["E"], lowest=1)
+    check_top_k(top_k, sizes["E"], lowest=1)
     if scores == "softmax" and bias is None and _in_one_kernel(logits):
         from headwise.ops.triton_routing import token_routing
 
@@ -315,6 +350,17 @@ def route_tokens(
     return ExpertRouting(weights, indices, probabilities, logits)
 
 
+def _two_stages_in_one_kernel(routed_logits: Tensor, *others: Tensor | None) -> Any:
+    """What computes the gates of `route_heads` with softmax for these, if a kernel does."""
+    if native.has_kernel(routed_logits):
+        return native.gates
+    if _in_one_kernel(routed_logits, *others):
+        from headwise.ops.triton_routing import two_stage_routing
+
+        return two_stage_routing
+    return None
+
+
 def _in_one_kernel(*tensors: Tensor | None) -> bool:
     """Whether a Triton kernel routes by these: on a GPU, where nothing learns."""
     given = [x for x in tensors if x is not None]
@@ -322,28 +368,18 @@ def _in_one_kernel(*tensors: Tensor | None) -> bool:
     return narrow and is_plain(*given)
 
 
-def arrange_gates(
-    shared: Sequence[int],
-    of_shared: Float[Tensor, "*batch s"],
-    of_others: Float[Tensor, "*batch r"],
-) -> Float[Tensor, "*batch H"]:
-    """Gates of the shared heads and of the others, each where its head stands."""
-    gates = torch.cat([of_shared, of_others], dim=-1)
-    num_heads = gates.shape[-1]
-    order = [*shared, *(head for head in range(num_heads) if head not in shared)]
-    if order == sorted(order):
-        return gates
-    # Not by indexing with a list: that waits for a copy to the device.
-    each = gates.unbind(-1)
-    return torch.stack([each[order.index(head)] for head in range(num_heads)], dim=-1)
+def _which_shared(shared_heads: int | Sequence[int], num_heads: int) -> Sequence[int]:
+    shared = range(shared_heads) if isinstance(shared_heads, int) else shared_heads
+    if not set(range(num_heads)).issuperset(shared) or list(shared) != sorted(set(shared)):
+        raise ValueError(
+            f"shared_heads is {shared_heads}; it must lie in 0..{num_heads}, or name such heads in "
+            "ascending order"
+        )
+    return shared
 
 
 def _without(x: Tensor, heads: Sequence[int], dim: int) -> Tensor:
     return torch.stack([part for h, part in enumerate(x.unbind(dim)) if h not in heads], dim=dim)
-
-
-def _multi_hot(indices: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter(-1, indices, 1.0)
 
 
 def _guarded_std(norms: Tensor) -> Tensor:
@@ -351,9 +387,3 @@ def _guarded_std(norms: Tensor) -> Tensor:
     std = norms.std(-1, keepdim=True)
     rounding = 4 * torch.finfo(norms.dtype).eps * norms.detach().amax(-1, keepdim=True)
     return torch.where(std > rounding, std, 1)
-
-
-def _check_top_k(top_k: int, candidates: int, lowest: int) -> None:
-    check("top_k", top_k, int)
-    if not lowest <= top_k <= candidates:
-        raise ValueError(f"top_k is {top_k}; it must lie in {lowest}..{candidates}")

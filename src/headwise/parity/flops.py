@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from headwise.nn import CosineRouter, HeadBudget, LinearRouter, MoE
+from headwise.nn import (
+    CosineRouter,
+    FittedExpertRouter,
+    FittedRouter,
+    HeadBudget,
+    LinearRouter,
+    MoE,
+)
 from headwise.nn.bitlinear import PackedExperts, PackedLinear
 from headwise.nn.mh_moe import Experts
 from headwise.nn.routers import ScoreMap
@@ -134,14 +141,18 @@ def _rows_of_image(name: str, reads: dict[str, Reads]) -> float:
     return reads[name].rows if name in reads else 1
 
 
+# A fitted router of heads that are all on has no weights.
+_SCORES_LINEARLY = (LinearRouter, FittedExpertRouter, FittedRouter, ScoreMap)
+
+
 def _matrix_flops(name: str, module: Any) -> int:
     """FLOPs of the module's own matrices for one row."""
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * module.out_features
     # The linear layer of GPT-2 is known by its name, because transformers is not imported here.
     conv1d = type(module).__name__ == "Conv1D"
-    if isinstance(module, LinearRouter | ScoreMap) or conv1d or _is_patches(module):
-        return 2 * module.weight.numel()
+    if isinstance(module, _SCORES_LINEARLY) or conv1d or _is_patches(module):
+        return 0 if module.weight is None else 2 * module.weight.numel()
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
     if isinstance(module, Experts):

@@ -10,7 +10,7 @@ from headwise.hf.auto import Routed
 from headwise.hf.surgery import attention_modules
 from headwise.progress import plain_console
 from headwise.results.files import write_whole
-from headwise.results.rows import Row, measured_on, write_csv
+from headwise.results.rows import NO_ROUTER, Row, measured_on, router_label, write_csv
 from headwise.results.table import Cell, Number, Table, has_spread, mean
 
 _LEGEND = (
@@ -25,6 +25,7 @@ class Point(NamedTuple):
     """An evaluation: of which model, after how much training."""
 
     stage: str
+    router: str
     shared_heads: float
     active_heads: float
     step: int
@@ -40,11 +41,11 @@ def points(stage: str, model: Any, trainer: Any, *, tokens_before: int) -> list[
 
     `trainer` is the `RecoveringTrainer` that trained it.
     """
-    shared, active = _shares(model)
+    router, shared, active = _heads(model)
     evaluations = {int(x["step"]): x for x in trainer.state.log_history if "eval_loss" in x}
     return [
         Point(
-            stage, shared, active, step, tokens_before + step * trainer.speed.per_step,
+            stage, router, shared, active, step, tokens_before + step * trainer.speed.per_step,
             round(x["eval_perplexity"], 4), round(x["eval_recovery"], 2),
             round(math.exp(trainer.original_loss), 4),
             trainer.speed.rounded(),
@@ -53,13 +54,16 @@ def points(stage: str, model: Any, trainer: Any, *, tokens_before: int) -> list[
     ]  # fmt: skip
 
 
-def _shares(model: Any) -> tuple[float, float]:
-    if not isinstance(model, Routed):
-        return 1.0, 1.0
+def _heads(model: Any) -> tuple[str, float, float]:
+    """The router, and the shares of heads that are shared and on; "none" with every head on."""
+    if not isinstance(model, Routed) or model.conversion.attention is None:
+        return NO_ROUTER, 1.0, 1.0
     modules: list[Any] = list(attention_modules(model).values())
     budgets = [module.router.budget for module in modules if hasattr(module, "router")]
     shared = [budget.shared_heads / budget.num_heads for budget in budgets]
-    return statistics.fmean(shared), statistics.fmean(b.active_share for b in budgets)
+    active = statistics.fmean(budget.active_share for budget in budgets)
+    router = NO_ROUTER if active == 1 else model.conversion.attention.router
+    return router, statistics.fmean(shared), active
 
 
 def report(rows: Sequence[Row], output: Path, models: Mapping[str, Path]) -> None:
@@ -76,14 +80,17 @@ def report(rows: Sequence[Row], output: Path, models: Mapping[str, Path]) -> Non
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """A line for each share of heads, most first; values over seeds."""
-    columns = ["heads on", "shared", "tuned on", "PPL before", "PPL after ↓", "recovered ↑"]
-    ends = {key: _ends(rows, key) for key in dict.fromkeys(map(_kind, rows))}
-    dense = next((last for (stage, _), (_, last) in ends.items() if stage == "dense"), None)
+    """A line for each share of heads and router, most heads first; values over seeds."""
+    columns = [
+        "heads on", "router", "shared", "tuned on", "PPL before", "PPL after ↓", "recovered ↑",
+    ]  # fmt: skip
+    ends = {kind: _ends(rows, kind) for kind in dict.fromkeys(map(_kind, rows))}
+    dense = next((last for kind, (_, last) in ends.items() if kind.router == NO_ROUTER), None)
     lines: list[list[Cell]] = []
-    for (stage, active), (first, last) in sorted(ends.items(), key=lambda item: -item[0][1]):
+    for kind, (first, last) in sorted(ends.items(), key=lambda item: -item[0].active):
         lines.append([
-            f"{100 * active:.4g} %" + (", tuned dense" if stage == "dense" else ""),
+            f"{100 * kind.active:.4g} %",
+            router_label(kind.router),
             Number(100 * float(last[0]["shared_heads"]), "{:.3g} %"),
             Number(int(last[0]["tokens"]), "{:,}"),
             _mean(first, "perplexity", "{:.2f}"),
@@ -98,11 +105,17 @@ def comparison(rows: Sequence[Row]) -> Table:
     return Table(columns + ([] if dense is None else ["to dense ↓"]), lines, legend, where)
 
 
-def _kind(row: Row) -> tuple[str, float]:
-    return row["stage"], float(row["active_heads"])
+class _Kind(NamedTuple):
+    stage: str
+    router: str
+    active: float
 
 
-def _ends(rows: Sequence[Row], kind: tuple[str, float]) -> tuple[list[Row], list[Row]]:
+def _kind(row: Row) -> _Kind:
+    return _Kind(row["stage"], row["router"], float(row["active_heads"]))
+
+
+def _ends(rows: Sequence[Row], kind: _Kind) -> tuple[list[Row], list[Row]]:
     """The first and the last evaluation of each seed."""
     chosen = [row for row in rows if _kind(row) == kind]
     first, last = (end(int(row["step"]) for row in chosen) for end in (min, max))

@@ -45,6 +45,10 @@ from headwise.training.speed import Timed, time_models
 _CURVE_FILES = 16  # of each domain
 _PASSAGE_TOKENS = 160
 _NEW_TOKENS = 160
+_EQUAL_COST = (
+    "The models cost equal FLOPs at the length they were trained on: MoH's MLPs are wider by what "
+    "its heads save."
+)
 # Documents of each source of a mixture.
 _HELD_OUT, _FOR_TOKENIZER = 200, 2000
 
@@ -268,7 +272,8 @@ class TextTask(Task):
         if dense is None or routed is None or not self.run.speed_contexts:
             return None
         models = [load_causal_lm(directory.model(v.name, seed)).eval() for v in (dense, routed)]
-        return time_models(*models, contexts=self.run.speed_contexts)
+        timed = time_models(*models, contexts=self.run.speed_contexts)
+        return timed._replace(note=f"{timed.note} {_EQUAL_COST}") if timed.speeds else timed
 
     def sample(self, directory: Path) -> Sample:
         model = load_causal_lm(directory)

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from headwise.data.sampling import spread
-from headwise.data.text import MixedBlocks, check_exponent, load_text, tokenize
-from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
+from headwise.data.split_tokens import SplitTokens, is_token_file, load_tokens
+from headwise.data.text import MixedBlocks, check_exponent
+from headwise.data.token_files import check_tokens
 from headwise.errors import reading
 from headwise.hf import restore
 from headwise.hf.auto import Routed
@@ -47,6 +48,8 @@ class TuningRun(TrainingRun):
         data: Text: a file, a directory, or a Hugging Face dataset's name; or a .parquet file with a
             column "input_ids", as `headwise write-text` writes it. Without it, the text that every
             Python carries.
+        eval_data: Text that perplexity is measured on, given as `data` is. Without it, a tenth of
+            `data`, which is then held out of training.
         original: Directory of the model to be as good as, and to learn from; it must have the same
             tokenizer. Without it, the model in path itself, as it is, with every head on.
         dense: The first stage, every head on: adapts the model to the text.
@@ -57,20 +60,21 @@ class TuningRun(TrainingRun):
         sequence_length: Tokens of a sequence.
         activation_checkpointing: Compute activations again in the backward pass, to save memory.
         domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
-        eval_blocks: Held-out sequences that perplexity is measured on.
+        eval_blocks: Sequences that perplexity is measured on.
         log_every: Steps between two lines of progress.
         eval_every: Steps between two points of the recovery curve.
         seed: Seed of the order of the text.
     """
 
     everyday: ClassVar[tuple[str, ...]] = (
-        "path", "output", "schedule", "data", "original", "distill", "batch_size",
+        "path", "output", "schedule", "data", "eval_data", "original", "distill", "batch_size",
         "sequence_length", "resume", "overwrite",
     )  # fmt: skip
 
     path: Annotated[str, tyro.conf.Positional]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     schedule: Schedule = "small"
+    eval_data: str | None = None
     original: str | None = None
     dense: Stage
     routed: Stage
@@ -309,36 +313,32 @@ def _trainer(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dat
     )  # fmt: skip
 
 
-class _Text(NamedTuple):
-    """Tokens by domain: a stream to train on, and one held out."""
-
-    training: dict[str, Tokens]
-    held_out: dict[str, Tokens]
-
-
 def _load_tokens(
     run: TuningRun, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> _Text:
-    """The tokens of `run.data`.
+) -> SplitTokens:
+    """The tokens to train on, and those to measure on.
 
     Raises:
         ValueError: If there is no text or no tokenizer for it, or its tokens are not the model's.
     """
-    if run.data is not None and Path(run.data).suffix == TOKEN_FILE:
-        text = _of_token_file(Path(run.data), run.sequence_length)
-    elif tokenizer is None:
-        raise ValueError(
-            f"{run.path} has no tokenizer, and text needs one; save one beside it, or give data "
-            "that `headwise write-text` wrote"
-        )
-    else:
-        text = _of_text(run.data, tokenizer)
-    for stream in (*text.training.values(), *text.held_out.values()):
+
+    def load(data: str | None) -> SplitTokens:
+        if tokenizer is None and not is_token_file(data):
+            raise ValueError(
+                f"{run.path} has no tokenizer, and text needs one; save one beside it, or give "
+                "data that `headwise write-text` wrote"
+            )
+        return load_tokens(data, tokenizer, run.sequence_length)
+
+    split = load(run.data)
+    if run.eval_data is not None:
+        split = SplitTokens(training=split.whole(), held_out=load(run.eval_data).whole())
+    for stream in (*split.training.values(), *split.held_out.values()):
         check_tokens(stream, vocab_size, run.path)
-    return text
+    return split
 
 
-def _training_blocks(run: TuningRun, text: _Text) -> tuple[Dataset, Dataset]:
+def _training_blocks(run: TuningRun, text: SplitTokens) -> tuple[Dataset, Dataset]:
     """The sequences of the dense stage, then those of the routed one, which go on from there."""
     blocks = MixedBlocks(
         text.training,
@@ -351,7 +351,7 @@ def _training_blocks(run: TuningRun, text: _Text) -> tuple[Dataset, Dataset]:
     return Subset(blocks, range(first)), Subset(blocks, range(first, len(blocks)))
 
 
-def _held_out_blocks(run: TuningRun, text: _Text) -> list[dict[str, torch.Tensor]]:
+def _held_out_blocks(run: TuningRun, text: SplitTokens) -> list[dict[str, torch.Tensor]]:
     """`run.eval_blocks` sequences, spread evenly over what is held out."""
     length = run.sequence_length
     blocks = [
@@ -360,32 +360,11 @@ def _held_out_blocks(run: TuningRun, text: _Text) -> list[dict[str, torch.Tensor
         for start in range(0, len(stream) - length + 1, length)
     ]
     if not blocks:
+        held_out = "held out of data" if run.eval_data is None else "in eval_data"
         raise ValueError(
-            f"sequence_length is {length}, longer than all that is held out of data = {run.data}"
+            f"sequence_length is {length}, longer than all that is {held_out} = "
+            f"{run.eval_data or run.data}"
         )
     picks = spread(len(blocks), run.eval_blocks)
     ids = [torch.from_numpy(blocks[i].astype(np.int64)) for i in picks]
     return [{"input_ids": block, "labels": block} for block in ids]
-
-
-def _of_text(data: str | None, tokenizer: PreTrainedTokenizerBase) -> _Text:
-    domains = load_text(data)
-    fast, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    return _Text(
-        training={d.name: tokenize(fast, d.training.values(), end=end) for d in domains},
-        held_out={d.name: tokenize(fast, d.validation.values(), end=end) for d in domains},
-    )
-
-
-def _of_token_file(file: Path, length: int) -> _Text:
-    """Each row is cut into whole sequences; every tenth row is held out."""
-    rows = token_rows(file)
-    cut = [row[: len(row) // length * length] for row in rows]
-    held_out, training = cut[::10], [row for i, row in enumerate(cut) if i % 10]
-    if not training or not sum(map(len, training)):
-        longest = max(map(len, rows), default=0)
-        raise ValueError(
-            f"sequence_length is {length}, but {file} has rows of at most {longest} tokens; give "
-            f"--sequence-length {longest} or less, and at least two such rows"
-        )
-    return _Text({file.stem: np.concatenate(training)}, {file.stem: np.concatenate(held_out)})

@@ -14,6 +14,14 @@ from headwise.results.files import write_whole
 
 Row = dict[str, Any]
 
+# The router in rows of models that have every head on.
+NO_ROUTER = "none"
+
+
+def router_label(router: str) -> str:
+    """What people call the router of a row."""
+    return "every head" if router == NO_ROUTER else router.replace("_", " ")
+
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write beside, then rename."""

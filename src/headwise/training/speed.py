@@ -1,5 +1,7 @@
 """What a prompt and the next token cost a dense model and one with routed heads, side by side."""
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, product
@@ -9,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from headwise.analysis.records import Speed
 from headwise.hf import attention, record_routing
@@ -103,8 +106,7 @@ def _note(routed: Any, device: torch.device) -> str:
     return (
         f"{sum(shares) / len(shares):.0%} of heads on, one sequence, {dtype}, {kernels}; medians "
         f"of at least {_ROUNDS} runs in turns, or of 3 where they take over {_MOST_SECONDS:.0f} s; "
-        "random tokens and caches. The models cost equal FLOPs at the length they were trained on: "
-        "MoH's MLPs are wider by what its heads save."
+        "random tokens and caches."
     )
 
 
@@ -116,10 +118,16 @@ def read_prompt(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_token(model: Any, token: Tensor, cache: DynamicCache) -> None:
-    """One token [B, 1] after those in the cache, which is cropped back."""
-    # By place: transformers 5.24 renames it from past_key_values to cache.
-    model(token, None, None, cache, use_cache=True)
-    cache.crop(-1)
+    """One token [B, 1] after those in the cache, which is cropped back; a sliding one moves on."""
+    model(input_ids=token, **{_name_of_cache(type(model).forward): cache}, use_cache=True)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.crop(-1)
+
+
+@functools.cache
+def _name_of_cache(forward: Any) -> str:
+    """Of the argument, which transformers 5.24 renames."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def filled_cache(model: Any, length: int, sequences: int = 1) -> DynamicCache:
@@ -127,7 +135,8 @@ def filled_cache(model: Any, length: int, sequences: int = 1) -> DynamicCache:
     config = model.config
     cache = DynamicCache(config=config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = (2, sequences, config.num_key_value_heads, length, width)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = (2, sequences, num_kv_heads, length, width)
     for layer in range(config.num_hidden_layers):
         keys, values = torch.randn(size, device=model.device).to(model.dtype)
         cache.update(keys, values, layer)

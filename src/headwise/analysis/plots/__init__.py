@@ -21,6 +21,7 @@ from headwise.analysis.plots.maps import (
     patch_maps,
 )
 from headwise.analysis.plots.panels import Panel, comparison
+from headwise.analysis.plots.quality import quality_against_share
 from headwise.analysis.plots.scaling import cost_against_size
 from headwise.analysis.plots.speed import time_against_share
 from headwise.analysis.plots.style import to_svg
@@ -40,6 +41,7 @@ __all__ = [
     "loss_curves",
     "mean_curve",
     "patch_maps",
+    "quality_against_share",
     "recovery_curves",
     "thinned",
     "time_against_share",

@@ -15,12 +15,14 @@ from headwise.analysis.plots.style import (
     band,
     cycle,
     legend,
+    lines_with_bands,
     mean,
     name_rows,
     new_figure,
     styled,
 )
 from headwise.analysis.records import Curve, RunRecord
+from headwise.results.rows import NO_ROUTER, router_label
 
 # So many points of a training curve are drawn; more are thinner than a pixel.
 POINTS = 300
@@ -106,34 +108,30 @@ def final_losses(record: RunRecord) -> Figure:
 
 @styled
 def recovery_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Recovered quality against tokens tuned on, a line for each share of heads, mean over seeds.
+    """Recovered quality against tokens tuned on, a line a share of heads and router, mean of seeds.
 
     The band is the range over seeds; 100 % is the original.
     """
     figure, axes = new_figure(5.6, 3.6)
     axes.axhline(100, color=INK, linewidth=1, label="original")
-    lines = dict.fromkeys((row["stage"], row["active_heads"]) for row in rows)
-    for index, (stage, share) in enumerate(lines):
-        values: dict[int, list[float]] = {}
-        for row in rows:
-            if (row["stage"], row["active_heads"]) == (stage, share):
-                values.setdefault(int(row["tokens"]), []).append(float(row["recovery"]))
-        tokens = sorted(values)
-        band(
-            axes,
-            tokens,
-            [values[t] for t in tokens],
-            color=cycle(VARIANTS[1:], index),
-            linestyle=cycle(DASHES, index),
-            marker=cycle(MARKERS, index),
-            markersize=3.5,
-            label=f"{float(share):.4g} of the heads" if stage == "routed" else "every head on",
-        )
+    lines: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        line = lines.setdefault(_label(row), {})
+        line.setdefault(int(row["tokens"]), []).append(float(row["recovery"]))
+    lines_with_bands(axes, lines, markersize=3.5)
     axes.set(title="Quality recovered by tuning", xlabel="Tokens tuned on")
     axes.set_ylabel("Original's perplexity / model's (%)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:,.0f}k"))
     axes.legend(loc="lower right")
     return figure
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Of the model, as the legend has it."""
+    router = router_label(row["router"])
+    share = 100 * float(row["active_heads"])
+    is_dense = row["router"] == NO_ROUTER
+    return f"{router} on" if is_dense else f"{share:.3g} % of the heads, {router}"
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

@@ -5,7 +5,7 @@ say the same again.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -103,6 +103,24 @@ def band(
     axes.plot(at, [mean(column) for column in columns], color=color, **line)
     lowest, highest = ([end(column) for column in columns] for end in (min, max))
     return axes.fill_between(at, lowest, highest, color=color, alpha=0.18, linewidth=0)
+
+
+def lines_with_bands(
+    axes: Axes, lines: Mapping[str, Mapping[Any, Sequence[float]]], *, markersize: float
+) -> None:
+    """A line for each label, through the means of its columns, with their range around it."""
+    for index, (label, columns) in enumerate(lines.items()):
+        at = sorted(columns)
+        band(
+            axes,
+            at,
+            [columns[x] for x in at],
+            color=cycle(VARIANTS[1:], index),
+            linestyle=cycle(DASHES, index),
+            marker=cycle(MARKERS, index),
+            markersize=markersize,
+            label=label,
+        )
 
 
 def percent(share: float, _: float = 0) -> str:

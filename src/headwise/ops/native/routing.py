@@ -14,10 +14,10 @@ from headwise.ops.native import DTYPES, is_ready, kernels
 from headwise.ops.tensors import adjacent
 
 
-def has_kernel(logits: Tensor, scores: str) -> bool:
-    """Whether the kernel is there and computes this."""
-    plain = scores == "softmax" and logits.dtype == torch.float32
-    return plain and logits.device.type == "cpu" and not by_formulas() and is_ready()
+def has_kernel(logits: Tensor) -> bool:
+    """Whether the kernel for softmaxes is there and computes this."""
+    plain = logits.dtype == torch.float32 and logits.device.type == "cpu"
+    return plain and not by_formulas() and is_ready()
 
 
 def has_kernel_for_queries(q: Tensor) -> bool:
@@ -29,8 +29,26 @@ def query_norm_routing(
     q: Tensor, shared: list[int], top_k: int, scale_by_std: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ops.route_heads_by_query_norm`'s routing, in order; q is [B, T, H, C]."""
-    bits = sum(1 << head for head in shared)
-    return kernels().route_heads_by_query_norm(adjacent(q), bits, top_k, scale_by_std)
+    return kernels().route_heads_by_query_norm(adjacent(q), _bits(shared), top_k, scale_by_std)
+
+
+def routing_by_scores(
+    scores: Tensor, gain: Tensor | None, shared: list[int], top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, chosen heads and probabilities, as `ops.route_heads_by_scores` has them.
+
+    Scores are [..., R] in float32, and there are no more heads than an integer has bits.
+    """
+    batch, num_heads = scores.shape[:-1], scores.shape[-1] + len(shared)
+    rows = adjacent(scores.reshape(batch.numel(), scores.shape[-1]))
+    gain = None if gain is None else gain.float().contiguous()
+    parts = kernels().route_heads_by_scores(rows, gain, num_heads, _bits(shared), top_k)
+    weights, indices, probabilities = (x.view(*batch, x.shape[-1]) for x in parts)
+    return weights, indices, probabilities
+
+
+def _bits(heads: list[int]) -> int:
+    return sum(1 << head for head in heads)
 
 
 def gates(

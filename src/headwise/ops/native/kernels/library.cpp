@@ -184,6 +184,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_heads_by_query_norm(
   return {gates, indices, probabilities, logits};
 }
 
+std::tuple<Tensor, Tensor, Tensor> route_heads_by_scores(
+    const Tensor& scores, const std::optional<Tensor>& gain, int64_t heads, int64_t shared,
+    int64_t top_k) {
+  const Logits z(scores);
+  const int64_t tokens = scores.size(0);
+  Tensor gates = new_empty(scores, {tokens, heads});
+  Tensor indices = new_empty(scores, {tokens, top_k}, ScalarType::Long);
+  Tensor probabilities = new_empty(scores, {tokens, z.count});
+  route_by_scores(
+      z, tokens, gain ? gain->const_data_ptr<float>() : nullptr, heads, shared, top_k,
+      gates.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(),
+      probabilities.mutable_data_ptr<float>());
+  return {gates, indices, probabilities};
+}
+
 std::tuple<Tensor, Tensor, Tensor> route_heads_backward(
     const Tensor& gates, const Tensor& probabilities, const Tensor& shared, const Tensor& routed,
     const Tensor& stage, const Tensor& indices, bool paper) {
@@ -233,6 +248,9 @@ STABLE_TORCH_LIBRARY(headwise_native, m) {
       "route_heads_by_query_norm(Tensor q, int shared, int top_k, bool scaled) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "route_heads_by_scores(Tensor scores, Tensor? gain, int heads, int shared, int top_k) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "route_heads_backward(Tensor gates, Tensor probabilities, Tensor shared, Tensor routed, "
       "Tensor stage, Tensor indices, bool paper) -> (Tensor, Tensor, Tensor)");
 }
@@ -250,5 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(headwise_native, CPU, m) {
   m.impl("project_heads", TORCH_BOX(&headwise::projected));
   m.impl("route_heads", TORCH_BOX(&headwise::route_heads));
   m.impl("route_heads_by_query_norm", TORCH_BOX(&headwise::route_heads_by_query_norm));
+  m.impl("route_heads_by_scores", TORCH_BOX(&headwise::route_heads_by_scores));
   m.impl("route_heads_backward", TORCH_BOX(&headwise::route_heads_backward));
 }

@@ -1,5 +1,6 @@
-// Two-stage routing of heads with softmaxes (ops.route_heads), and its gradient; and routing by the
-// norms of queries (ops.route_heads_by_query_norm), without one. A token at a time.
+// Two-stage routing of heads with softmaxes (ops.route_heads), and its gradient; and, without one,
+// routing with gates that are on or off: by the norms of queries (ops.route_heads_by_query_norm) and
+// by scores (ops.route_heads_by_scores). A token at a time.
 #pragma once
 
 #include "common.h"
@@ -97,6 +98,42 @@ inline void divide_by_deviation(const float* norms, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = norms[i] / (none ? 1 : deviation);
 }
 
+// The heads that `shared` has no bit for.
+inline std::vector<int64_t> routed_heads(int64_t heads, int64_t shared) {
+  std::vector<int64_t> routed;
+  for (int64_t h = 0; h < heads; ++h)
+    if (!(shared >> h & 1)) routed.push_back(h);
+  return routed;
+}
+
+// Chooses the k best of the routed heads by their scores: their numbers among these, and gates of
+// all heads, which are 0 for the others. `left` is scratch.
+inline void switch_on(
+    const float* scores, const std::vector<int64_t>& routed, int64_t heads, int64_t k, float* left,
+    int64_t* chosen, float* gate) {
+  best(scores, routed.size(), k, left, chosen);
+  std::fill_n(gate, heads, 1.0f);
+  for (const int64_t h : routed) gate[h] = 0;
+  for (int64_t i = 0; i < k; ++i) gate[routed[chosen[i]]] = 1;
+}
+
+// Scores [tokens, routed]; of heads that are on, the gate is the gain, or 1 without.
+inline void route_by_scores(
+    const Logits& scores, int64_t tokens, const float* gain, int64_t heads, int64_t shared,
+    int64_t top_k, float* gates, int64_t* indices, float* probabilities) {
+  const std::vector<int64_t> routed = routed_heads(heads, shared);
+  parallel_for(0, tokens, TOKENS, [&](int64_t begin, int64_t end) {
+    std::vector<float> left(scores.count);
+    for (int64_t t = begin; t < end; ++t) {
+      float* gate = gates + t * heads;
+      softmax(scores[t], scores.count, probabilities + t * scores.count);
+      switch_on(scores[t], routed, heads, top_k, left.data(), indices + t * top_k, gate);
+      if (gain)
+        for (int64_t h = 0; h < heads; ++h) gate[h] *= gain[h];
+    }
+  });
+}
+
 // q [B, T, H, C], adjacent in C; `shared` has a bit for each shared head. Of the routed heads, of
 // which one at least exists, the logits are the norms of their queries.
 template <typename T>
@@ -104,9 +141,7 @@ void route_by_norms(
     const Tensor& q, int64_t shared, int64_t top_k, bool scaled, float* gates, int64_t* indices,
     float* probabilities, float* logits) {
   const int64_t length = q.size(1), heads = q.size(2), channels = q.size(3);
-  std::vector<int64_t> routed;
-  for (int64_t h = 0; h < heads; ++h)
-    if (!(shared >> h & 1)) routed.push_back(h);
+  const std::vector<int64_t> routed = routed_heads(heads, shared);
   const auto count = static_cast<int64_t>(routed.size());
   const T* queries = q.const_data_ptr<T>();
   parallel_for(0, q.size(0) * length, TOKENS, [&](int64_t begin, int64_t end) {
@@ -129,12 +164,8 @@ void route_by_norms(
       else
         std::copy_n(norms.data(), count, z);
       softmax(z, count, probabilities + t * count);
-      int64_t* chosen = indices + t * top_k;
-      best(norms.data(), count, top_k, left.data(), chosen);
-      float* gate = gates + t * heads;
-      std::fill_n(gate, heads, 1.0f);
-      for (const int64_t h : routed) gate[h] = 0;
-      for (int64_t i = 0; i < top_k; ++i) gate[routed[chosen[i]]] = 1;
+      switch_on(
+          norms.data(), routed, heads, top_k, left.data(), indices + t * top_k, gates + t * heads);
     }
   });
 }

@@ -1,0 +1,1 @@
+"""Routers fitted in closed form to a pretrained model and a little text."""
