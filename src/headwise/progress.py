@@ -16,7 +16,7 @@ from rich.progress import (
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def plain_console() -> Console:
@@ -74,7 +74,7 @@ def followed(
     began = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - last >= _SECONDS_BETWEEN_LINES:
+        if done and now - last >= SECONDS_BETWEEN_LINES:
             last, left_over = now, (now - began) / done * (total - done)
             line = f"{title}  {done}/{total}" + (f"  {left_over:.0f} s left" if alike else "")
             print(_joined(line, describe(item)), flush=True)

@@ -56,6 +56,20 @@ def test_the_divergence_joins_the_loss_of_training_only(tmp_path):
     assert_close(it.compute_loss(it.model.eval(), batch), own.loss)
 
 
+def test_evaluations_say_how_far_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("headwise.training.trainer.SECONDS_BETWEEN_LINES", 0)
+    it = trainer(tmp_path)
+    for _ in range(2):
+        it.evaluate()
+    first, of_original = "toy  held-out text {}/2", "toy  the original on held-out text {}/2"
+    said = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert said == [
+        *(first.format(n) for n in (1, 2)),
+        *(of_original.format(n) for n in (1, 2)),
+        *(first.format(n) for n in (1, 2)),
+    ]
+
+
 def test_only_the_model_learns(tmp_path):
     it = trainer(tmp_path, distill=1.0)
     it.train()

@@ -10,7 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 from headwise.hf.checkpointing import checkpointing_arguments
 from headwise.memory import check_memory
 from headwise.training.directory import RunDirectory
-from headwise.training.fields import Stage, TrainingRun
+from headwise.training.fields import Stage, TrainingRun, warn_if_emulated
 
 
 def prepare(run: TrainingRun) -> tuple[PartialState, RunDirectory]:
@@ -42,6 +42,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Arguments of Trainer for a stage of a run."""
     on_cpu = state.device.type == "cpu"
+    warn_if_emulated(run.precision, state.device.type)
     share = run.batch_size // state.num_processes
     at_a_time = run.device_batch_size or share
     return TrainingArguments(

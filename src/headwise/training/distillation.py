@@ -58,12 +58,15 @@ class RecoveringTrainer(SafeTrainer):
         """Mean loss of the original on the evaluation dataset, in nats per token."""
         nats = tokens = 0.0
         # Every process takes all of it: one that has shards of the model must be there for each.
-        for batch in DataLoader(
+        batches = DataLoader(
             self.eval_dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        ):
+        )
+        for done, batch in enumerate(batches, start=1):
             counted = (batch["labels"][:, 1:] != -100).sum().item()
             nats += counted * self._of_original(self._prepare_inputs(batch)).loss.item()
             tokens += counted
+            if self.is_world_process_zero():
+                self.progress.say_within(f"the original on held-out text {done}/{len(batches)}")
         return nats / tokens
 
     @torch.no_grad()

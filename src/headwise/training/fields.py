@@ -1,6 +1,7 @@
 """The fields that every training run has, and the checks of a run's fields."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from headwise.data.text import is_text
 from headwise.memory import check_memory
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Positive, check
+from headwise.ops.native.levels import levels_here
 
 Precision = Literal["fp32", "bf16"]
 
@@ -99,6 +101,19 @@ def check_at_least(least: int, name: str, value: int) -> None:
     """Raises ValueError if the field of that name is less."""
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def warn_if_emulated(precision: Precision, device: str) -> None:
+    """Warn where bfloat16 is asked of a processor on which torch has no fast products of it.
+
+    These are x86 processors before AVX-512.
+    """
+    if precision == "bf16" and device == "cpu" and list(levels_here()) == ["avx2"]:
+        warnings.warn(
+            "precision is 'bf16', whose products torch computes some fifty times slower than those "
+            "of 'fp32' on a processor without AVX-512, as this one; take 'fp32'",
+            stacklevel=2,
+        )
 
 
 def check_guidance(scale: float) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from headwise.errors import DivergedError
-from headwise.progress import bar, plain_console, text_column
+from headwise.progress import SECONDS_BETWEEN_LINES, bar, plain_console, text_column
 from headwise.results.files import check_manifest, put_in_place, write_manifest
 
 _PARTIAL = ".partial"
@@ -223,6 +223,8 @@ class _Progress(TrainerCallback):
         self.console = plain_console()
         self.loss = float("nan")
         self.bar: Progress | None = None
+        self.said = time.monotonic()
+        self.evaluated = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -243,6 +245,23 @@ class _Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step, status=self._status())
 
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        self.evaluated += 1
+        if state.is_world_process_zero:
+            self.say_within(f"held-out text {self.evaluated}/{len(eval_dataloader)}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.evaluated = 0
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -254,11 +273,21 @@ class _Progress(TrainerCallback):
         self.loss = (logs or {}).get("loss", self.loss)
         if state.is_world_process_zero and not self.console.is_terminal and "loss" in (logs or {}):
             seconds = (state.max_steps - state.global_step) * self.speed.median()
-            print(
-                f"{self.title}  step {state.global_step}/{state.max_steps}  {self._status()}  "
-                f"{seconds:.0f} s left of it",
-                flush=True,
+            self._print(
+                f"step {state.global_step}/{state.max_steps}  {self._status()}  "
+                f"{seconds:.0f} s left of it"
             )
+
+    def say_within(self, status: str) -> None:
+        """Say how far an evaluation is: beside the bar, or in a line if the last is long ago."""
+        if self.bar is not None:
+            self.bar.update(self.task, status=status)
+        elif time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self._print(status)
+
+    def _print(self, line: str) -> None:
+        self.said = time.monotonic()
+        print(f"{self.title}  {line}", flush=True)
 
     def stop(self) -> None:
         if self.bar is not None:

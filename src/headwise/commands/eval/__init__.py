@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from headwise.commands.eval.run import EvalRun
 from headwise.commands.eval.table import comparison
 from headwise.parsing import parsed
@@ -9,6 +11,7 @@ from headwise.progress import plain_console
 from headwise.results.files import write_json
 from headwise.results.rows import Row, write_csv
 from headwise.training.directory import resolved
+from headwise.training.fields import warn_if_emulated
 
 
 def main(argv: list[str]) -> None:
@@ -35,6 +38,7 @@ def score_models(run: EvalRun) -> list[Row]:
         from headwise.commands.eval.tasks import score_on_tasks as score
     else:
         from headwise.commands.eval.images import score_on_images as score
+    warn_if_emulated(run.precision, "cuda" if torch.cuda.is_available() else "cpu")
     console = plain_console()
     rows = score(run, console)
     console.print(comparison(rows).for_terminal())

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from headwise.ops.choice import check_choice
 from headwise.results.files import check_new
+from headwise.training.fields import Precision
 
 _OF_TASKS, _OF_IMAGES = ("data", "num_fewshot"), ("split", "image_size")
 
@@ -55,7 +56,7 @@ class EvalRun:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 8
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     seed: int = 1234
 
@@ -71,7 +72,7 @@ class EvalRun:
         for directory in self.data:
             if not directory.is_dir():
                 raise ValueError(f"data is {directory}, where there is no directory")
-        check_choice("precision", self.precision, Literal["fp32", "bf16"])
+        check_choice("precision", self.precision, Precision)
         if self.output is not None:
             check_new("output", self.output, or_empty=True)
 
