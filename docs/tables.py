@@ -15,7 +15,7 @@ from headwise.commands.eval import table as evaluation
 from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
 from headwise.results.rows import NO_ROUTER, Row, measured_on, read_csv, router_label
-from headwise.results.table import Cell, Number, Table
+from headwise.results.table import Cell, Number, Table, mean
 from headwise.training import table as training
 from headwise.training.figure import draw_comparison
 
@@ -92,6 +92,34 @@ def fitted_experts(rows: Sequence[Row]) -> Table:
     return Table(["of each MLP", "experts", *kinds], lines, legend, where)
 
 
+def gated(rows: Sequence[Row]) -> Table:
+    """A line for each model and router, and by how much perplexity rises with fewer heads."""
+    of_code = [row for row in rows if row["text"] == "code"]
+    found: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
+    for row in of_code:
+        by_seed = found.setdefault((row["steps"], row["model"], row["router"]), {})
+        by_seed.setdefault(int(row["active"]), {})[row["seed"]] = float(row["perplexity"])
+    budgets = sorted({int(row["active"]) for row in of_code}, reverse=True)
+    lines: list[list[Cell]] = []
+    for (steps, model, router), by_active in found.items():
+        every_head = found[steps, model, NO_ROUTER][budgets[0]]
+        fewer = [
+            [100 * (perplexity / every_head[seed] - 1) for seed, perplexity in by_seed.items()]
+            for by_seed in (by_active.get(active, {}) for active in budgets[1:])
+        ]
+        name = {"plain": "without gates"}.get(model, model)
+        all_on = mean(list(every_head.values()), "{:.1f}") if router == NO_ROUTER else ""
+        given = [mean(rise, "+{:.1f} %", "{:.1f}") if rise else "" for rise in fewer]
+        lines.append([Number(int(steps), "{:,}"), name, router_label(router), all_on, *given])
+    legend = (
+        "Perplexity of held-out code, and by how much it rises with so many heads on; prose, of "
+        "which little is held out, is in results/gated.csv. ±: deviation over seeds."
+    )
+    where = measured_on(rows, "{device}, {threads} thread(s), {precision}; seeds {seeds}")
+    columns = ["steps", "model", "router", *(f"{active} of {budgets[0]}" for active in budgets)]
+    return Table(columns, lines, legend, where)
+
+
 def perplexities(
     rows: Sequence[Row], *fields: str
 ) -> tuple[list[str], dict[tuple[str, ...], dict[str, float]]]:
@@ -163,6 +191,7 @@ TABLES = {
     "gpu": bench.on_a_gpu,
     "fitted": fitted,
     "fitted-experts": fitted_experts,
+    "gated": gated,
     "scaling": scaling_table.slopes,
     "stories260k": recovery.comparison,
     "smollm2": evaluation.comparison,

@@ -194,14 +194,12 @@ def _comparison(
     calibrated: MoHConfig | FittedHeads,
     texts: Mapping[str, Batches],
 ) -> Table:
-    """Perplexity on text that calibration has not seen: of the original, and converted both ways.
+    """Perplexity on text that calibration has not seen: of the original, and converted.
 
-    Fitted routers are compared with the router without parameters, others with the first heads
-    shared.
+    Calibrated routers are compared with the first heads shared.
     """
     if run.is_fitted:
-        config = MoHConfig(active=run.active, route_groups=run.route_groups)
-        configs = {"by query norm, the first half shared": config, "fitted": calibrated}
+        configs: dict[str, MoHConfig | FittedHeads] = {"fitted": calibrated}
     else:
         configs = {"the first ones shared": run.attention(), "calibrated": calibrated}
     models = {

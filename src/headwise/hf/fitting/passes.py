@@ -80,7 +80,7 @@ def measure_metrics(model: Any, batches: Batches, layers: Sequence[Layer]) -> No
             if loss is None:
                 raise ValueError(
                     f"{type(model).__name__} gives no loss for the labels in batches; leave them "
-                    "out, and take allocate 'alike'"
+                    "out (headwise.fit then needs allocate='alike')"
                 )
             # Of the sum over tokens, so that a token counts alike in batches of any length.
             total = loss * (batch["labels"] != -100).sum()
