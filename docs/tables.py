@@ -94,15 +94,16 @@ def fitted_experts(rows: Sequence[Row]) -> Table:
 
 def gated(rows: Sequence[Row]) -> Table:
     """A line for each model and router, and by how much perplexity rises with fewer heads."""
-    of_code = [row for row in rows if row["text"] == "code"]
-    found: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
-    for row in of_code:
-        by_seed = found.setdefault((row["steps"], row["model"], row["router"]), {})
+    steps = max(int(row["steps"]) for row in rows)
+    shown = [row for row in rows if int(row["steps"]) == steps and row["text"] == "code"]
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in shown:
+        by_seed = found.setdefault((row["model"], row["router"]), {})
         by_seed.setdefault(int(row["active"]), {})[row["seed"]] = float(row["perplexity"])
-    budgets = sorted({int(row["active"]) for row in of_code}, reverse=True)
+    budgets = sorted({int(row["active"]) for row in shown}, reverse=True)
     lines: list[list[Cell]] = []
-    for (steps, model, router), by_active in found.items():
-        every_head = found[steps, model, NO_ROUTER][budgets[0]]
+    for (model, router), by_active in found.items():
+        every_head = found[model, NO_ROUTER][budgets[0]]
         fewer = [
             [100 * (perplexity / every_head[seed] - 1) for seed, perplexity in by_seed.items()]
             for by_seed in (by_active.get(active, {}) for active in budgets[1:])
@@ -110,13 +111,13 @@ def gated(rows: Sequence[Row]) -> Table:
         name = {"plain": "without gates"}.get(model, model)
         all_on = mean(list(every_head.values()), "{:.1f}") if router == NO_ROUTER else ""
         given = [mean(rise, "+{:.1f} %", "{:.1f}") if rise else "" for rise in fewer]
-        lines.append([Number(int(steps), "{:,}"), name, router_label(router), all_on, *given])
+        lines.append([name, router_label(router), all_on, *given])
     legend = (
-        "Perplexity of held-out code, and by how much it rises with so many heads on; prose, of "
-        "which little is held out, is in results/gated.csv. ±: deviation over seeds."
+        f"Trained for {steps} steps. Perplexity of held-out code, and by how much it rises with so "
+        "many heads on. ±: deviation over seeds."
     )
     where = measured_on(rows, "{device}, {threads} thread(s), {precision}; seeds {seeds}")
-    columns = ["steps", "model", "router", *(f"{active} of {budgets[0]}" for active in budgets)]
+    columns = ["model", "router", *(f"{active} of {budgets[0]}" for active in budgets)]
     return Table(columns, lines, legend, where)
 
 

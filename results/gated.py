@@ -3,9 +3,8 @@
 A small Llama whose attention multiplies each head by a learned gate (transformers' Lfm3 without its
 convolutions), and the same without gates, trained on the embedded text. Each at its own best
 learning rate, a power of two apart, chosen on one half of the held-out files; everything else is
-measured on the other.
-Matrices that write into the residual stream start at deviation / √(2 · layers). About an hour on
-2 cores; what is trained already is kept.
+measured on the other. Matrices that write into the residual stream start at deviation /
+√(2 · layers). An hour and a half on 2 cores; what is trained already is kept.
 
 usage: results/gated.py [DIRECTORY], where the models go
 """
