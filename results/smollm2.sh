@@ -8,17 +8,17 @@
 #   validation text). TEST: text to measure perplexity on (WikiText-2's test text). DATA:
 #   directories with the tasks' documents, as headwise eval takes them
 set -euo pipefail
-export model=$1 valid=$2 test=$3 runs=${RUNS:-runs/smollm2}
+model=$1 runs=${RUNS:-runs/smollm2}
+export valid=$2 test=$3
 shift 3
 results=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$runs"
 
-convert() { # name, options
-    [ -e "$runs/$1" ] || headwise convert "$model" -o "$runs/$1" "${@:2}"
-}
-convert every-head --router query_norm --shared 9 --active 9
-convert norm-7 --router query_norm --shared 5 --active 7 --calibrate "$valid"
-convert fitted-7 --active 7 --calibrate "$valid"
+. "$results/seeds.sh"
+
+convert "$model" every-head --router query_norm --shared 9 --active 9
+convert "$model" norm-7 --router query_norm --shared 5 --active 7 --calibrate "$valid"
+convert "$model" fitted-7 --active 7 --calibrate "$valid"
 
 export OMP_NUM_THREADS=1 # of each of two processes
 tune() { # name, seed
@@ -27,15 +27,7 @@ tune() { # name, seed
         --data "$valid" --eval-data "$test" $([ ! -e "$output/run.json" ] || echo --resume) \
         --precision bf16 --routed.steps 100 --batch-size 4 --eval-every 25
 }
-export -f tune
-names="every-head fitted-7 norm-7"
-for seed in 0 1 2; do
-    for name in $names; do echo "$name $seed"; done
-done | xargs -P 2 -L 1 bash -c 'tune "$@"' tune
-
-for name in $names; do
-    awk 'FNR > 1' "$runs/$name"-seed{0,1,2}/results.csv
-done | cat <(head -1 "$runs/every-head-seed0/results.csv") - > "$results/smollm2-tuning.csv"
+tune_three_seeds "$results/smollm2-tuning.csv" every-head fitted-7 norm-7
 
 tuned() { echo "$runs/$1-seed0/models/routed-seed0"; } # name: the first seed's model
 export OMP_NUM_THREADS=2
