@@ -10,6 +10,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -18,6 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from damage import contents
 from headwise.cli import main
+from headwise.commands.calibration import read_texts
 from headwise.commands.convert import ConversionRun, convert_directory
 from tiny import SIZES, llama, tokenizer
 
@@ -86,7 +89,7 @@ def test_with_a_text_routers_are_fitted_to_it(original, tmp_path, capsys):
     printed = capsys.readouterr().out
     for file in (text, other):
         assert f"{file.name}: calibrated on pieces 1 to " in printed
-    for row in ("all on", "fitted", "next token at 512 tokens", "prompt at 512"):
+    for row in ("all on", "fitted", "next token at 511 tokens", "prompt at 511"):
         assert row in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert model.conversion.attention.router == "fitted"
@@ -94,6 +97,8 @@ def test_with_a_text_routers_are_fitted_to_it(original, tmp_path, capsys):
     assert model.conversion.attention.shared == 0
     card = (tmp_path / "new" / "README.md").read_text()
     assert "| heads | text.txt | other.txt |" in card
+    assert "\nMeasured on " in card
+    assert ", float32; torch " in card
     assert "router\n`fitted`" in card
     alike = ConversionRun(
         str(original), tmp_path / "alike", active=4, allocate="alike", calibrate=(text,)
@@ -129,6 +134,41 @@ def test_a_model_that_is_no_language_model(tmp_path):
     convert_directory(ConversionRun(path=str(tmp_path / "bert"), output=tmp_path / "new"))
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "new").conversion
     assert "AutoModelForMaskedLM" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_what_fills_masks_is_fitted_to_masked_text(tmp_path, capsys, fails):
+    bert, text = tmp_path / "bert", tmp_path / "text.txt"
+    BertForMaskedLM(BertConfig(**TEXTUAL | {"vocab_size": 302})).save_pretrained(bert)
+    text.write_text(TEXT)
+    options = ("convert", str(bert), "-o", str(tmp_path / "new"), "--calibrate", str(text))
+    tokenizer(TEXT).save_pretrained(bert)
+    assert "calibrate needs a tokenizer with a mask token" in fails(2, *options)
+    tokenizer(TEXT, mask_token="<mask>", pad_token="<pad>").save_pretrained(bert)
+    main([*options])
+    assert "not timed: a model that fills masks" in capsys.readouterr().out
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "new")
+    assert model.conversion.attention.router == "fitted"
+
+
+def test_masked_batches_hold_no_token_that_is_to_be_predicted(tmp_path):
+    text, masking = tmp_path / "text.txt", tokenizer(TEXT, mask_token="<mask>", pad_token="<pad>")
+    text.write_text(TEXT)
+    model = BertForMaskedLM(BertConfig(**TEXTUAL | {"vocab_size": 302}))
+    for batch in read_texts([text], masking, model, "bert").calibration:
+        asked = batch["labels"] != -100
+        assert 0.05 < asked.float().mean() < 0.3
+        seen = batch["input_ids"][asked]
+        assert (seen == masking.mask_token_id).float().mean() > 0.6
+
+
+def test_a_model_with_a_table_of_positions_is_timed_within_it(tmp_path, capsys):
+    sizes = {"n_embd": 24, "n_head": 6, "n_layer": 2, "vocab_size": 300, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    tokenizer(TEXT).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ("--active", "4", "--calibrate", str(tmp_path / "text.txt"))
+    main(["convert", str(tmp_path / "gpt2"), "-o", str(tmp_path / "new"), *options])
+    assert "next token at 63 tokens" in capsys.readouterr().out
 
 
 def test_an_image_classifier_keeps_its_processor(tmp_path, capsys, fails):
@@ -172,6 +212,10 @@ def test_what_it_refuses(original, tmp_path, fails):
         (("--shared", -1), "shared is -1; it must be an int of at least 0"),
         (("--calibrate", "none.txt"), "there is no file"),
         (("--router", "fitted"), "there is no text to fit it to; give one with --calibrate"),
+        (("--calibrate", tmp_path), "a directory; it must be text files"),
+        (("--allocate", "alike"), "allocate is 'alike', and no router is fitted"),
+        (("--by", "loss"), "by is 'loss', and no shared heads are chosen"),
+        (("--active", 1), "so shared must be less (by default shared is 0.5)"),
     ):
         assert message in refusal(original, *options)
     for content, message in (

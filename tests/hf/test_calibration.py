@@ -126,6 +126,10 @@ def test_what_it_refuses(tiny, batches):
     for what, given in wrong.items():
         with pytest.raises(ValueError, match=f"batches is {what}; it must be a list of at least"):
             calibrate(tiny(), given, QUERY_NORM)
+    with pytest.raises(ValueError, match="shared is 0 in every layer, so there is nothing to cho"):
+        calibrate(tiny(), batches, replace(QUERY_NORM, shared=0))
+    with pytest.raises(ValueError, match=r"cannot read batches\[0\] \(input_ids \[3\]"):
+        calibrate(tiny(), [{"input_ids": ids[0], "labels": "a"}], QUERY_NORM)
     with pytest.raises(ValueError, match="by is 'norm'"):
         calibrate(tiny(), batches, QUERY_NORM, by="norm")
     with pytest.raises(ValueError, match="is converted already; calibrate the original"):

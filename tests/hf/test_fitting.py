@@ -257,7 +257,7 @@ def test_a_model_of_diffusers():
     batches = [given() for _ in range(24)]
     config = MoHConfig(router="fitted", active=2)
     heads = fit(dit, batches, config, allocate="alike")
-    with pytest.raises(ValueError, match="no labels in a dict"):
+    with pytest.raises(ValueError, match="batches have no labels"):
         fit(dit, batches, config)
     errors = {}
     for name, attention in (("fitted", heads), ("norm", MoHConfig(shared=0, active=2))):
@@ -284,19 +284,26 @@ def test_what_it_refuses():
     refuses(few, batches=short)
     refuses("batches is empty", batches=[])
     refuses("must be 2 or more", batches=short[:1])
-    refuses("no labels in a dict", batches=[{"input_ids": ids}] * 4)
+    refuses("allocate is 'loss', and batches have no labels", batches=[{"input_ids": ids}] * 4)
     some = [{"input_ids": ids, "labels": ids}, {"input_ids": ids}] * 4
     refuses("no labels in a dict", batches=some, allocate="alike")
     refuses("config is None; it must be a MoHConfig", config=None)
     refuses("router is 'query_norm'", config=MoHConfig())
     refuses("allocate is 'evenly'", allocate="evenly")
-    each = "active has a budget for each layer; with allocate 'loss'"
+    masked = [short[0], {"input_ids": ids, "labels": torch.full_like(ids, -100)}]
+    refuses("batches[1] has labels that are all -100", batches=masked)
+    refuses("cannot read batches[0] (input_ids [1, 30], labels [1, 30])", batches=[
+        {"input_ids": ids + 31, "labels": ids}, short[0],
+    ])  # fmt: skip
+    refuses("batches[0] (inputs [1, 30])", batches=[{"inputs": ids}] * 2, allocate="alike")
+    each = "active has a budget for each layer, which allocate 'alike' takes"
     refuses(each, config=replace(FITTED, active=[3, 4]))
     refuses("active is 7; it must lie in 1..6", config=replace(FITTED, active=7))
     refuses("at least 1 of 6 must be active", config=replace(FITTED, active=0.05))
     alone = replace(FITTED, active=0.09)
     refuses("active is 0.09, which leaves 1 routed heads or groups to 2 layers", config=alone)
-    refuses("it must be a model of transformers or diffusers", model=torch.nn.Linear(1, 1))
+    for model in (torch.nn.Linear(1, 1), "a name"):
+        refuses("it must be a model of transformers or diffusers", model=model)
     refuses("layers has 5; the model has 2 layers", layers=[5])
     model = llama()
     convert(model, attention=MoHConfig())

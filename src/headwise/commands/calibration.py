@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from headwise.data.text import read
 from headwise.data.token_files import TOKEN_FILE, Tokens, check_tokens, token_rows
+from headwise.hf.auto import auto_class_of
 from headwise.hf.calibration import Batches
 from headwise.loading import longest_sequence
 from headwise.progress import followed
+from headwise.results.rows import environment, measured_on
 from headwise.results.table import Cell, Number, Table
 from headwise.training.evaluation import FileLoss
 
@@ -22,7 +29,7 @@ _MOST_PIECES = 40
 
 
 class Texts(NamedTuple):
-    """Batches of one piece each, with itself as labels.
+    """Batches of one piece each.
 
     Attributes:
         calibration: To fit to, of all files.
@@ -49,8 +56,8 @@ def read_texts(
         pieces = _pieces(file, tokenizer, model, path)
         taken = pieces[: max(2, _MOST_PIECES // len(files))]
         kept = -(-len(taken) // 5)
-        calibration += _batches(taken[:-kept], model)
-        held_out[file.name] = _batches(taken[-kept:], model)
+        calibration += _batches(taken[:-kept], model, tokenizer)
+        held_out[file.name] = _batches(taken[-kept:], model, tokenizer)
         notes.append(
             f"{file.name}: calibrated on pieces 1 to {len(taken) - kept} of {len(pieces):,}, "
             f"compared on the next {kept}"
@@ -81,9 +88,25 @@ def _pieces(
     return pieces
 
 
-def _batches(pieces: list[Tokens], model: PreTrainedModel) -> Batches:
-    ids = [torch.from_numpy(piece.astype(np.int64))[None].to(model.device) for piece in pieces]
-    return [{"input_ids": piece, "labels": piece} for piece in ids]
+def _batches(
+    pieces: list[Tokens], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Batches:
+    """Of a piece each, which is to be predicted whole, or where masked if the model fills masks."""
+    ids = [torch.from_numpy(piece.astype(np.int64)).to(model.device) for piece in pieces]
+    if not fills_masks(model):
+        return [{"input_ids": piece[None], "labels": piece[None]} for piece in ids]
+    if tokenizer is None or tokenizer.mask_token is None:
+        raise ValueError(
+            "calibrate needs a tokenizer with a mask token, for a model that fills masks"
+        )
+    collate = DataCollatorForLanguageModeling(tokenizer, seed=0)
+    masked = [dict(collate([{"input_ids": piece}])) for piece in ids]
+    return [batch for batch in masked if (batch["labels"] != -100).any()]
+
+
+def fills_masks(model: Any) -> bool:
+    """Whether it is a masked language model, which predicts tokens that it does not see."""
+    return auto_class_of(model) is AutoModelForMaskedLM
 
 
 def twin(model: PreTrainedModel) -> Any:
@@ -100,13 +123,14 @@ def perplexities(models: Mapping[str, Any], texts: Mapping[str, Batches]) -> Tab
         for name, model in models.items()
     ]
     legend = "Perplexity of the pieces that had no part in calibration."
-    return Table(columns, rows, legend)
+    (dtype,) = {str(model.dtype).removeprefix("torch.") for model in models.values()}
+    return Table(columns, rows, legend, measured_on([environment(dtype)]))
 
 
 def perplexity(model: Any, name: str, batches: Batches) -> float:
-    """Of these batches, each its own labels; the name is shown beside the progress."""
+    """Of the labels of these batches; the name is shown beside the progress."""
     with torch.no_grad():
-        tokens = [batch["labels"].numel() - 1 for batch in batches]
+        tokens = [int((batch["labels"] != -100).sum()) for batch in batches]
         shown = followed(batches, f"perplexity, {name}", total=len(batches))
         nats = [model(**b).loss.item() * n for b, n in zip(shown, tokens, strict=True)]
     return FileLoss(sum(nats), sum(tokens)).perplexity

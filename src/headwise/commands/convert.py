@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from headwise.analysis.tables import speed_table
-from headwise.commands.calibration import perplexities, read_texts, twin
+from headwise.commands.calibration import fills_masks, perplexities, read_texts, twin
 from headwise.hf import FittedHeads, MoHConfig, calibrate, convert, fit
 from headwise.hf.calibration import Batches, Measure
 from headwise.hf.card import budget_lines, model_card
@@ -79,13 +79,24 @@ class ConversionRun:
         check_new("output", self.output, or_empty=True)
         for file in self.calibrate:
             if not file.is_file():
+                found = "a directory" if file.is_dir() else "where there is no file"
                 raise ValueError(
-                    f"calibrate is {file}, where there is no file; it must be text files or tokens "
-                    "that `headwise write-text` wrote"
+                    f"calibrate is {file}, {found}; it must be text files or tokens that `headwise "
+                    "write-text` wrote"
                 )
         if self.router == "fitted" and not self.calibrate:
             raise ValueError(
                 "router is 'fitted', and there is no text to fit it to; give one with --calibrate"
+            )
+        if self.allocate != "loss" and not self.is_fitted:
+            raise ValueError(
+                f"allocate is {self.allocate!r}, and no router is fitted; it goes with --calibrate "
+                "and --router fitted"
+            )
+        if self.by != "gradient" and (self.is_fitted or not self.calibrate):
+            raise ValueError(
+                f"by is {self.by!r}, and no shared heads are chosen; it goes with --calibrate and "
+                "another router than fitted"
             )
         self.attention()
 
@@ -158,7 +169,11 @@ def convert_directory(run: ConversionRun) -> PreTrainedModel:
 
 def _print_speed(console: Console, dense: Any, routed: Any) -> None:
     """What a prompt and the next token cost here, where both models can be timed."""
-    context = int(min(_TIMED_CONTEXT, longest_sequence(routed)))
+    if fills_masks(routed):
+        console.print("not timed: a model that fills masks has no next token")
+        return
+    # The next token after these must have a position, too.
+    context = int(min(_TIMED_CONTEXT, longest_sequence(routed) - 1))
     try:
         timed = time_models(dense, routed, contexts=[context])
     # Of models with layers and caches of all kinds. What was converted is saved, and stays so.

@@ -55,7 +55,7 @@ def calibrate(
 
     Raises:
         ValueError: If the model is none of transformers, is converted already or cannot be, there
-            are no batches, or a budget does not fit it.
+            are no batches or it cannot read them, no head is shared, or a budget does not fit it.
     """
     check_choice("by", by, Measure)
     if not isinstance(model, PreTrainedModel):
@@ -67,6 +67,9 @@ def calibrate(
     config = config.resolve(num_layers)
     routers = build_routers(model, config, range(num_layers))
     budgets = [router.budget for router in routers.values()]
+    if not any(budget.shared_heads for budget in budgets):
+        of_fitted = "; headwise.fit fits its router" if config.router == "fitted" else ""
+        raise ValueError(f"shared is 0 in every layer, so there is nothing to choose{of_fitted}")
     weights = [torch.zeros(budget.num_heads, dtype=torch.float64) for budget in budgets]
     training = model.training
     model.eval()
@@ -84,10 +87,36 @@ def check_batches(batches: Batches, *, labelled: bool) -> None:
     if not isinstance(batches, Sized) or isinstance(batches, Tensor | Mapping) or not len(batches):
         what = "empty" if isinstance(batches, Sequence) else f"a {type(batches).__name__}"
         raise ValueError(f"batches is {what}; it must be a list of at least one, each {_A_BATCH}")
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping) or (labelled and "labels" not in batch):
             found = "no labels in a dict" if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"batches holds {found}; each must be {_A_BATCH}")
+        labels = batch.get("labels")
+        if labelled and isinstance(labels, Tensor) and bool((labels == -100).all()):
+            raise ValueError(
+                f"batches[{number}] has labels that are all -100, which counts for nothing; some "
+                "must be tokens"
+            )
+
+
+def read_batch(model: Any, batch: Mapping[str, Any], number: int) -> Any:
+    """What the model gives for batches[number].
+
+    Raises:
+        ValueError: If the model cannot read it, with the model's own message.
+    """
+    try:
+        return model(**batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(
+            f"{name} {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            for name, x in batch.items()
+        )
+        raise ValueError(
+            f"{type(model).__name__} cannot read batches[{number}] ({shapes}): {error}"
+        ) from error
 
 
 def _heaviest(weights: Tensor, budget: HeadBudget) -> tuple[int, ...]:
@@ -103,8 +132,8 @@ def _add_query_norms(model: PreTrainedModel, batches: Batches, weights: list[Ten
     all_on = [HeadBudget.resolve(len(w), shared=0, active=len(w)) for w in weights]
     routers = [QueryNormRouter(budget, scale_by_std=False) for budget in all_on]
     with routed_by(model, routers), record_routing(model) as routings:
-        for batch in followed(batches, "query norms", total=len(batches)):
-            model(**batch)
+        for i, batch in enumerate(followed(batches, "query norms", total=len(batches))):
+            read_batch(model, batch, i)
             for total, routing in zip(weights, routings.values(), strict=True):
                 norms = routing.logits if routing.mask is None else routing.logits[routing.mask]
                 total += norms.flatten(end_dim=-2).sum(0, dtype=torch.float64).cpu()
@@ -117,7 +146,8 @@ def _add_rises_of_loss(model: PreTrainedModel, batches: Batches, weights: list[T
     with routed_by(model, routers):
         for layer, head in followed(heads, "loss without each head", total=len(heads)):
             routers[layer].gates[head] = 0
-            weights[layer][head] = sum(model(**batch).loss.double().item() for batch in batches)
+            losses = (read_batch(model, batch, i).loss for i, batch in enumerate(batches))
+            weights[layer][head] = sum(loss.double().item() for loss in losses)
             routers[layer].gates[head] = 1
 
 
@@ -125,9 +155,9 @@ def _add_slopes_of_loss(model: PreTrainedModel, batches: Batches, weights: list[
     routers = [_Gated(len(w)) for w in weights]
     gates = [router.gates.requires_grad_() for router in routers]
     with routed_by(model, routers):
-        for batch in followed(batches, "gradient of each head", total=len(batches)):
+        for i, batch in enumerate(followed(batches, "gradient of each head", total=len(batches))):
             # Only the gates: the gradients of the model's weights stay as they were.
-            gradients = torch.autograd.grad(model(**batch).loss, gates)
+            gradients = torch.autograd.grad(read_batch(model, batch, i).loss, gates)
             for total, gradient in zip(weights, gradients, strict=True):
                 total += gradient.abs()
 

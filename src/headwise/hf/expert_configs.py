@@ -196,8 +196,8 @@ class FittedExperts:
     """
 
     config: MoEConfig
-    orders: Mapping[int, Tensor]
-    routers: Mapping[int, Mapping[str, Tensor]]
+    orders: Mapping[int, Tensor] = dataclasses.field(repr=False)
+    routers: Mapping[int, Mapping[str, Tensor]] = dataclasses.field(repr=False)
     layers: tuple[int, ...] | None = None
 
     def check_fits(self, layers: Sequence[int]) -> None:

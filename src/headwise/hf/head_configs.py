@@ -1,8 +1,9 @@
 """A frozen description of Mixture-of-Head attention, for `convert(attention=)`."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from headwise.ops.scores import HeadScores
 
 OfDepth = Callable[[int, int], Budget]
 # Of models that are converted: those of a layer, and those that need a model around them.
-RouterName = HeadRouterName | Literal["fitted", "output_gate"]
+RouterName = Literal[HeadRouterName, "fitted", "output_gate"]
 _OF_MODELS: dict[str, Callable[[int, HeadBudget], HeadRouter]] = {
     "fitted": FittedRouter,
     "output_gate": lambda _, budget: OutputGateRouter(budget),
@@ -66,17 +67,19 @@ class MoHConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.shared is None:
-            object.__setattr__(self, "shared", _SHARED.get(self.router, 0.4))
-        for field in ("shared", "active"):
-            value: Any = getattr(self, field)
-            if isinstance(value, list | tuple):
+            object.__setattr__(self, "shared", _default_shared(self.router))
+        for name in ("shared", "active"):
+            value: Any = getattr(self, name)
+            if callable(value):
+                _check_takes_depth(name, value)
+            elif isinstance(value, list | tuple):
                 value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
-                object.__setattr__(self, field, value)
+                object.__setattr__(self, name, value)
         shared, active = cast(tuple[Any, Any], (self.shared, self.active))
         if type(shared) is type(active) in (int, float) and shared > active:
             raise ValueError(
                 f"shared is {shared}, more than active = {active}; active counts shared heads too, "
-                f"so shared must be at most {active}"
+                f"so shared must be less"
             )
         check_head_router(self.router, scores=self.scores)
 
@@ -87,13 +90,13 @@ class MoHConfig:
             ValueError: If a sequence has not one budget for each layer.
         """
         changes: dict[str, Any] = {}
-        for field in ("shared", "active"):
-            value: Any = getattr(self, field)
+        for name in ("shared", "active"):
+            value: Any = getattr(self, name)
             if callable(value):
-                changes[field] = tuple(value(layer, num_layers) for layer in range(num_layers))
+                changes[name] = tuple(value(layer, num_layers) for layer in range(num_layers))
             elif isinstance(value, tuple) and len(value) != num_layers:
                 raise ValueError(
-                    f"{field} has budgets of {len(value)} layers; the model has {num_layers}"
+                    f"{name} has budgets of {len(value)} layers; the model has {num_layers}"
                 )
         return dataclasses.replace(self, **changes)
 
@@ -115,7 +118,9 @@ class MoHConfig:
                 names=("shared", "active"),
             )
         except ValueError as error:
-            raise ValueError(f"layer {layer}: {error}") from None
+            default = _default_shared(self.router)
+            hint = f" (by default shared is {default})" if shared == default != 0 else ""
+            raise ValueError(f"layer {layer}: {error}{hint}") from None
         if build := _OF_MODELS.get(self.router):
             return build(dim, budget)
         return head_router(
@@ -132,6 +137,19 @@ class MoHConfig:
         return budget[layer] if isinstance(budget, tuple) else budget
 
 
+def _default_shared(router: RouterName) -> Budget:
+    return _SHARED.get(router, 0.4)
+
+
+def _check_takes_depth(name: str, budget: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(budget).bind(0, 1)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is a function that does not take (layer, number of layers): {error}"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FittedHeads:
     """What `headwise.fit` gives, and `convert(attention=)` takes.
@@ -144,7 +162,7 @@ class FittedHeads:
     """
 
     config: MoHConfig
-    routers: Mapping[int, Mapping[str, Tensor]]
+    routers: Mapping[int, Mapping[str, Tensor]] = field(repr=False)
     layers: tuple[int, ...] | None = None
 
     def fill(self, routers: Mapping[int, HeadRouter]) -> None:

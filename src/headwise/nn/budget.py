@@ -100,7 +100,7 @@ class HeadBudget:
         if shared_heads > active_heads:
             raise ValueError(
                 f"{of_shared} is {shared_heads}, more than {of_active} = {active_heads}; "
-                f"active counts shared heads too, so shared must be at most {active_heads}"
+                f"active counts shared heads too, so shared must be less"
             )
         if shared_heads == active_heads < num_heads:
             raise ValueError(

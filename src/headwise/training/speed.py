@@ -46,7 +46,8 @@ def time_models(dense: Any, routed: Any, *, contexts: Sequence[int]) -> Timed:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dense, routed = dense.to(device), routed.to(device)
-    ids = torch.randint(routed.config.vocab_size, (1, _COMPARED_TOKENS), device=device)
+    length = min(_COMPARED_TOKENS, max(contexts))
+    ids = torch.randint(routed.config.vocab_size, (1, length), device=device)
     error = error_ratio(*logits_thrice(routed, ids))
     if error > LARGEST_ERROR_RATIO:
         return Timed([], f"Not timed: MoH's logits have {error:.1f} times plain PyTorch's error.")

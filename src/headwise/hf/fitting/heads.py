@@ -82,10 +82,15 @@ def fit(
     check_can_be_fitted(model, config.router)
     if allocate == "loss" and not isinstance(config.active, int | float):
         raise ValueError(
-            "active has a budget for each layer; with allocate 'loss' it must be one number, the "
-            "mean over the layers"
+            "active has a budget for each layer, which allocate 'alike' takes; with 'loss' it must "
+            "be one number, the mean over the layers"
         )
-    check_can_be_fitted_to(batches, labelled=allocate == "loss")
+    check_can_be_fitted_to(batches)
+    if allocate == "loss" and "labels" not in batches[0]:
+        raise ValueError(
+            "allocate is 'loss', and batches have no labels to take a loss of; without labels it "
+            "must be 'alike'"
+        )
     with evaluating(model):
         found, config, num_layers = _layers(model, batches[0], config, layers)
         measure_metrics(model, batches, found)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from headwise.hf.calibration import Batches, check_batches
+from headwise.hf.calibration import Batches, check_batches, read_batch
 from headwise.hf.conversion import Converted
 from headwise.hf.fitting.layer import Layer
 from headwise.hf.fitting.sites import outputs_watched, watched
@@ -31,14 +31,18 @@ def check_can_be_fitted(model: Any, router: str) -> None:
     """Raises ValueError unless the model is an original, and the router one that is fitted."""
     if router != "fitted":
         raise ValueError(f"router is {router!r}; of what is fitted it must be 'fitted'")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; it must be a model of transformers or diffusers"
+        )
     if isinstance(model, Converted):
         raise ValueError(f"{type(model).__name__} is converted already; fit the original")
 
 
-def check_can_be_fitted_to(batches: Batches, *, labelled: bool = False) -> None:
+def check_can_be_fitted_to(batches: Batches) -> None:
     """Raises ValueError unless there are two batches or more, labelled in all of them or none."""
     check_batches(batches, labelled=False)
-    if labelled or any("labels" in batch for batch in batches):
+    if any("labels" in batch for batch in batches):
         check_batches(batches, labelled=True)
     if len(batches) < 2:
         raise ValueError("batches has 1 batch; there must be 2 or more, one of them held out")
@@ -66,9 +70,9 @@ def measure_metrics(model: Any, batches: Batches, layers: Sequence[Layer]) -> No
             layer.metric = layer.site.metric().float()
         return
     sums: list[Any] = [0.0] * len(layers)
-    chosen = [batch for number, batch in enumerate(batches) if _is_in(_OF_GRADIENTS, number)]
+    chosen = [x for x in enumerate(batches) if _is_in(_OF_GRADIENTS, x[0])]
     tokens = 0
-    for batch in followed(chosen, "gradients", total=len(chosen)):
+    for number, batch in followed(chosen, "gradients", total=len(chosen)):
         outputs: dict[int, Tensor] = {}
 
         def keep(i: int, y: Tensor, outputs: dict[int, Tensor] = outputs) -> Tensor:
@@ -76,11 +80,15 @@ def measure_metrics(model: Any, batches: Batches, layers: Sequence[Layer]) -> No
             return outputs[i]
 
         with torch.enable_grad(), outputs_watched([layer.site for layer in layers], keep):
-            loss = getattr(model(**batch), "loss", None)
+            loss = getattr(read_batch(model, batch, number), "loss", None)
             if loss is None:
                 raise ValueError(
                     f"{type(model).__name__} gives no loss for the labels in batches; leave them "
                     "out (headwise.fit then needs allocate='alike')"
+                )
+            if not loss.isfinite():
+                raise ValueError(
+                    f"batches[{number}] has a loss of {loss.item()}; it must be finite"
                 )
             # Of the sum over tokens, so that a token counts alike in batches of any length.
             total = loss * (batch["labels"] != -100).sum()
@@ -152,7 +160,8 @@ def run(
 
         # No loss is asked for.
         with watched(sites, show):
-            model(**{name: x for name, x in batch.items() if name != "labels"})
+            unlabelled = {name: x for name, x in batch.items() if name != "labels"}
+            read_batch(model, unlabelled, number)
 
 
 def _is_in(share: float, number: int) -> bool:

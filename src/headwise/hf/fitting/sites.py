@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from headwise.hf.attention import attention_input
-from headwise.hf.calibration import routed_by
+from headwise.hf.calibration import read_batch, routed_by
 from headwise.nn import HeadBudget, QueryNormRouter
 
 Batch = Mapping[str, Any]
@@ -81,7 +81,7 @@ def sites_of(model: Any, num_heads: Mapping[str, int], batch: Batch) -> list[Sit
         hooks.append(router.register_forward_hook(wait))
     try:
         with routed_by(model, routers, list(num_heads)):
-            model(**batch)
+            read_batch(model, batch, 0)
     finally:
         for hook in hooks:
             hook.remove()
