@@ -140,21 +140,6 @@ def rises(by_kind: dict[str, float], dense: dict[str, float]) -> list[Cell]:
     return [Number(rise, "+{:.1f} %" if rise >= 0 else "{:.1f} %") for rise in each]
 
 
-def tuned(rows: Sequence[Row]) -> Table:
-    """A line for each model, tuned at the learning rate that is best for it."""
-    return recovery.comparison(at_best_rate(rows))
-
-
-def at_best_rate(rows: Sequence[Row]) -> list[Row]:
-    """Of each model the rows of its best learning rate: least perplexity, of the first seed."""
-    ends = {(row["model"], row["learning_rate"]): row for row in rows if row["seed"] == "0"}
-    best: dict[str, Row] = {}
-    for (model, _), row in ends.items():
-        if model not in best or float(row["perplexity"]) < float(best[model]["perplexity"]):
-            best[model] = row
-    return [row for row in rows if row["learning_rate"] == best[row["model"]]["learning_rate"]]
-
-
 def quality_lines(untuned: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dict[float, list]]:
     """What `quality_against_share` draws: perplexity of WikiText-2 over the original's."""
     (original,) = (
@@ -172,13 +157,10 @@ def quality_lines(untuned: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dic
         if fitted_to == text == "encyclopedia" and row["allocate"] != "alike":
             name = router_label(row["router"])
             add(name, int(row["active"]) / 9, float(row["perplexity"]) / original)
-    chosen = at_best_rate(tuned)
-    last = max(int(row["step"]) for row in chosen)
-    for row in chosen:
-        if int(row["step"]) == last:
-            name = router_label(row["router"])
+    for kind, (_, last) in recovery.ends(tuned).items():
+        for row in last:
             ratio = float(row["perplexity"]) / float(row["original_perplexity"])
-            add(f"{name}, tuned", float(row["active_heads"]), ratio)
+            add(f"{router_label(kind.router)}, tuned", kind.active, ratio)
     return lines
 
 
@@ -196,7 +178,7 @@ TABLES = {
     "scaling": scaling_table.slopes,
     "stories260k": recovery.comparison,
     "smollm2": evaluation.comparison,
-    "smollm2-tuning": tuned,
+    "smollm2-tuning": recovery.comparison,
 } | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
 
 

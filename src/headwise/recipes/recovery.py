@@ -84,10 +84,10 @@ def comparison(rows: Sequence[Row]) -> Table:
     columns = [
         "heads on", "router", "shared", "tuned on", "PPL before", "PPL after ↓", "recovered ↑",
     ]  # fmt: skip
-    ends = {kind: _ends(rows, kind) for kind in dict.fromkeys(map(_kind, rows))}
-    dense = next((last for kind, (_, last) in ends.items() if kind.router == NO_ROUTER), None)
+    found = ends(rows)
+    dense = next((last for kind, (_, last) in found.items() if kind.router == NO_ROUTER), None)
     lines: list[list[Cell]] = []
-    for kind, (first, last) in sorted(ends.items(), key=lambda item: -item[0].active):
+    for kind, (first, last) in sorted(found.items(), key=lambda item: -item[0].active):
         lines.append([
             f"{100 * kind.active:.4g} %",
             router_label(kind.router),
@@ -105,24 +105,21 @@ def comparison(rows: Sequence[Row]) -> Table:
     return Table(columns + ([] if dense is None else ["to dense ↓"]), lines, legend, where)
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
+    """What the lines of a table tell apart."""
+
     stage: str
     router: str
     active: float
 
 
-def _kind(row: Row) -> _Kind:
-    return _Kind(row["stage"], row["router"], float(row["active_heads"]))
-
-
-def _ends(rows: Sequence[Row], kind: _Kind) -> tuple[list[Row], list[Row]]:
-    """The first and the last evaluation of each seed."""
-    chosen = [row for row in rows if _kind(row) == kind]
-    first, last = (end(int(row["step"]) for row in chosen) for end in (min, max))
-    return (
-        [row for row in chosen if int(row["step"]) == first],
-        [row for row in chosen if int(row["step"]) == last],
-    )
+def ends(rows: Sequence[Row]) -> dict[Kind, tuple[list[Row], list[Row]]]:
+    """Of each kind the first and the last evaluation of each seed."""
+    evaluations: dict[Kind, dict[int, list[Row]]] = {}
+    for row in rows:
+        kind = Kind(row["stage"], row["router"], float(row["active_heads"]))
+        evaluations.setdefault(kind, {}).setdefault(int(row["step"]), []).append(row)
+    return {kind: (by[min(by)], by[max(by)]) for kind, by in evaluations.items()}
 
 
 def _mean_of(rows: Sequence[Row]) -> float:
