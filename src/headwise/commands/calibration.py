@@ -92,16 +92,20 @@ def _batches(
     pieces: list[Tokens], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Batches:
     """Of a piece each, which is to be predicted whole, or where masked if the model fills masks."""
-    ids = [torch.from_numpy(piece.astype(np.int64)).to(model.device) for piece in pieces]
+    ids = [torch.from_numpy(piece.astype(np.int64)) for piece in pieces]
     if not fills_masks(model):
-        return [{"input_ids": piece[None], "labels": piece[None]} for piece in ids]
+        whole = [piece[None].to(model.device) for piece in ids]
+        return [{"input_ids": piece, "labels": piece} for piece in whole]
     if tokenizer is None or tokenizer.mask_token is None:
         raise ValueError(
             "calibrate needs a tokenizer with a mask token, for a model that fills masks"
         )
     collate = DataCollatorForLanguageModeling(tokenizer, seed=0)
-    masked = [dict(collate([{"input_ids": piece}])) for piece in ids]
-    return [batch for batch in masked if (batch["labels"] != -100).any()]
+    masked = [collate([{"input_ids": piece}]) for piece in ids]
+    masked = [batch for batch in masked if (batch["labels"] != -100).any()]
+    if not masked:
+        raise ValueError("calibrate has a text so short that nothing of a part of it is masked")
+    return [{name: x.to(model.device) for name, x in batch.items()} for batch in masked]
 
 
 def fills_masks(model: Any) -> bool:
