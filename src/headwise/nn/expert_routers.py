@@ -16,6 +16,7 @@ from headwise.ops.fields import Count, Weight, check, checked
 from headwise.ops.logits import router_logits
 from headwise.ops.processes import sum_over_processes
 from headwise.ops.scores import TokenScores
+from headwise.ops.top_k import check_top_k
 
 
 class ExpertRouter(KeepsBuffers, Router):
@@ -47,7 +48,7 @@ class ExpertRouter(KeepsBuffers, Router):
         bias_rate: Weight = 0.0,
     ):
         super().__init__()
-        check_top_k_of(num_experts, top_k)
+        check_top_k(top_k, num_experts, lowest=1)
         self.top_k, self.normalize_top_k = top_k, normalize_top_k
         self.scores, self.bias_rate = scores, bias_rate
         for name in ("bias", "load"):
@@ -162,7 +163,7 @@ class FittedExpertRouter(Router):
     @checked
     def __init__(self, dim: Count, num_experts: Count, *, top_k: Count):
         super().__init__()
-        check_top_k_of(num_experts, top_k)
+        check_top_k(top_k, num_experts, lowest=1)
         self.top_k = top_k
         self.weight = nn.Parameter(torch.zeros(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts))
@@ -184,12 +185,6 @@ class FittedExpertRouter(Router):
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape
         return f"dim={dim}, num_experts={num_experts}, top_k={self.top_k}"
-
-
-def check_top_k_of(num_experts: int, top_k: int) -> None:
-    """Raises ValueError unless a token can go to so many of the experts."""
-    if top_k > num_experts:
-        raise ValueError(f"top_k is {top_k}; it must lie in 1..{num_experts} (num_experts)")
 
 
 def update_biases(module: nn.Module, routings: Mapping[str, Routing]) -> None:
