@@ -79,7 +79,7 @@ class MoHConfig:
         if type(shared) is type(active) in (int, float) and shared > active:
             raise ValueError(
                 f"shared is {shared}, more than active = {active}; active counts shared heads too, "
-                f"so shared must be less"
+                f"so shared must be less than {active}"
             )
         check_head_router(self.router, scores=self.scores)
 

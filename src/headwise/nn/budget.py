@@ -100,7 +100,7 @@ class HeadBudget:
         if shared_heads > active_heads:
             raise ValueError(
                 f"{of_shared} is {shared_heads}, more than {of_active} = {active_heads}; "
-                f"active counts shared heads too, so shared must be less"
+                f"active counts shared heads too, so shared must be less than {active_heads}"
             )
         if shared_heads == active_heads < num_heads:
             raise ValueError(

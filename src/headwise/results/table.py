@@ -119,12 +119,11 @@ class Table:
         return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
 
     def markdown(self) -> str:
-        """A Markdown table, its legend, and what it was measured on, where it has them."""
+        """A Markdown table, its legend, and what it was measured on."""
         right = len(self.columns) - self.left
         lines = [self.columns, ["---"] * self.left + ["---:"] * right, *self.printed()]
         drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        below = [self.legend, f"Measured on {self.measured_on}." if self.measured_on else ""]
-        return "\n".join([drawn, "", *filter(None, below), ""])
+        return f"{drawn}\n\n{self.legend}\nMeasured on {self.measured_on}.\n"
 
     def for_terminal(self, title: str | None = None, padding: int = 1) -> rich.table.Table:
         """A rich table with the legend below, for terminals of 80 columns.

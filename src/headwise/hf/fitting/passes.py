@@ -70,9 +70,8 @@ def measure_metrics(model: Any, batches: Batches, layers: Sequence[Layer]) -> No
             layer.metric = layer.site.metric().float()
         return
     sums: list[Any] = [0.0] * len(layers)
-    chosen = [x for x in enumerate(batches) if _is_in(_OF_GRADIENTS, x[0])]
     tokens = 0
-    for number, batch in followed(chosen, "gradients", total=len(chosen)):
+    for number, batch in _part(batches, _OF_GRADIENTS, "gradients"):
         outputs: dict[int, Tensor] = {}
 
         def keep(i: int, y: Tensor, outputs: dict[int, Tensor] = outputs) -> Tensor:
@@ -152,8 +151,7 @@ def run(
     It gets the numbers of the batch and of the layer among these, x [N, D] and z [N, U].
     """
     sites = [layer.site for layer in layers]
-    chosen = [(i, batch) for i, batch in enumerate(batches) if _is_in(share, i)]
-    for number, batch in followed(chosen, title, total=len(chosen)):
+    for number, batch in _part(batches, share, title):
 
         def show(i: int, x: Tensor, z: Tensor, number: int = number, batch: Any = batch) -> None:
             see(number, i, _tokens(batch, x), _tokens(batch, z))
@@ -162,6 +160,12 @@ def run(
         with watched(sites, show):
             unlabelled = {name: x for name, x in batch.items() if name != "labels"}
             read_batch(model, unlabelled, number)
+
+
+def _part(batches: Batches, share: float, title: str) -> Iterator[tuple[int, Any]]:
+    """That share of the batches, each with its number, under progress of that title."""
+    chosen = [(i, batch) for i, batch in enumerate(batches) if _is_in(share, i)]
+    yield from followed(chosen, title, total=len(chosen))
 
 
 def _is_in(share: float, number: int) -> bool:
