@@ -2,11 +2,15 @@
 
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,15 +47,21 @@ def side_by_side(
     pool = ProcessPoolExecutor(
         run.workers, context, initializer=_set_up, initargs=(numbers, _gpus(), threads)
     )
-    futures = [pool.submit(_work, train, run, task, *job) for job in jobs]
-    try:
-        _follow(futures, [f"{variant.label}, seed {seed}" for variant, seed in jobs])
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with TemporaryDirectory(prefix="headwise-") as folder:
+        # The data goes by a file. Python before 3.11.5 waits without end where a process is killed
+        # before it has read what is more than a pipe holds.
+        shared = Path(folder, "task.pickle")
+        with shared.open("wb") as file:
+            pickle.dump((train, run, task), file)
+        futures = [pool.submit(_work, shared, *job) for job in jobs]
+        try:
+            _follow(futures, [f"{variant.label}, seed {seed}" for variant, seed in jobs])
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [future.result() for future in futures]
 
 
@@ -108,10 +118,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(train: Train, run: ComparisonRun, task: Task, variant: Variant, seed: int) -> Trained:
+def _work(shared: Path, variant: Variant, seed: int) -> Trained:
+    train, run, task = _read(shared)
     log = RunDirectory(run.output).log(variant.name, seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     return train(run, task, variant, seed)
+
+
+@cache
+def _read(shared: Path) -> tuple[Train, ComparisonRun, Task]:
+    with shared.open("rb") as file:
+        train, run, task = pickle.load(file)
+    return train, run, task
