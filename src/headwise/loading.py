@@ -1,13 +1,13 @@
 """Loading what a path holds: its config, a causal language model, converted or not, a tokenizer."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -16,7 +16,7 @@ from transformers import (
 
 from headwise.errors import UnreadableError
 from headwise.hf.auto import MODEL_TYPE
-from headwise.hf.loading import check_holds_model, check_place
+from headwise.hf.loading import check_holds_model, check_place, config_in
 from headwise.hf.reading import load_strictly, reading_model
 from headwise.models import DiTConfig
 
@@ -41,7 +41,7 @@ def load_config(path: str | Path, kind: Kind | None = None) -> PreTrainedConfig:
     check_holds_model(path)
     with reading_model(path):
         check_place(str(path))
-        config = AutoConfig.from_pretrained(path)
+        config = config_in(os.fspath(path))
         found = kind_of(config)
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
         if num_layers < 1:

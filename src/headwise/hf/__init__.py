@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from headwise.hf import auto
 from headwise.hf.calibration import calibrate
 from headwise.hf.conversion import Conversion
 from headwise.hf.converter import convert, restore
@@ -30,13 +31,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """RoutedDiTTransformer2DModel and its like: the classes of converted diffusers models.
+    """RoutedConfig, RoutedLlamaForCausalLM and their like: the classes of converted models.
 
-    A saved pipeline names such a class and this module. diffusers looks for it here, and for its
-    base ModelMixin, by which it tells what it is. Only then diffusers is imported.
+    The module that is saved beside a model of transformers looks for them here, and so does
+    diffusers, whose saved pipelines name such a class and this module; and its base ModelMixin, by
+    which diffusers tells what it is. Only then diffusers is imported.
     """
+    if name == auto.RoutedConfig.__name__:
+        return auto.RoutedConfig
     found = None
-    if name == "ModelMixin" or name.startswith("Routed"):
+    if name.startswith("Routed"):
+        found = auto.class_of(name)
+    if found is None and (name == "ModelMixin" or name.startswith("Routed")):
         from headwise.hf.of_diffusers import class_of
 
         found = class_of(name)

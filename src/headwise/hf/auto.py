@@ -1,9 +1,13 @@
 """Classes for converted models: what they add to transformers' own, and how they load again."""
 
+import copy
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
@@ -15,14 +19,24 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from headwise.hf.attention import check_implementation
+from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
+from headwise.results.files import write_whole
 
 MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
+# The module beside the weights, which transformers imports with trust_remote_code=True. What it
+# imports is looked for first, and where it is missing transformers says to install it.
+_MODULE = "modeling_headwise"
+_MODELING = '''"""The classes of this model, which headwise makes of those of transformers."""
+
+from headwise.hf import __getattr__
+'''
+# No class of transformers has such an attention, so none loads a converted model as a dense one.
+_LOADED_BY = "headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
 
@@ -36,8 +50,11 @@ class Routed(Converted, PreTrainedModel):
             for part in (config, *(getattr(config, name) for name in config.sub_configs)):
                 if part is not None and part._attn_implementation is not None:
                     check_implementation(part._attn_implementation)
+            config._attn_implementation = NAME
         super().__init__(config, *args, **kwargs)
-        install(self, conversion)
+        # A head may have made the model inside by AutoModel, of the same config.
+        if not any(isinstance(module, Routed) for module in self.modules() if module is not self):
+            install(self, conversion)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +67,15 @@ class Routed(Converted, PreTrainedModel):
         refuse_tensor_parallel_loading(kwargs)
         return super().from_pretrained(path, *args, **kwargs)
 
+    def names_of_other_heads(self) -> set[str]:
+        """Weights that the class in `config.architectures` has and this has not, or the reverse."""
+        saved_class = class_of(self.config.architectures[0], self.original_class.config_class)
+        if isinstance(self, saved_class):
+            return set()
+        with torch.device("meta"):
+            saved: Any = saved_class(copy.deepcopy(self.config))
+        return _bare_names(saved) ^ _bare_names(self)
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own, but not away from routed heads: another function would ignore them."""
         if self.conversion.attention is not None:
@@ -57,27 +83,53 @@ class Routed(Converted, PreTrainedModel):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-@functools.cache
-def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
-    """The classes of a converted model and of its config, made from transformers' own.
+class _OfRouted:
+    """Mixed into the class of a converted model's config."""
 
-    Both are subclasses of the originals. The config's model_type is "headwise", so that a saved
-    model is never taken for a plain one; the original's stands under `base_model_type`.
+    def __post_init__(self, **fields: Any) -> None:
+        if fields.get("attn_implementation") == _LOADED_BY:
+            del fields["attn_implementation"]
+        super().__post_init__(**fields)  # type: ignore[misc]
+        describe(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """transformers' own, and beside it the module that `auto_map` names."""
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+        module = Path(save_directory) / f"{_MODULE}.py"
+        write_whole(module, lambda partial: partial.write_text(_MODELING))
+
+
+def describe(config: Any) -> None:
+    """Say in the config of a converted model how tools that do not know headwise load it.
+
+    `auto_map` names the classes, for tools that trust code beside the weights; a class of
+    transformers, which would load a dense model, stops at an `attn_implementation` that it does not
+    know.
     """
-    base_config = model_class.config_class
-    autos = [auto for auto in _auto_classes() if model_class in _classes_of(auto, base_config)]
-    if not autos:
-        raise ValueError(
-            f"{model_class.__name__} cannot be converted: no Auto class of transformers loads it, "
-            "so it could not be loaded again; convert a model class that transformers has, or "
-            "register it with one (AutoModel.register)"
-        )
-    name = f"{_PREFIX}{base_config.__name__}"
-    of_config = {"model_type": MODEL_TYPE, "__reduce_ex__": _reduced_to(model_class, 1)}
-    config_class = type(name, (base_config,), of_config)
+    base = type(config).__bases__[-1]
+    classes = {auto.__name__: _classes_of(auto, base)[0].__name__ for auto in _autos_of(base)}
+    names = {"AutoConfig": "Config"} | classes
+    config.auto_map = {auto: f"{_MODULE}.{_PREFIX}{name}" for auto, name in names.items()}
+    config.attn_implementation = _LOADED_BY
+
+
+@functools.cache
+def routed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of a converted model's config, a subclass of the original's.
+
+    Its model_type is "headwise", so that a saved model is never taken for a plain one; the
+    original's stands under `base_model_type`.
+    """
+    members = {"model_type": MODEL_TYPE, "__reduce_ex__": _reduced_to(routed_config_class, base)}
+    return type(f"{_PREFIX}{base.__name__}", (_OfRouted, base), members)
+
+
+@functools.cache
+def routed_class(model_class: Any) -> type[PreTrainedModel]:
+    """The class of a converted model, a subclass of the original's."""
     members = {
-        "__reduce_ex__": _reduced_to(model_class, 0),
-        "config_class": config_class,
+        "__reduce_ex__": _reduced_to(routed_class, model_class),
+        "config_class": routed_config_class(model_class.config_class),
         "forward": with_routing_loss(model_class.forward),
         "_keep_in_fp32_modules_strict": {
             *(model_class._keep_in_fp32_modules_strict or ()),
@@ -87,13 +139,41 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
     # Keyed by class, filled by its __init__, which a model that is converted does not go through.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(routed), model_class._can_record_outputs)
-    for auto in autos:
-        auto.register(config_class, routed)
-    return routed, config_class
+    return routed
 
 
-def _reduced_to(model_class: Any, which: int) -> Callable[[Any, Any], Any]:
-    """What pickle and copy ask an instance of a class of `routed_classes`: how to make it again.
+def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
+    """The classes of a converted model and of its config, after `register_family`.
+
+    Raises:
+        ValueError: If no Auto class knows the original.
+    """
+    base: Any = model_class.config_class
+    if not any(model_class in _classes_of(auto, base) for auto in _autos_of(base)):
+        raise ValueError(
+            f"{model_class.__name__} cannot be converted: no Auto class of transformers loads it, "
+            "so it could not be loaded again; convert a model class that transformers has, or "
+            "register it with one (AutoModel.register)"
+        )
+    register_family(base)
+    return routed_class(model_class), routed_config_class(base)
+
+
+def register_family(base: Any) -> None:
+    """Let every Auto class that knows configs of that class know the converted ones, too.
+
+    A converted model then loads with another head just as its original does.
+    """
+    config_class = routed_config_class(base)
+    for auto in _autos_of(base):
+        routed = tuple(map(routed_class, _classes_of(auto, base)))
+        auto._model_mapping.register(
+            config_class, routed if len(routed) > 1 else routed[0], exist_ok=True
+        )
+
+
+def _reduced_to(make: Callable[[Any], Any], original: Any) -> Callable[[Any, Any], Any]:
+    """What pickle and copy ask an instance of a class that was made: how to make it again.
 
     They look classes up by name, and in another process these may not be made yet.
     """
@@ -101,17 +181,22 @@ def _reduced_to(model_class: Any, which: int) -> Callable[[Any, Any], Any]:
     def reduced(instance: Any, protocol: Any) -> Any:
         default = object.__reduce_ex__(instance, protocol)
         # Sharding puts a class of its own before the model's.
-        if type(instance) is not routed_classes(model_class)[which]:
+        if type(instance) is not make(original):
             return default
-        return (_blank, (model_class, which), *default[2:])
+        return (_blank, (make, original), *default[2:])
 
     return reduced
 
 
-def _blank(model_class: Any, which: int) -> Any:
-    """An instance without its state, of the class of a converted model (0) or of its config (1)."""
-    kind: Any = routed_classes(model_class)[which]
+def _blank(make: Callable[[Any], Any], original: Any) -> Any:
+    """An instance without its state, of the class that is made for the original."""
+    kind = make(original)
     return kind.__new__(kind)
+
+
+def _bare_names(model: PreTrainedModel) -> set[str]:
+    """The names of the weights, without what heads have before those of the model inside."""
+    return {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()}
 
 
 def auto_class_of(model: PreTrainedModel) -> Any:
@@ -138,12 +223,19 @@ def _auto_classes() -> list[Any]:
     return [x for name, x in vars(modeling_auto).items() if name.startswith("AutoModel")]
 
 
+def _autos_of(config_class: Any) -> list[Any]:
+    """The Auto classes that load a model of such a config."""
+    return [auto for auto in _auto_classes() if _classes_of(auto, config_class)]
+
+
 def _classes_of(auto: Any, config_class: Any) -> tuple[Any, ...]:
     mapping = getattr(auto, "_model_mapping", None)
     if mapping is None or config_class not in mapping:
         return ()
-    classes = mapping[config_class]
-    return tuple(classes) if isinstance(classes, list | tuple) else (classes,)
+    found = mapping[config_class]
+    classes = found if isinstance(found, list | tuple) else [found]
+    # Of a config with parts it may be a class for one of the parts.
+    return tuple(x for x in classes if getattr(x, "config_class", None) is config_class)
 
 
 class RoutedConfig(PreTrainedConfig):
@@ -153,17 +245,28 @@ class RoutedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the class that `routed_classes` makes for the model's architecture."""
+        """A config of the class that `routed_config_class` makes for the model's architecture."""
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
-        base = architecture.removeprefix(_PREFIX)
-        base_type = config_dict.get("base_model_type", "")
-        known = base_type in CONFIG_MAPPING
-        original = class_named(base, CONFIG_MAPPING[base_type] if known else None)
-        if original is None:
-            raise ValueError(f"{base} is not known: neither transformers nor an import has it")
-        _, config_class = routed_classes(original)
-        return config_class.from_dict(config_dict, **kwargs)
+        base_type = config_dict.get("base_model_type")
+        routed = class_of(architecture, CONFIG_MAPPING.get(base_type))
+        if routed is None:
+            original = architecture.removeprefix(_PREFIX)
+            raise ValueError(f"{original} is not known: neither transformers nor an import has it")
+        return routed.config_class.from_dict(config_dict, **kwargs)
+
+
+def class_of(name: str, base: type[PreTrainedConfig] | None = None) -> Any:
+    """The class of that name, such as "RoutedLlamaForCausalLM", of a converted model.
+
+    None if neither transformers nor an import has the original.
+
+    Args:
+        name: What `config.architectures` holds.
+        base: The class of the original's configs, where that is none of transformers.
+    """
+    original = class_named(name.removeprefix(_PREFIX), base)
+    return None if original is None else routed_classes(original)[0]
 
 
 AutoConfig.register(MODEL_TYPE, RoutedConfig)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from headwise.hf.auto import routed_classes
+from headwise.hf.auto import describe, routed_classes
 from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
 from headwise.hf.expert_configs import FittedExperts, MoEConfig
 from headwise.hf.head_configs import FittedHeads, MoHConfig
@@ -119,6 +119,7 @@ def convert(
     model.config.headwise = conversion.to_dict()
     # As saving the model would; a config that is saved alone must say so, too.
     model.config.architectures = [model_class.__name__]
+    describe(model.config)
     return model
 
 
@@ -166,7 +167,8 @@ def restore(model: Any) -> Any:
     if isinstance(routed, PreTrainedModel):
         original_class = routed.original_class
         fields = routed.config.to_dict()
-        del fields["headwise"]
+        for field in ("headwise", "auto_map", "attn_implementation"):
+            del fields[field]
         fields["model_type"] = fields.pop("base_model_type")
         fields["architectures"] = [original_class.__name__]
         config = original_class.config_class.from_dict(fields)

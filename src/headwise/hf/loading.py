@@ -9,11 +9,12 @@ from typing import Any
 
 from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from headwise.hf.auto import MODEL_TYPE, class_named
 from headwise.hf.reading import load_strictly, reading_model
+from headwise.results.files import as_object
 
 # The options of `from_pretrained` that say where on the hub a model is, and who asks.
 _OF_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -90,8 +91,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     of_hub = {name: options[name] for name in _OF_HUB if name in options}
     with _opened(path, "holds no model that can be loaded", **of_hub) as name:
         if (kind := _diffusers_class(name, **of_hub)) is None:
-            config = AutoConfig.from_pretrained(name, **of_hub)
-            return _load(config, name, **options).eval()
+            return _load(config_in(name, **of_hub), name, **options).eval()
         if not kind.startswith("Routed"):
             raise ValueError(_of_diffusers(kind))
         from headwise.hf.of_diffusers import class_of
@@ -108,7 +108,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     with _opened(path, "holds no model that can be converted") as name:
         if (kind := _diffusers_class(name)) is not None:
             raise ValueError(f"{_of_diffusers(kind)} and give the model")
-        config = AutoConfig.from_pretrained(name)
+        config = config_in(name)
         if config.model_type == MODEL_TYPE:
             raise ValueError("it is converted already; give the original")
         return _load(config, name)
@@ -129,6 +129,19 @@ def _opened(path: str | os.PathLike[str], otherwise: str, **of_hub: Any) -> Iter
         yield name
 
 
+def config_in(name: str, **of_hub: Any) -> Any:
+    """The config of a model, of a class that transformers has or an import registered.
+
+    Raises:
+        ValueError: For a type of models that is neither. transformers asks whether to run what lies
+            beside such a model.
+    """
+    model_type = _fields_of(name, **of_hub).get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no models of type {model_type!r}")
+    return AutoConfig.from_pretrained(name, **of_hub)
+
+
 def _load(config: Any, name: str, **options: Any) -> Any:
     (architecture,) = config.architectures or [""]
     model_class = class_named(architecture, type(config))
@@ -141,8 +154,12 @@ def _load(config: Any, name: str, **options: Any) -> Any:
 
 def _diffusers_class(name: str, **of_hub: Any) -> str | None:
     """Of a model of diffusers, of which transformers only says that it does not know it."""
+    return _fields_of(name, **of_hub).get("_class_name")
+
+
+def _fields_of(name: str, **of_hub: Any) -> dict[str, Any]:
     file = cached_file(name, "config.json", **of_hub)
-    return json.loads(Path(file).read_text()).get("_class_name") if file else None
+    return as_object(json.loads(Path(file).read_text())) if file else {}
 
 
 def _of_diffusers(kind: str) -> str:

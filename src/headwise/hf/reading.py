@@ -76,13 +76,22 @@ def load_strictly(
 
     Raises:
         ValueError: If a weight is missing, misshapen, not finite, or unexpected and not allowed, or
-            the model cannot be read.
+            the model cannot be read. Weights of a head that was not saved, because the model had
+            another, may be missing, and those of the other unexpected.
     """
     # Otherwise a misshapen weight is transformers' own error, which does not name it.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading_model(path):
         model, info = load(path, *args, **kwargs | told)
     wrong = {kind: sorted(map(_with_shapes, info[kind])) for kind in _KINDS_OF_KEYS if info[kind]}
+    if wrong and isinstance(model, StrictlyLoaded):
+        heads = model.names_of_other_heads()
+        of_model = f"{getattr(model, 'base_model_prefix', '')}."
+        bad = {
+            kind: [name for name in names if name.removeprefix(of_model) not in heads]
+            for kind, names in wrong.items()
+        }
+        wrong = {kind: names for kind, names in bad.items() if names}
     if surplus_allowed:
         numberless = {_without_numbers(name) for name in model.state_dict()}
         surplus = wrong.pop("unexpected_keys", [])
@@ -119,6 +128,10 @@ class StrictlyLoaded:
         load = super().from_pretrained  # type: ignore[misc]
         model, info = load_strictly(load, path, *args, **kwargs)
         return (model, info) if want_info else model
+
+    def names_of_other_heads(self) -> set[str]:
+        """Names of weights in which this class and the class that was saved differ."""
+        return set()
 
 
 def _check_counts(directory: Path) -> None:
