@@ -237,17 +237,17 @@ def test_a_trainer_that_keeps_the_labels_to_itself_warns(model, ids, tmp_path, h
     assert len([w for w in told if "nothing balances" in str(w.message)]) == 1
 
 
-def test_a_trainer_that_gives_the_model_a_forward_of_its_own_is_told(model, ids):
-    """As TRL does to compute the loss in chunks: labels come, and our forward is never called."""
+def test_a_forward_that_somebody_puts_in_the_place_of_the_models_has_the_balance_too(model, ids):
+    """As TRL does to compute the loss in chunks."""
 
     def forward(input_ids, labels):
         hidden = model.model(input_ids).last_hidden_state
         return cross_entropy(model.lm_head(hidden).flatten(end_dim=1), labels.flatten())
 
+    expected = forward(ids, ids) + routing_share(model, ids)
     model.train().forward = forward
-    with pytest.warns(UserWarning, match=WARNING):
-        model(ids, ids).backward()
-    model(ids, ids).backward()
+    assert_close(model(ids, ids), expected)
+    assert_close(model(input_ids=ids, labels=ids), expected)
 
 
 def test_layers_that_are_computed_again_are_no_reason_to_warn(model, ids):

@@ -12,6 +12,7 @@ from headwise.hf.fitting.heads import fit
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load
 from headwise.hf.recorder import record_routing
+from headwise.hf.trainers import add_balance_loss
 
 __all__ = [
     "Conversion",
@@ -20,6 +21,7 @@ __all__ = [
     "MHMoEConfig",
     "MoEConfig",
     "MoHConfig",
+    "add_balance_loss",
     "calibrate",
     "convert",
     "fit",

@@ -23,7 +23,7 @@ from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.surgery import install
-from headwise.hf.training_loss import with_routing_loss
+from headwise.hf.training_loss import bound_with_routing_loss, with_routing_loss
 from headwise.results.files import write_whole
 
 MODEL_TYPE = "headwise"
@@ -67,6 +67,17 @@ class Routed(Converted, PreTrainedModel):
         refuse_tensor_parallel_loading(kwargs)
         return super().from_pretrained(path, *args, **kwargs)
 
+    def _get_name(self) -> str:
+        """The original's: by it transformers tells what labels of a language model belong to."""
+        name: str = self.original_class.__name__
+        return name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A forward that somebody puts in the place of the model's has the balance losses, too."""
+        if name == "forward":
+            value = bound_with_routing_loss(self, value)
+        super().__setattr__(name, value)
+
     def names_of_other_heads(self) -> set[str]:
         """Weights that the class in `config.architectures` has and this has not, or the reverse."""
         saved_class = class_of(self.config.architectures[0], self.original_class.config_class)
@@ -100,17 +111,22 @@ class _OfRouted:
 
 
 def describe(config: Any) -> None:
-    """Say in the config of a converted model how tools that do not know headwise load it.
+    """Say in the config of a converted model what tools that do not know headwise look for.
 
     `auto_map` names the classes, for tools that trust code beside the weights; a class of
     transformers, which would load a dense model, stops at an `attn_implementation` that it does not
-    know.
+    know. By `router_aux_loss_coef` trainers tell that there is a loss to balance routers, which is
+    weighted already; that of a model that had experts before stays.
     """
     base = type(config).__bases__[-1]
     classes = {auto.__name__: _classes_of(auto, base)[0].__name__ for auto in _autos_of(base)}
     names = {"AutoConfig": "Config"} | classes
     config.auto_map = {auto: f"{_MODULE}.{_PREFIX}{name}" for auto, name in names.items()}
     config.attn_implementation = _LOADED_BY
+    text = config.get_text_config()
+    if hasattr(config, "headwise") and not hasattr(text, "router_aux_loss_coef"):
+        balances = Conversion.from_dict(config.headwise).balances_load
+        text.router_aux_loss_coef = 1.0 if balances else 0.0
 
 
 @functools.cache
@@ -121,6 +137,10 @@ def routed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     original's stands under `base_model_type`.
     """
     members = {"model_type": MODEL_TYPE, "__reduce_ex__": _reduced_to(routed_config_class, base)}
+    if not hasattr(base, "output_router_logits"):
+        # Trainers look whether there is one. Where it is True they compute a loss of their own from
+        # logits of experts; whether ours is wanted says its coefficient.
+        members["output_router_logits"] = property(lambda _: False, lambda _, asked: None)
     return type(f"{_PREFIX}{base.__name__}", (_OfRouted, base), members)
 
 

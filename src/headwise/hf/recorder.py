@@ -59,9 +59,16 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
 
 @contextmanager
 def collect_routings(
-    model: nn.Module, into: dict[str, Routing], attention_mask: Tensor | None = None
+    model: nn.Module,
+    into: dict[str, Routing],
+    attention_mask: Tensor | None = None,
+    *,
+    for_loss: bool = False,
 ) -> Iterator[None]:
-    """While inside, every router of the model writes what it decides `into` the dict."""
+    """While inside, every router of the model writes what it decides `into` the dict.
+
+    `for_loss` tells forwards inside that the model's loss will have the balance losses.
+    """
     with_grad = torch.is_grad_enabled()
 
     def keep(name: str) -> Any:
@@ -73,6 +80,7 @@ def collect_routings(
                 )
             into[name] = mark_first_pass(routing)
 
+        hook.for_loss = for_loss  # type: ignore[attr-defined]
         return hook
 
     routers = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
@@ -90,8 +98,14 @@ def collect_routings(
 
 def is_collected(router: nn.Module) -> bool:
     """Whether somebody collects what a router decides."""
-    hooks = router._forward_hooks.values()
-    return any(getattr(hook, "__module__", None) == __name__ for hook in hooks)
+    return any(hasattr(hook, "for_loss") for hook in router._forward_hooks.values())
+
+
+def is_collected_for_loss(model: nn.Module) -> bool:
+    """Whether a forward that is under way will add the balance losses of the model's routers."""
+    router = next((m for m in model.modules() if isinstance(m, Router)), None)
+    hooks = {} if router is None else router._forward_hooks
+    return any(getattr(hook, "for_loss", False) for hook in hooks.values())
 
 
 def named_arguments(
