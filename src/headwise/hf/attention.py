@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headwise.hf.batching import attend_to_pages
 from headwise.hf.output_gates import decided_by_queries, gates_before, watch_queries
 from headwise.hf.parallelism import check_num_heads
 from headwise.nn import HeadRouter, OutputGateRouter, QueryNormRouter
@@ -80,7 +81,9 @@ def attend(
     is_causal: bool | None = None,
     routing: Any = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Any = None,
+    cache: Any = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls between the projections: q [B, H, T, C] → gated heads [B, T, H, C].
@@ -91,7 +94,8 @@ def attend(
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
     multiplied by its gate. With gradients, padding has all heads off. `cu_seq_lens_q` and `_k`,
-    documents in a row, come from a collator that flattens a batch.
+    documents in a row, come from a collator that flattens a batch; with a `cache` of pages, from
+    continuous batching. Elsewhere the mask has the sliding window in it.
     """
     router: Any = getattr(module, "router", None)
     if router is not None:
@@ -102,6 +106,13 @@ def attend(
         if routing is None:
             routing = _by_queries(module, query)
     all_on = router is None or router.is_dense
+    if cache is not None:
+        heads = attend_to_pages(
+            module, query, key, value, None if all_on else routing.weights, cache, cu_seq_lens_q,
+            scale=scaling, share_on=1.0 if all_on else router.budget.active_share,
+            window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
+        )  # fmt: skip
+        return heads, None
     if all_on or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,

@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from headwise.hf.attention import NAME, check_implementation
+from headwise.hf.batching import init_continuous_batching
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
 from headwise.hf.surgery import install
@@ -66,6 +67,12 @@ class Routed(Converted, PreTrainedModel):
         """
         refuse_tensor_parallel_loading(kwargs)
         return super().from_pretrained(path, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which would want another attention."""
+        if self.conversion.attention is None:
+            return super().init_continuous_batching(*args, **kwargs)
+        return init_continuous_batching(self, *args, **kwargs)
 
     def _get_name(self) -> str:
         """The original's: by it transformers tells what labels of a language model belong to."""

@@ -1,0 +1,85 @@
+"""Continuous batching of transformers, `generate_batch` and `transformers serve`, on our attention.
+
+Requests of several lengths run as one row of tokens, their keys and values in a cache of pages.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from headwise.ops import head_attention
+
+
+class RoutedBatchingManager(ContinuousBatchingManager):
+    """transformers' own, which takes attention functions by name only, and not ours."""
+
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Stays with "headwise", which reads the cache of pages as FlashAttention does: no mask."""
+
+
+def init_continuous_batching(
+    model: Any,
+    generation_config: Any = None,
+    continuous_batching_config: Any = None,
+    **options: Any,
+) -> ContinuousBatchingManager:
+    """What transformers' method of this name does, with our manager."""
+    kept: Any = getattr(model, "_cached_continuous_batching_manager", None)
+    if kept is not None:
+        return kept
+    generation_config = generation_config or model.generation_config
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1
+    return RoutedBatchingManager(
+        model=model,
+        generation_config=generation_config,
+        continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+        **options,
+    )
+
+
+# It writes to the cache in place, of which a compiled graph would make copies.
+@torch.compiler.disable
+def attend_to_pages(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    cache: Any,
+    cu_seq_lens_q: Tensor,
+    *,
+    scale: float | None,
+    share_on: float | None,
+    window: int | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Keys and values go to the pages; each request attends to its own, old and new.
+
+    Args:
+        query: [1, H, T, C], the tokens of all requests in a row; key and value [1, G, T, C].
+        gate: [1, T, H]; None for all heads on.
+        cu_seq_lens_q: Where each request begins, and T.
+
+    Returns:
+        The gated heads, [1, T, H, C].
+    """
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return head_attention(
+        q.to(v.dtype),
+        k,
+        v,
+        q.new_ones(q.shape[:3]) if gate is None else gate,
+        causal=True,
+        window=window,
+        cu_seqlens=cu_seq_lens_q,
+        cu_seqlens_k=kwargs["cu_seq_lens_k"],
+        scale=scale,
+        share_on=share_on,
+    )
