@@ -19,6 +19,7 @@ USAGE = """usage: headwise COMMAND [OPTIONS]
   tune DIR       train a converted model further      headwise tune --help
   write-text DIR let a model write text to tune on    headwise write-text --help
   generate DIR   continue a text with a saved model   headwise generate --help
+  serve DIR      answer OpenAI's clients with it      headwise serve --help
   draw DIR       draw images with a trained DiT       headwise draw --help
   report DIR     draw a run's page again              headwise report --help
   eval DIR …     score models on tasks or on images   headwise eval --help
@@ -34,6 +35,7 @@ USAGE = """usage: headwise COMMAND [OPTIONS]
 # is missing; the same as the commands themselves say.
 _MISSING = {
     "generate": "{} holds no model: there is no such directory",
+    "serve": "{} holds no model: there is no such directory",
     "draw": "{} holds no model: there is no such directory",
     "report": "{} holds no finished run: there is no such directory",
 }

@@ -18,8 +18,8 @@ from headwise.ops.choice import look_up
 _COMMANDS = {
     name: f"headwise.commands.{name.replace('-', '_')}"
     for name in (
-        "train", "experiment", "convert", "tune", "write-text", "generate", "draw", "report",
-        "eval", "parity", "compile", "env", "bench",
+        "train", "experiment", "convert", "tune", "write-text", "generate", "serve", "draw",
+        "report", "eval", "parity", "compile", "env", "bench",
     )
 }  # fmt: skip
 _DEBUG = "--debug"

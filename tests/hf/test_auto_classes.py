@@ -24,7 +24,7 @@ from transformers import (
 from damage import edit_json, edit_weights
 from headwise import convert, hf, load, record_routing
 from headwise.hf import RoutedLlamaForCausalLM
-from tiny import SIZES
+from tiny import LINES, SIZES, llama, tokenizer
 
 BOTH = {"attention": TWO_STAGE, "mlp": MH_MOE}
 
@@ -180,3 +180,26 @@ def test_a_config_alone(directory):
     assert type(config).__name__ == "RoutedLlamaConfig"
     assert type(AutoModelForCausalLM.from_config(config)) is type(load(directory))
     assert config.auto_map["AutoModelForCausalLM"].endswith(".RoutedLlamaForCausalLM")
+
+
+def test_lm_eval_scores_it_without_our_import(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    words = tokenizer(LINES)
+    dense = llama(vocab_size=len(words)).eval()
+    convert(dense, attention=TWO_STAGE).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    program = """
+import sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu")
+ask = Instance("loglikelihood", {}, ("line", " 3"), 0)
+print(model.loglikelihood([ask], disable_tqdm=True)[0][0])
+"""
+    done = run(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    context, rest = (words(text).input_ids for text in ("line", " 3"))
+    with torch.no_grad():
+        logits = load(tmp_path)(torch.tensor([context + rest])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(rest))
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-4)

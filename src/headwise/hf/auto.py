@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,9 @@ def routed_class(model_class: Any) -> type[PreTrainedModel]:
         },
     }
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
+    # Where servers look a class up by the name in `config.architectures`. transformers has made the
+    # module anew since we imported it.
+    setattr(sys.modules["transformers"], routed.__name__, routed)
     # Keyed by class, filled by its __init__, which a model that is converted does not go through.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(routed), model_class._can_record_outputs)
     return routed

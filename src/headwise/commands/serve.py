@@ -1,0 +1,66 @@
+"""`headwise serve`: a saved model behind the API of OpenAI, by the server of transformers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers.utils.import_utils import is_serve_available
+
+from headwise.loading import load_config, load_tokenizer
+from headwise.ops.fields import Count
+from headwise.parsing import called
+
+_PORTS = 65535
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    called(serve, argv, "headwise serve")
+
+
+def serve(
+    directory: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: Count = 8000,
+    device: str = "auto",
+) -> None:
+    """Serve a language model, converted or not, at an address that OpenAI's clients understand.
+
+    Requests are batched continuously: they join and leave while others are under way.
+
+    Args:
+        directory: Directory of the model, with its tokenizer.
+        host: Address to listen at; the default is this machine alone.
+        port: Port to listen at, up to 65535.
+        device: cpu, cuda, or auto.
+
+    Raises:
+        ValueError: If the directory holds no language model, or no tokenizer, or what serves is
+            not installed.
+    """
+    if port > _PORTS:
+        raise ValueError(f"port is {port}; it must be at most {_PORTS}")
+    load_config(directory, "language model")
+    if load_tokenizer(str(directory)) is None:
+        raise ValueError(f"{directory} has no tokenizer, and text needs one; save one beside it")
+    if not is_serve_available():
+        raise ValueError(
+            "what serves models is not installed; the extra serve has it: "
+            "`pip install 'headwise[serve]'`"
+        )
+    from transformers.cli.serve import Serve
+
+    # The server lists what is kept from the hub, and answers with an error where nothing ever was.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    print(
+        f"http://{host}:{port}/v1 serves the model {str(directory)!r}; Ctrl-C ends it", flush=True
+    )
+    Serve(
+        force_model=str(directory),
+        continuous_batching=True,
+        device=device,
+        host=host,
+        port=port,
+        cb_use_cuda_graph=False,
+    )
