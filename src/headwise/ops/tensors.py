@@ -113,6 +113,20 @@ def _misfit(
     return f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}]{sizes_known}"
 
 
+def check_broadcastable(
+    name: str, x: Any, axes: str, sizes: Sequence[int], *, kind: Kind = "floating", like: Tensor
+) -> None:
+    """Refuse all but a tensor of that kind, on like's device, broadcastable to these axes."""
+    check_tensor(name, x, ("...",), kind=kind)
+    check_same_device(**{"q": like, name: x})
+    pairs = zip(reversed(x.shape), reversed(sizes), strict=False)
+    if x.ndim > len(sizes) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}; it must be broadcastable to "
+            f"[{', '.join(axes.split())}] = {list(sizes)}"
+        )
+
+
 def check_same_device(**operands: Tensor) -> None:
     """Refuse tensors on several devices; "meta" counts as a device, too."""
     first, device = next((name, x.device) for name, x in operands.items())
