@@ -18,7 +18,7 @@ from headwise.hf import (
     record_routing,
     restore,
 )
-from headwise.nn import MHMoE, MoE, MoHAttention, update_biases
+from headwise.nn import MHMoE, MoE, MoHAttention, MoHMultiheadAttention, update_biases
 from headwise.ops import ExpertRouting, HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.released import load_released
 
@@ -35,6 +35,7 @@ __all__ = [
     "MoEConfig",
     "MoHAttention",
     "MoHConfig",
+    "MoHMultiheadAttention",
     "Routing",
     "balance_loss",
     "bitnet",
