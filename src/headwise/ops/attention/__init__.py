@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
-from headwise.ops.attention.spans import check_documents, mask_of, visible_spans
+from headwise.ops.attention.spans import check_documents, visible_spans
 from headwise.ops.choice import check_choice
 from headwise.ops.gpu import runs_triton
-from headwise.ops.gradients import by_formulas, check_formulas, learns
+from headwise.ops.gradients import by_formulas, check_formulas, is_mapped, learns
 from headwise.ops.native import DTYPES, is_built, is_ready
 from headwise.ops.native.attention import largest_share, native_attention
 from headwise.ops.native.decode import native_decode
-from headwise.ops.plain_attention import Operands
+from headwise.ops.plain_attention import Operands, mask_of
 from headwise.ops.tensors import (
     Kind,
     check_broadcastable,
@@ -130,6 +130,8 @@ def head_attention(
         )  # fmt: skip
         causal, share_on = False, None  # torch's own kernels are fast without a mask only
     x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
+    if q.is_meta:
+        impl = "auto"  # nothing is computed there, by any
     if dropout:
         return dense.head_attention(_masked(x, spans), dropout)
     plan = choose(x, share_on=share_on, impl=impl)
@@ -197,6 +199,8 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
         fastest = "dense" if by_formulas() else _fastest(x, decoding, share_on)
         return Plan(fastest, decoding, learning)
     check_formulas(impl, "dense", "reference")
+    if impl == "reference" and is_mapped():
+        raise ValueError("impl is 'reference', which torch.vmap cannot map; 'dense' can be")
     plan = Plan(impl, decoding, learning)
     _check_computes(x, plan)
     return plan
