@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import headwise
-from headwise import MHMoE, MoE, MoHAttention
+from headwise import HeadRouting, MHMoE, MoE, MoHAttention, MoHMultiheadAttention
 from headwise.bitnet import ternarize
 from headwise.ops import aggregated_attention, head_attention
 from headwise.ops.linear import linear
@@ -37,10 +37,31 @@ GROUPS = {
     "route_groups": True,
 }  # fmt: skip
 EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
+
+
+class Encoder(nn.Module):
+    """A layer of torch's, in which the attention is ours."""
+
+    dim = D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(D, 5, 11, dropout=0, batch_first=True)
+        attention = MoHAttention(D, **HEADS)
+        self.layer.self_attn = MoHMultiheadAttention(attention, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, HeadRouting]:
+        hidden = None if mask is None else ~mask
+        y = self.layer(x, src_key_padding_mask=hidden)
+        return y, self.layer.self_attn.attention.router(x, mask)
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "two_stage": lambda: MoHAttention(D, **HEADS, causal=True),
     "two_stage, paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
     "query_norm": lambda: MoHAttention(D, **HEADS, router="query_norm", num_kv_heads=1),
+    "window, norms": lambda: MoHAttention(D, **HEADS, causal=True, window=3, qk_norm=True),
+    "torch's encoder": lambda: Encoder(),
     "groups": lambda: MoHAttention(D, **GROUPS),
     "query_norm, groups": lambda: MoHAttention(D, **GROUPS, router="query_norm"),
     "mh_moe": lambda: MHMoE(D, num_heads=3, shared_expert_dim=13, **EXPERTS),

@@ -19,7 +19,7 @@ from headwise.hf import (
     record_routing,
     restore,
 )
-from headwise.nn import MHMoE, MoE, MoHAttention, update_biases
+from headwise.nn import MHMoE, MoE, MoHAttention, MoHMultiheadAttention, update_biases
 from headwise.ops import ExpertRouting, HeadRouting, Routing, balance_loss, router_z_loss
 from headwise.released import load_released
 
@@ -36,6 +36,7 @@ __all__ = [
     "MoEConfig",
     "MoHAttention",
     "MoHConfig",
+    "MoHMultiheadAttention",
     "Routing",
     "add_balance_loss",
     "balance_loss",

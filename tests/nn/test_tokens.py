@@ -32,7 +32,7 @@ def layer(request):
     ("x", "mask", "message"),
     [
         (torch.zeros(2, 7, 13), None, "x has shape [2, 7, 13]; it must be [B, T, 15]"),
-        (torch.zeros(7, 15), None, "x has shape [7, 15]"),
+        (torch.zeros(1, 2, 7, 15), None, "x has shape [1, 2, 7, 15]"),
         (torch.zeros(2, 7, 15).bfloat16(), None, "x is torch.bfloat16, the layer's weights are"),
         (torch.zeros(2, 7, 15).long(), None, "x is torch.int64"),
         (torch.zeros(2, 7, 15), torch.ones(2, 7), "mask is torch.float32 [2, 7]"),

@@ -24,7 +24,8 @@ from headwise.ops.attention import (
     triton_tiles,
 )
 from headwise.ops.attention import triton as kernels
-from headwise.ops.attention.spans import mask_of, visible_spans
+from headwise.ops.attention.spans import visible_spans
+from headwise.ops.plain_attention import mask_of
 
 pytestmark = RUNNABLE
 # The interpreter cuts bfloat16 off instead of rounding it.
@@ -92,6 +93,20 @@ CASES = {
 def test_equals_plain_attention_in_values_and_all_gradients(name):
     leaves, options = case(**CASES[name])
     assert_equal_to(dense.head_attention, leaves, options)
+
+
+def test_gradients_have_gradients():
+    leaves, options = case(T=17, S=17, causal=True, H=4, mask=(1, 1, 17, 17))
+    found = []
+    for dtype, compute in (
+        (torch.float32, kernels.head_attention), (torch.float64, reference.head_attention),
+    ):  # fmt: skip
+        inputs = leaves_of(leaves, dtype)
+        y = compute(Operands(**inputs, **options))
+        first = torch.autograd.grad(y.square().sum(), list(inputs.values()), create_graph=True)
+        loss = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(loss, list(inputs.values())))
+    assert_close(*found, rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
 SPANS = {

@@ -162,6 +162,7 @@ NUMBERS = [None, "x", -1, 0, 1, 2.5, 10**30, float("nan"), float("inf"), True, [
 OPTIONS = {
     ("head_attention", "causal"): [True],
     ("head_attention", "scale"): [None, -1, 0, 1, 2.5, 10**30],
+    ("head_attention", "dropout"): [0],
     ("head_attention", "share_on"): [None, 0, 1],
     ("head_attention", "impl"): [],
     ("expert_mlp", "activation"): [],

@@ -10,6 +10,7 @@ from headwise.nn.expert_routers import (
 )
 from headwise.nn.mh_moe import MHMoE, MoE
 from headwise.nn.moh import MoHAttention
+from headwise.nn.multihead import MoHMultiheadAttention
 from headwise.nn.routers import (
     FittedRouter,
     HeadRouter,
@@ -32,6 +33,7 @@ __all__ = [
     "MHMoE",
     "MoE",
     "MoHAttention",
+    "MoHMultiheadAttention",
     "OneStageRouter",
     "OutputGateRouter",
     "QueryNormRouter",

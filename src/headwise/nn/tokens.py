@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from headwise.ops.dtypes import autocasts
 from headwise.ops.tensors import check_tensor
 
 
@@ -14,10 +14,16 @@ def check_tokens(x: Any, mask: Any, *, dim: int, weight: Tensor) -> None:
     x must have the weights' dtype; under autocast any float will do.
     """
     check_rows("x", x, ("B", "T", dim), mask, weight=weight)
-    mixed = torch.is_autocast_enabled(x.device.type)
+    check_dtype("x", x, weight)
+
+
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse tokens of another dtype than the weights', unless autocast brings them together."""
     # Packed weights are whole numbers, and take any float.
-    if x.dtype != weight.dtype and weight.is_floating_point() and not mixed:
-        raise ValueError(f"x is {x.dtype}, the layer's weights are {weight.dtype}; they must agree")
+    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x):
+        raise ValueError(
+            f"{name} is {x.dtype}, the layer's weights are {weight.dtype}; they must agree"
+        )
 
 
 def check_rows(

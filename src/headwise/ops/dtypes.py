@@ -1,5 +1,8 @@
 """In which dtype something is computed."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,19 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(wide_dtype(x))
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the device "meta" has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast is off for x's device."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of their device's autocast, where that is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) for x in tensors)

@@ -1,5 +1,8 @@
 """Whether a call will be differentiated, by what, or watched step by step."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor
@@ -24,6 +27,34 @@ def by_formulas() -> bool:
         return False
     transforms = get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(x.key() in _DERIVATIVES for x in transforms)
+
+
+def is_mapped() -> bool:
+    """Whether torch.vmap maps: no value decides what is computed then."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(x.key() == TransformType.Vmap for x in get_interpreter_stack() or ())
+
+
+def differentiable_gradients(
+    compute: Callable[..., Any], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: a backward pass with create_graph wants them.
+
+    A kernel's own backward has no formula; torch's operators, of which `compute` is made, have.
+
+    Args:
+        compute: What the kernel computes, of the inputs, in torch's operators.
+        inputs: Of the kernel, as the backward pass saved them.
+        outputs: The gradients of what `compute` returns.
+    """
+    # Views, or a tensor that is given twice would get the gradient of both in each place.
+    views = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [x for x in views if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(
+        compute(*views), wanted, outputs, create_graph=True, allow_unused=True
+    ))  # fmt: skip
+    return [None if x is None or not x.requires_grad else next(found) for x in views]
 
 
 def check_formulas(impl: str, *plain: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwise.ops.dtypes import autocasts
 from headwise.ops.gradients import by_formulas
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.projection import native_merge, native_project
@@ -43,7 +44,7 @@ def skips_faster(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int,
         enough = weight.nbytes >= _FEWEST_BYTES
     else:
         enough = rows * off >= _FEWEST_ROWS[x.dtype] * routed_heads
-    return enough and not torch.is_autocast_enabled(x.device.type) and is_ready()
+    return enough and not autocasts(x) and is_ready()
 
 
 def _has_kernel(x: Tensor, *widths: int) -> bool:

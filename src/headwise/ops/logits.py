@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.ops.dtypes import wide_dtype
+from headwise.ops.dtypes import wide_dtype, without_autocast
 from headwise.ops.gradients import learns
 from headwise.ops.linear import linear
 from headwise.ops.native import is_ready
@@ -26,5 +26,5 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
     dtype = wide_dtype(x)
     # Autocast would bring the logits back to bfloat16.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return linear(x.to(dtype), weight.to(dtype))

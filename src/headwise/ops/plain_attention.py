@@ -9,10 +9,11 @@ products and a softmax do.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.ops.dtypes import wide_dtype, widened
+from headwise.ops.gradients import differentiable_gradients
 from headwise.ops.tensors import adjacent
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -180,6 +181,37 @@ def before_the_gates(dy: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tens
     safe = torch.where(gates == 0, 1, gates)
     dout, out = (dy * gates).to(dy.dtype), (y / safe).to(y.dtype)
     return dout, out, (dout * out).sum(-1, dtype=gates.dtype) / safe.squeeze(-1)
+
+
+def differentiable_attention_gradients(
+    dy: Tensor, x: Operands, spans: Tensor | None = None
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, gate and bias that have gradients themselves: all heads are computed.
+
+    Spans [1, T, 2] are what is seen, as well.
+    """
+    if spans is not None:
+        seen = mask_of(spans, x.k.shape[1])
+        x = x._replace(mask=seen if x.mask is None else seen & x.mask)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+        heads = x._replace(q=q, k=k, v=v, gate=gate, bias=bias)
+        q, k, v, added, square = _all_heads(heads)
+        scores = _scores(q, k, added, square, x.scale)
+        # A row that sees no key says 0.
+        blind = scores.detach().amax(-1, keepdim=True) == float("-inf")
+        p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+        y = (p.to(v.dtype) @ v).transpose(1, 2) * gate.to(v.dtype).unsqueeze(-1)
+        return torch.where((gate == 0).unsqueeze(-1), 0, y)
+
+    return differentiable_gradients(again, (*x[:4], x.bias), (dy,))
+
+
+def mask_of(spans: Int[Tensor, "1 T 2"], keys: int) -> Bool[Tensor, "1 1 T S"]:
+    """True where a key lies in a query's span."""
+    key = torch.arange(keys, device=spans.device)
+    begin, end = spans[:, None, :, :1], spans[:, None, :, 1:]
+    return (begin <= key) & (key < end)
 
 
 def _all_heads(x: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:

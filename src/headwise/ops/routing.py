@@ -15,6 +15,7 @@ from headwise.ops.gpu import runs_triton
 from headwise.ops.gradients import is_plain, learns
 from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
+from headwise.ops.stages import two_stage_gates
 from headwise.ops.tensors import check_operands, check_tensor
 from headwise.ops.top_k import check_top_k, multi_hot, top_k_lowest_first
 
@@ -164,20 +165,12 @@ def route_heads(
         paper = mode == "paper"
         weights, indices, p = compute(widened(shared_logits), routed_logits, stage, top_k, paper)
         return HeadRouting(weights, indices, p, routed_logits)
-    shared = widened(shared_logits).softmax(-1)
     p, probabilities = affinities(routed_logits, scores)
     indices = top_k_lowest_first(p, top_k)
-    routed = p * multi_hot(indices, p)
+    gates = two_stage_gates(shared_logits, p, stage_logits, indices, paper=mode == "paper")
     if scores == "sparsemax":
         indices = indices.masked_fill(p.gather(-1, indices) == 0, -1)
-    if mode == "released":
-        shared = shared * num_shared
-        eps = torch.finfo(routed.dtype).eps
-        routed = routed / routed.sum(-1, keepdim=True).clamp_min(eps) * top_k
-    if num_shared > 0 and num_routed > 0 and stage_logits is not None:
-        stage = widened(stage_logits).softmax(-1) * (2 if mode == "released" else 1)
-        shared, routed = shared * stage[..., :1], routed * stage[..., 1:]
-    return HeadRouting(torch.cat([shared, routed], dim=-1), indices, probabilities, routed_logits)
+    return HeadRouting(gates, indices, probabilities, routed_logits)
 
 
 def route_heads_by_query_norm(

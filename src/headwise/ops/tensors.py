@@ -30,13 +30,14 @@ def check_tensor(
         like: A tensor on whose device x must be. A device "meta" is not compared: such weights
             are elsewhere until they are needed.
     """
-    wanted = f"[{', '.join(map(str, sizes))}]"
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor {wanted}")
+        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor {_shown(sizes)}")
     if kind == "torch.bool" and (x.dtype != torch.bool or not _fits(x, sizes)):
-        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be torch.bool {wanted}")
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)}; it must be torch.bool {_shown(sizes)}"
+        )
     if not _fits(x, sizes):
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {wanted}")
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {_shown(sizes)}")
     if kind == "floating" and not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; it must be floating")
     if kind == "torch.uint8" and x.dtype != torch.uint8:
@@ -47,6 +48,11 @@ def check_tensor(
         raise ValueError(f"{name} is {x.dtype}; it must be an integer, as torch.int64 is")
     if like is not None and not like.is_meta and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; it must be on {like.device} like the others")
+
+
+def _shown(sizes: Sequence[Any]) -> str:
+    # Only of what is refused: torch.compile cannot make words of sizes that vary.
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def _fits(x: Tensor, sizes: Sequence[Any]) -> bool:
@@ -111,6 +117,20 @@ def _misfit(
         known = [*map(str, batch), *known[1:]]
     sizes_known = "" if known == symbols else f" = [{', '.join(known)}]"
     return f"{name} has shape {list(x.shape)}; it must be [{', '.join(symbols)}]{sizes_known}"
+
+
+def check_broadcastable(
+    name: str, x: Any, axes: str, sizes: Sequence[int], *, kind: Kind = "floating", like: Tensor
+) -> None:
+    """Refuse all but a tensor of that kind, on like's device, broadcastable to these axes."""
+    check_tensor(name, x, ("...",), kind=kind)
+    check_same_device(**{"q": like, name: x})
+    pairs = zip(reversed(x.shape), reversed(sizes), strict=False)
+    if x.ndim > len(sizes) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}; it must be broadcastable to "
+            f"[{', '.join(axes.split())}] = {list(sizes)}"
+        )
 
 
 def check_same_device(**operands: Tensor) -> None:

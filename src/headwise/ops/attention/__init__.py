@@ -15,23 +15,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.ops.attention import decode, dense, gathered, reference
-from headwise.ops.attention.spans import check_documents, mask_of, visible_spans
+from headwise.ops.attention.spans import check_documents, visible_spans
 from headwise.ops.choice import check_choice
 from headwise.ops.gpu import runs_triton
-from headwise.ops.gradients import by_formulas, check_formulas, learns
+from headwise.ops.gradients import by_formulas, check_formulas, is_mapped, learns
 from headwise.ops.native import DTYPES, is_built, is_ready
 from headwise.ops.native.attention import largest_share, native_attention
 from headwise.ops.native.decode import native_decode
-from headwise.ops.plain_attention import Operands
+from headwise.ops.plain_attention import Operands, mask_of
 from headwise.ops.tensors import (
     Kind,
+    check_broadcastable,
     check_operands,
-    check_same_device,
     check_same_dtype,
-    check_tensor,
 )
 
-__all__ = ["Impl", "Operands", "Plan", "choose", "head_attention"]
+__all__ = ["Impl", "Operands", "Plan", "check_dropout", "choose", "head_attention"]
 
 Impl = Literal["auto", "reference", "dense", "gathered", "native", "decode", "triton"]
 
@@ -69,6 +68,7 @@ def head_attention(
     cu_seqlens: Int[Tensor, " N"] | None = None,
     cu_seqlens_k: Int[Tensor, " N"] | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
     share_on: float | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B T H C"]:
@@ -90,13 +90,15 @@ def head_attention(
         gate: Weight of each head for each query token, in any float dtype.
         causal: Token t sees keys up to t + S - T (the last query sees all keys).
         mask: True where a key may be seen; broadcastable to [B, H, T, S].
-        bias: Added to the scores; broadcastable to [B, H, T, S].
+        bias: Added to the scores, -inf where a key may not be seen; broadcastable to [B, H, T, S].
         window: Keys that a token sees, itself and those right before it (sliding window), at least
             1; where not causal as many after it.
         cu_seqlens: Documents in a row, in a batch of one: where each of them begins, and T. A token
             sees keys of its own document only; `causal` and `window` hold within each.
         cu_seqlens_k: The same for keys, where they differ from the queries, as many documents.
         scale: Factor of the scores, finite; 1/√C by default.
+        dropout: Share of the attention weights that are dropped, 0 to below 1. Then every head is
+            computed ("dense"), because torch's own attention has dropout.
         share_on: Share of the heads that are on, 0 to 1, where the caller knows it from a budget:
             on a GPU "auto" would have to wait for the gates to count them. It changes no result.
         impl: "auto" chooses by device and shape (`choose`); a named one is that one or an error.
@@ -112,7 +114,7 @@ def head_attention(
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
-    _check_options(causal, window, scale, share_on)
+    _check_options(causal, window, scale, dropout, share_on, impl)
     check_documents(q, k, cu_seqlens, cu_seqlens_k)
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
@@ -128,6 +130,10 @@ def head_attention(
         )  # fmt: skip
         causal, share_on = False, None  # torch's own kernels are fast without a mask only
     x = Operands(q, k, v, gate, causal, _four_dimensional(mask), _four_dimensional(bias), scale)
+    if q.is_meta:
+        impl = "auto"  # nothing is computed there, by any
+    if dropout:
+        return dense.head_attention(_masked(x, spans), dropout)
     plan = choose(x, share_on=share_on, impl=impl)
     if plan.impl == "native":
         return _native(x, spans, plan)
@@ -193,6 +199,8 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
         fastest = "dense" if by_formulas() else _fastest(x, decoding, share_on)
         return Plan(fastest, decoding, learning)
     check_formulas(impl, "dense", "reference")
+    if impl == "reference" and is_mapped():
+        raise ValueError("impl is 'reference', which torch.vmap cannot map; 'dense' can be")
     plan = Plan(impl, decoding, learning)
     _check_computes(x, plan)
     return plan
@@ -280,19 +288,17 @@ def _check(
         ("bias", bias, "floating"),
     )
     for name, tensor, kind in added:
-        if tensor is None:
-            continue
-        check_tensor(name, tensor, ("...",), kind=kind)
-        check_same_device(**{"q": q, name: tensor})
-        if not _broadcastable(tensor.shape, scores):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; it must be broadcastable to "
-                f"[B, H, T, S] = {scores}"
-            )
+        if tensor is not None:
+            check_broadcastable(name, tensor, "B H T S", scores, kind=kind, like=q)
 
 
 def _check_options(
-    causal: bool, window: int | None, scale: float | None, share_on: float | None
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    dropout: float,
+    share_on: float | None,
+    impl: Impl,
 ) -> None:
     # Checks against annotations would be slower, and every step of a decoding model runs this.
     if causal is not True and causal is not False:
@@ -301,8 +307,17 @@ def _check_options(
         raise ValueError(f"window is {window!r}; it must be an integer, at least 1")
     if scale is not None and not (_is_number(scale) and abs(scale) < _LARGEST_SCALE):
         raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        raise ValueError(f"dropout is {dropout!r}; it must be at least 0 and below 1")
+    check_dropout(dropout, impl)
     if share_on is not None and not (_is_number(share_on) and 0 <= share_on <= 1):
         raise ValueError(f"share_on is {share_on!r}; it must lie in 0..1")
+
+
+def check_dropout(dropout: float, impl: Impl) -> None:
+    """Refuse dropout by an implementation that has none."""
+    if dropout and impl not in ("auto", "dense"):
+        raise ValueError(f"dropout is {dropout}; impl {impl!r} has none, 'auto' and 'dense' have")
 
 
 def _is_number(x: object) -> bool:
@@ -311,8 +326,3 @@ def _is_number(x: object) -> bool:
 
 def _four_dimensional(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
-
-
-def _broadcastable(shape: torch.Size, to: list[int]) -> bool:
-    pairs = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from headwise.ops.plain_attention import Operands, lower_triangle
 
 
-def head_attention(x: Operands) -> Tensor:
+def head_attention(x: Operands, dropout: float = 0.0) -> Tensor:
     q, k, v, gate, causal, mask, bias, scale = x
     queries, keys = q.shape[1], k.shape[1]
     # One query sees every key; torch's own causal flag is right for square scores only.
@@ -22,6 +22,7 @@ def head_attention(x: Operands) -> Tensor:
         rearrange(k, "b s h c -> b h s c"),
         rearrange(v, "b s h c -> b h s c"),
         attn_mask=_additive(mask, bias, q.dtype),
+        dropout_p=dropout,
         is_causal=causal and queries > 1 and not needs_causal_mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],

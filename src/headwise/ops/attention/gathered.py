@@ -28,6 +28,7 @@ from headwise.ops.plain_attention import (
     attend_all_backward,
     attend_backward,
     before_the_gates,
+    differentiable_attention_gradients,
 )
 
 
@@ -171,6 +172,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, gate, mask, bias, y, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        x = Operands(q, k, v, gate, ctx.causal, mask, bias, ctx.scale)
+        *gradients, dbias = differentiable_attention_gradients(dy, x)
+        return *gradients, None, None, dbias, None
     needs_bias = ctx.needs_input_grad[6]
     *gradients, dbias = gathered_attention_backward(
         dy, q, k, v, gate, ctx.causal, mask, bias, ctx.scale, y, lse, needs_bias

@@ -11,7 +11,9 @@ def head_attention(x: Operands) -> Tensor:
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     visible = _visible(q, k, causal, mask)
-    bias = None if bias is None else bias.expand(batch, heads, queries, keys)
+    if bias is not None:
+        bias = bias.expand(batch, heads, queries, keys)
+        visible = visible & (bias != -torch.inf)
     rows = []
     for b in range(batch):
         for t in range(queries):

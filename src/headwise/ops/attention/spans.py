@@ -1,7 +1,7 @@
 """What a query may see as a span of keys: sliding windows and documents in a row, causal or not."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from headwise.ops.tensors import check_same_device, check_tensor
@@ -38,13 +38,6 @@ def visible_spans(
         begin = torch.maximum(begin, last - window + 1)
         end = end if causal else torch.minimum(end, last + window)
     return torch.stack([begin, torch.maximum(begin, end)], dim=-1)[None].int()
-
-
-def mask_of(spans: Int[Tensor, "1 T 2"], keys: int) -> Bool[Tensor, "1 1 T S"]:
-    """True where a key lies in a query's span."""
-    key = torch.arange(keys, device=spans.device)
-    begin, end = spans[:, None, :, :1], spans[:, None, :, 1:]
-    return (begin <= key) & (key < end)
 
 
 def check_documents(

@@ -18,7 +18,7 @@ from headwise.ops.attention.triton_forward import forward_kernel
 from headwise.ops.attention.triton_ranks import ranked
 from headwise.ops.attention.triton_tiles import described, expanded
 from headwise.ops.gates import flops_of_what_is_on
-from headwise.ops.plain_attention import Operands
+from headwise.ops.plain_attention import Operands, differentiable_attention_gradients
 from headwise.ops.tensors import adjacent
 from headwise.ops.triton_rows import FUSION, Tiling
 
@@ -177,6 +177,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *rows, spans, mask = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        q, k, v, gate = rows[:4]
+        x = Operands(q, k, v, gate, ctx.causal, mask, None, ctx.scale)
+        return *differentiable_attention_gradients(dy, x, spans)[:4], *[None] * 4
     gradients = triton_attention_backward(dy, *rows, ctx.causal, spans, mask, ctx.scale)
     return *gradients, None, None, None, None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
-from headwise.ops.dtypes import in_autocast
+from headwise.ops.dtypes import autocasts, in_autocast
 from headwise.ops.experts import grouped_mm, reference
 from headwise.ops.experts.grouped import grouped_mlp
 from headwise.ops.gpu import runs_triton
@@ -155,7 +155,7 @@ def _check(x: Tensor, weights: Tensor, indices: Tensor, up_proj: Tensor, down_pr
     )
     check_tensor("indices", indices, weights.shape, kind="whole")
     check_same_device(x=x, indices=indices)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         check_same_dtype(x=x, up_proj=up_proj, down_proj=down_proj)
     experts, hidden = sizes["E"], sizes["F"]
     if experts == 0 or hidden == 0 or sizes["U"] not in (hidden, 2 * hidden):

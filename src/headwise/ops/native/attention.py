@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.gates import attention_flops, flops_of_what_is_on, share_on
 from headwise.ops.native import kernels
-from headwise.ops.plain_attention import Operands, attend_all
+from headwise.ops.plain_attention import Operands, attend_all, differentiable_attention_gradients
 from headwise.ops.tensors import in_words
 
 # On processors with matrix tiles (AMX), torch's own forward in bfloat16 is faster from this share
@@ -107,6 +107,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *rows, spans, mask, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        q, k, v, gate = rows[:4]
+        x = Operands(q, k, v, gate, ctx.causal, mask, bias, ctx.scale)
+        return *differentiable_attention_gradients(dy, x, spans)[:4], *[None] * 6
     gradients = native_attention_backward(dy, *rows, ctx.causal, spans, mask, bias, ctx.scale)
     return *gradients, *[None] * 6
 

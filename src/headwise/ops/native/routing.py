@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.ops.gradients import by_formulas
+from headwise.ops.gradients import by_formulas, differentiable_gradients
 from headwise.ops.native import DTYPES, is_ready, kernels
+from headwise.ops.stages import two_stage_gates
 from headwise.ops.tensors import adjacent
 
 
@@ -119,6 +120,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dgates: Tensor, _: Tensor, dprobabilities: Tensor) -> Any:
+    if torch.is_grad_enabled():
+        *logits, indices = ctx.saved_tensors
+
+        def again(shared: Tensor, routed: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
+            p = routed.softmax(-1)
+            return two_stage_gates(shared, p, stage, indices, paper=ctx.paper), p
+
+        return *differentiable_gradients(again, logits, (dgates, dprobabilities)), None, None
     gradients = native_route_heads_backward(dgates, dprobabilities, *ctx.saved_tensors, ctx.paper)
     return *gradients, None, None
 
