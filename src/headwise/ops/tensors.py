@@ -30,13 +30,14 @@ def check_tensor(
         like: A tensor on whose device x must be. A device "meta" is not compared: such weights
             are elsewhere until they are needed.
     """
-    wanted = f"[{', '.join(map(str, sizes))}]"
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor {wanted}")
+        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor {_wanted(sizes)}")
     if kind == "torch.bool" and (x.dtype != torch.bool or not _fits(x, sizes)):
-        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be torch.bool {wanted}")
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)}; it must be torch.bool {_wanted(sizes)}"
+        )
     if not _fits(x, sizes):
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {wanted}")
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {_wanted(sizes)}")
     if kind == "floating" and not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; it must be floating")
     if kind == "torch.uint8" and x.dtype != torch.uint8:
@@ -47,6 +48,11 @@ def check_tensor(
         raise ValueError(f"{name} is {x.dtype}; it must be an integer, as torch.int64 is")
     if like is not None and not like.is_meta and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; it must be on {like.device} like the others")
+
+
+# Only for a message: a size that torch.export keeps open has no name to print.
+def _wanted(sizes: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def _fits(x: Tensor, sizes: Sequence[Any]) -> bool:
