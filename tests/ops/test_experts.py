@@ -17,7 +17,7 @@ def weight(*values: float) -> torch.Tensor:
     return torch.tensor(values).reshape(len(values), -1, 1)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "grouped"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "grouped", "dense"])
 class TestByHand:
     def test_one_expert(self, impl):
         x, index = torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 1, dtype=torch.long)
@@ -66,7 +66,7 @@ def test_one_expert_is_a_plain_ffn(dtype, activation, gated):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("impl", ["reference", "grouped"])
+@pytest.mark.parametrize("impl", ["reference", "grouped", "dense"])
 def test_the_output_has_the_tokens_dtype_whatever_the_weights(dtype, impl):
     up, down = torch.randn(E, HIDDEN, D, dtype=dtype), torch.randn(E, D, HIDDEN, dtype=dtype)
     index = torch.randint(E, (N, K))
@@ -83,7 +83,7 @@ def test_a_row_depends_on_its_own_token_only():
     assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("impl", ["grouped", "reference"])
+@pytest.mark.parametrize("impl", ["grouped", "reference", "dense"])
 def test_no_tokens_give_no_rows(impl):
     up, down = torch.randn(E, HIDDEN, D), torch.randn(E, D, HIDDEN)
     none = torch.zeros(0, K, dtype=torch.long)

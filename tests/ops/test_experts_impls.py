@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headwise.ops import expert_mlp
 from headwise.ops.experts.grouped import grouped_mlp
 
-IMPLS = ("grouped",)
+IMPLS = ("grouped", "dense")
 D, HIDDEN = 5, 7
 
 

@@ -98,7 +98,7 @@ def test_expert_mlp(kernels_built, data, seed):
     indices[torch.rand(N, K) < data.draw(st.sampled_from([0, 0, 0.5, 1]))] = E - 1
     tensors["weights"][torch.rand(N, K) < data.draw(st.sampled_from([0, 0.3]))] = 0
     activation = data.draw(st.sampled_from(["silu", "relu", "gelu"]))
-    names = ["auto", "grouped"] + ["native"] * (kernels_built and activation != "gelu")
+    names = ["auto", "grouped", "dense"] + ["native"] * (kernels_built and activation != "gelu")
     impl = data.draw(st.sampled_from(names))
 
     def run(impl: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

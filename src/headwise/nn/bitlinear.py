@@ -87,7 +87,8 @@ class _TernaryMix(nn.Module):
             raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
         rows = x.flatten(end_dim=-2)
         if weights is None or indices is None:
-            weights, indices = rows.new_ones(len(rows), 1), rows.new_zeros(len(rows), 1).long()
+            weights = rows.new_ones(rows.shape[0], 1)
+            indices = torch.zeros_like(weights, dtype=torch.long)
         matrices = self.matrices(x.dtype)
         return ternary_mlp(rows, weights, indices, *matrices, activation=activation).view(x.shape)
 

@@ -57,8 +57,25 @@ def differentiable_gradients(
     return [None if x is None or not x.requires_grad else next(found) for x in views]
 
 
-def check_formulas(impl: str, *plain: str) -> None:
-    """Refuse an implementation that is none of the `plain` ones where `by_formulas`."""
+def by_torch_alone() -> bool:
+    """Whether torch's own operators must compute, and none of ours.
+
+    These are calls `by_formulas`; and torch.export, whose programs run where headwise is not
+    installed, and in ONNX.
+    """
+    return torch.compiler.is_exporting() or by_formulas()
+
+
+def check_named(impl: str, *plain: str) -> None:
+    """Refuse a named implementation where it cannot compute, though it could elsewhere.
+
+    Where `by_formulas`, the `plain` ones can. The reference reads values, which torch.export does
+    not have.
+    """
+    if impl == "reference" and torch.compiler.is_exporting():
+        raise ValueError(
+            "impl is 'reference', which loops over values and cannot be exported; 'auto' can be"
+        )
     if impl not in plain and by_formulas():
         raise ValueError(
             f"impl is {impl!r}, which torch.func and forward gradients cannot differentiate; "

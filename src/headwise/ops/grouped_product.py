@@ -1,7 +1,7 @@
 """Rows in runs, each run times a matrix of its own.
 
 On GPUs torch's grouped product computes it; elsewhere, and for widths that torch's kernel does not
-compute, one matrix product after the other.
+compute, one matrix product after the other. What is exported multiplies all rows by all matrices.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, pad
 from torch.utils.flop_counter import register_flop_formula
 
 from headwise.ops.experts.grouped_mm import computes
-from headwise.ops.gradients import by_formulas
+from headwise.ops.gradients import by_torch_alone
 
 
 def grouped_product(
@@ -31,14 +31,14 @@ def grouped_product(
     Example (worked by hand): rows 1, 2, 3, 4 of width 1, matrices 5 and 7, ends 1 and 3 give
     5, 14, 21, 0.
     """
-    if by_formulas():
-        products = [rows[run] @ matrix.T for matrix, run in _runs(matrices, ends)]
-        done = sum(map(len, products))
-        return torch.cat([*products, rows.new_zeros(len(rows) - done, matrices.shape[1])])
+    if by_torch_alone():
+        place, starts = torch.arange(rows.shape[0], device=rows.device), pad(ends, (1, -1))
+        own = (starts.unsqueeze(1) <= place) & (place < ends.unsqueeze(1))
+        return (torch.where(own.unsqueeze(2), rows, 0) @ matrices.mT).sum(0)
     if rows.device.type != "cuda" or not computes(rows, matrices.mT):
         return looped_product(rows, matrices, ends)
     # The kernel leaves what follows the last end as it was, in the backward too.
-    counts = (torch.arange(len(rows), device=rows.device) < ends[-1]).unsqueeze(1)
+    counts = (torch.arange(rows.shape[0], device=rows.device) < ends[-1]).unsqueeze(1)
     product = grouped_mm(torch.where(counts, rows, 0), matrices.mT, offs=ends)
     return torch.where(counts, product, 0)
 

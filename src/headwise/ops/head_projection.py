@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.dtypes import autocasts
-from headwise.ops.gradients import by_formulas
+from headwise.ops.gradients import by_torch_alone
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.projection import native_merge, native_project
 from headwise.ops.tensors import check_operands, check_same_dtype
@@ -34,7 +34,7 @@ def skips_faster(x: Tensor, weight: Tensor, *, head_dim: int, routed_heads: int,
         routed_heads: Heads that are on for some tokens only.
         off: How many of these are off for a token.
     """
-    if not off or head_dim < _FEWEST_CHANNELS or torch.is_grad_enabled() or by_formulas():
+    if not off or head_dim < _FEWEST_CHANNELS or torch.is_grad_enabled() or by_torch_alone():
         return False
     fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
     if not fits or not _has_kernel(x, head_dim, *weight.shape):

@@ -27,12 +27,17 @@ def linear(
     and where torch.compile, `torch.func` or another tensor type is at work, is torch's.
     """
     operands = [x, weight] if bias is None else [x, weight, bias]
-    enough = len(weight) >= _FEWEST_OUTPUTS and x.numel() * len(weight) >= _FEWEST_PRODUCTS
-    if not enough or not _for_onednn(*operands):
+    if not _are_enough(x, weight) or not _for_onednn(*operands):
         return functional.linear(x, weight, bias)
     if learns(*operands):
         return _OneDNN.apply(x, weight, bias)
     return _by_onednn(x, weight, bias)
+
+
+def _are_enough(x: Tensor, weight: Tensor) -> bool:
+    # What torch.compile and torch.export trace must not depend on how many rows there are.
+    many = not torch.compiler.is_compiling() and len(weight) >= _FEWEST_OUTPUTS
+    return many and x.numel() * len(weight) >= _FEWEST_PRODUCTS
 
 
 class _OneDNN(torch.autograd.Function):

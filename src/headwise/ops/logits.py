@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.ops.dtypes import wide_dtype, without_autocast
-from headwise.ops.gradients import learns
+from headwise.ops.gradients import by_torch_alone, learns
 from headwise.ops.linear import linear
 from headwise.ops.native import is_ready
 from headwise.ops.native.logits import native_logits
@@ -21,7 +21,8 @@ def router_logits(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "K D"]) ->
     check_tensor("weight", weight, ("K", "D"))
     check_tensor("x", x, ("...", weight.shape[1]), like=weight)
     narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
-    if narrow and x.device.type == "cpu" and not learns(x, weight) and is_ready():
+    plain = not learns(x, weight) and not by_torch_alone()
+    if narrow and x.device.type == "cpu" and plain and is_ready():
         rows = x.reshape(-1, x.shape[-1])
         return native_logits(rows, weight).view(*x.shape[:-1], len(weight))
     dtype = wide_dtype(x)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import widened
@@ -76,6 +77,10 @@ class ExpertRouting(NamedTuple):
 
 
 Routing = HeadRouting | ExpertRouting
+
+# So that a program of torch.export whose output holds one can be saved.
+for _kind in (HeadRouting, ExpertRouting):
+    _register_namedtuple(_kind, serialized_type_name=f"headwise.ops.{_kind.__name__}")
 
 
 def _switched_off(routing: Routing, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

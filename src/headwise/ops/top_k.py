@@ -16,7 +16,8 @@ def top_k_lowest_first(scores: Float[Tensor, "*batch E"], k: int) -> Int[Tensor,
     torch.topk leaves the order of ties to the backend, so two devices could route differently;
     torch.max and a stable sort do not. Scores must be finite.
     """
-    if not 0 < k <= _FEW * scores.shape[-1]:
+    few = k <= _FEW * scores.shape[-1] or torch.compiler.is_exporting()  # ONNX has no stable sort
+    if k == 0 or not few:
         # A copy, or the order of all would be kept as long as that of the best.
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         return order[..., :k].contiguous()

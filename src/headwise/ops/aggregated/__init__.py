@@ -14,7 +14,7 @@ from headwise.ops.aggregated import dense, reference
 from headwise.ops.aggregated.operands import Operands
 from headwise.ops.choice import check_choice
 from headwise.ops.fields import Count, check
-from headwise.ops.gradients import by_formulas, check_formulas
+from headwise.ops.gradients import by_torch_alone, check_named
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.aggregated import native_aggregated_attention
 from headwise.ops.tensors import check_operands, check_same_dtype
@@ -116,12 +116,12 @@ def aggregated_attention(
 def choose(q: Tensor, impl: Impl = "auto") -> Impl:
     """The named implementation; for "auto" native where it is built for q, else dense.
 
-    For `torch.func` and forward gradients it is dense, too.
+    For torch.export, `torch.func` and forward gradients it is dense, too.
     """
     native_computes = q.device.type == "cpu" and q.dtype in DTYPES and q.shape[3] % 2 == 0
     if impl == "auto":
-        return "native" if native_computes and not by_formulas() and is_ready() else "dense"
-    check_formulas(impl, "dense", "reference")
+        return "native" if native_computes and not by_torch_alone() and is_ready() else "dense"
+    check_named(impl, "dense", "reference")
     if impl == "native" and not native_computes:
         raise ValueError(
             f'q is {q.dtype} {list(q.shape)} on {q.device}; impl "native" takes float32 and '

@@ -18,7 +18,7 @@ from headwise.ops.attention import decode, dense, gathered, reference
 from headwise.ops.attention.spans import check_documents, visible_spans
 from headwise.ops.choice import check_choice
 from headwise.ops.gpu import runs_triton
-from headwise.ops.gradients import by_formulas, check_formulas, is_mapped, learns
+from headwise.ops.gradients import by_torch_alone, check_named, is_mapped, learns
 from headwise.ops.native import DTYPES, is_built, is_ready
 from headwise.ops.native.attention import largest_share, native_attention
 from headwise.ops.native.decode import native_decode
@@ -190,15 +190,18 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
     (`_MOST_ON_A_GPU`); gathered where a bias is added or the head width has no kernel. CPU: native
     where it is built and computes these operands; else decode for a few queries without gradients,
     gathered otherwise; dense for short inputs. Where too few heads are off, gathered computes all
-    (`gathered.largest_share`). Other devices, `torch.func` and forward gradients: dense.
+    (`gathered.largest_share`). Other devices, torch.export, `torch.func` and forward gradients:
+    dense.
     """
     learning = learns(x.q, x.k, x.v, x.gate)
     _, queries, heads, _ = x.q.shape
-    decoding = not learning and queries * heads <= _MOST_DECODED * x.k.shape[2]
+    # An exported program takes inputs of other lengths than the example, and must not ask.
+    asks = not learning and not torch.compiler.is_exporting()
+    decoding = asks and queries * heads <= _MOST_DECODED * x.k.shape[2]
     if impl == "auto":
-        fastest = "dense" if by_formulas() else _fastest(x, decoding, share_on)
+        fastest = "dense" if by_torch_alone() else _fastest(x, decoding, share_on)
         return Plan(fastest, decoding, learning)
-    check_formulas(impl, "dense", "reference")
+    check_named(impl, "dense", "reference")
     if impl == "reference" and is_mapped():
         raise ValueError("impl is 'reference', which torch.vmap cannot map; 'dense' can be")
     plan = Plan(impl, decoding, learning)

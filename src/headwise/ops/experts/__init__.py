@@ -1,6 +1,7 @@
 """A mixture of expert MLPs on flat tokens: signature, checks and choice of implementation.
 
 reference   A loop over tokens and choices: the specification.
+dense       Every expert on every token, by torch's own operators: skips nothing, goes everywhere.
 grouped     One expert after the other over its rows, activations kept in the caches: for CPUs.
 native      The same in C++, several experts at once, forward and backward, where `headwise compile`
             has built it.
@@ -18,20 +19,21 @@ from torch import Tensor
 from headwise.ops.activations import Activation
 from headwise.ops.choice import check_choice
 from headwise.ops.dtypes import autocasts, in_autocast
-from headwise.ops.experts import grouped_mm, reference
+from headwise.ops.experts import dense, grouped_mm, reference
 from headwise.ops.experts.grouped import grouped_mlp
 from headwise.ops.gpu import runs_triton
-from headwise.ops.gradients import check_formulas
+from headwise.ops.gradients import by_torch_alone, check_named
 from headwise.ops.native import DTYPES, is_ready
 from headwise.ops.native.experts import native_mlp
 from headwise.ops.tensors import check_operands, check_same_device, check_same_dtype, check_tensor
 
-Impl = Literal["auto", "reference", "grouped", "native", "grouped_mm", "triton"]
+Impl = Literal["auto", "reference", "dense", "grouped", "native", "grouped_mm", "triton"]
 
 _NATIVE_ACTIVATIONS = ("silu", "relu")
 _MOST_CHANNELS = 256  # of impl "triton", which keeps a row's sums in registers
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.expert_mlp,
+    "dense": dense.expert_mlp,
     "grouped": grouped_mlp,
     "native": native_mlp,
     "grouped_mm": grouped_mm.expert_mlp,
@@ -67,8 +69,9 @@ def expert_mlp(
         down_proj: Second matrices of the experts.
         activation: "silu", "gelu" or "relu".
         impl: "auto" is triton on CUDA devices for rows of up to 256 channels in half precision, and
-            grouped_mm for others; native on CPUs where it is built; and grouped elsewhere and where
-            those cannot compute this. A named one is that one or an error.
+            grouped_mm for others; native on CPUs where it is built; grouped elsewhere and where
+            those cannot compute this; and dense for torch.export, `torch.func` and forward
+            gradients. A named one is that one or an error.
 
     Returns:
         y in x's dtype; 0 for a token whose choices all go nowhere, also where it holds inf or NaN.
@@ -76,7 +79,7 @@ def expert_mlp(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, indices holds something else (on a
             CUDA device torch's assertion says so later), activation or impl is unknown, or impl
-            cannot compute this. `torch.func` and forward gradients differentiate "reference" only.
+            cannot compute this.
 
     Example (worked by hand): one expert, relu without gate, up 2, down 3, weight 1/2: x = 1 gives
     1/2 · 3 · relu(2) = 3.
@@ -106,7 +109,9 @@ def choose(x: Tensor, down_proj: Tensor, activation: Activation, impl: Impl = "a
         activation: "silu", "gelu" or "relu".
         impl: "auto" or a name.
     """
-    check_formulas(impl, "reference")
+    if impl == "auto" and by_torch_alone():
+        return "dense"
+    check_named(impl, "dense", "reference")
     if impl == "auto":
         if x.device.type == "cuda" and grouped_mm.computes(x, down_proj):
             return "triton" if _triton_computes(x, down_proj) else "grouped_mm"

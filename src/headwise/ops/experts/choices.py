@@ -6,14 +6,26 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("headwise::known_choices", mutates_args=())
 def known_choices(indices: Tensor, num_experts: int) -> Tensor:
     """Chosen experts [N, K] as one list [N·K], with num_experts for those that go nowhere (-1).
 
     Raises:
         ValueError: If there is another index than -1 and 0..num_experts-1. On other devices than
-            CPUs nothing waits for the indices: torch's assertion fails there, later.
+            CPUs nothing waits for the indices: torch's assertion fails there, later. An exported
+            program does not check them.
     """
+    if torch.compiler.is_exporting():
+        return _numbered(indices.flatten(), num_experts)
+    return checked_choices(indices, num_experts)
+
+
+def _numbered(flat: Tensor, num_experts: int) -> Tensor:
+    return flat.masked_fill(flat < 0, num_experts)
+
+
+@torch.library.custom_op("headwise::known_choices", mutates_args=())
+def checked_choices(indices: Tensor, num_experts: int) -> Tensor:
+    """`known_choices` as an operator, because torch.compile cannot follow a check of values."""
     flat = indices.flatten()
     if flat.numel() > 0 and flat.device.type == "cpu":
         lowest, highest = (int(x) for x in flat.aminmax())
@@ -25,10 +37,10 @@ def known_choices(indices: Tensor, num_experts: int) -> Tensor:
     elif flat.numel() > 0:
         known = ((flat >= -1) & (flat < num_experts)).all()
         torch._assert_async(known, f"indices must hold experts, 0..{num_experts - 1}, or -1")
-    return flat.masked_fill(flat < 0, num_experts)
+    return _numbered(flat, num_experts)
 
 
-@known_choices.register_fake
+@checked_choices.register_fake
 def _(indices: Tensor, *_: Any) -> Tensor:
     return indices.new_empty(indices.numel())
 
@@ -46,7 +58,7 @@ class Runs(NamedTuple):
 
     def go_somewhere(self) -> Tensor:
         """Which of the sorted choices have an expert, bool [N·K, 1]."""
-        places = torch.arange(len(self.order), device=self.order.device)
+        places = torch.arange(self.order.shape[0], device=self.order.device)
         return (places < self.ends[-2]).unsqueeze(1)
 
     def put_back(self, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.ops.gradients import by_formulas, differentiable_gradients
+from headwise.ops.gradients import by_torch_alone, differentiable_gradients
 from headwise.ops.native import DTYPES, is_ready, kernels
 from headwise.ops.stages import two_stage_gates
 from headwise.ops.tensors import adjacent
@@ -18,7 +18,7 @@ from headwise.ops.tensors import adjacent
 def has_kernel(logits: Tensor) -> bool:
     """Whether the kernel for softmaxes is there and computes this."""
     plain = logits.dtype == torch.float32 and logits.device.type == "cpu"
-    return plain and not by_formulas() and is_ready()
+    return plain and not by_torch_alone() and is_ready()
 
 
 def has_kernel_for_queries(q: Tensor) -> bool:
