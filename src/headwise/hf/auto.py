@@ -15,9 +15,11 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from headwise.hf.attention import check_implementation
+from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.conversion import Conversion, Converted
+from headwise.hf.former_names import forget_former_names, former_names
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
+from headwise.hf.reading import reading_model
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
 
@@ -39,6 +41,24 @@ class Routed(Converted, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         install(self, conversion)
 
+    def _can_set_experts_implementation(self) -> bool:
+        # transformers looks for its decorator in the file of the class, which is this one.
+        of_original: bool = self.original_class._can_set_experts_implementation()
+        return of_original or self.conversion.mlp is not None
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """transformers' own; for experts of ours, the default is ours."""
+        conversion = self.conversion
+        if conversion.mlp is not None:
+            requested_experts = requested_experts or NAME
+            if conversion.ternary != "no" and requested_experts != NAME:
+                raise ValueError(
+                    f"experts_implementation is {requested_experts!r}; ternary experts take "
+                    f"{NAME!r} only"
+                )
+        found: str = super().get_correct_experts_implementation(requested_experts)
+        return found
+
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but strict, and not tensor-parallel.
@@ -48,7 +68,11 @@ class Routed(Converted, PreTrainedModel):
                 or tensor parallelism.
         """
         refuse_tensor_parallel_loading(kwargs)
-        return super().from_pretrained(path, *args, **kwargs)
+        with reading_model(path):
+            names = former_names(path, kwargs) | (kwargs.pop("key_mapping", None) or {})
+        found = super().from_pretrained(path, *args, key_mapping=names, **kwargs)
+        forget_former_names(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own, but not away from routed heads: another function would ignore them."""
