@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from headwise.hf.adapters import MODEL_TYPE, DefaultTargets
 from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.former_names import forget_former_names, former_names
@@ -23,7 +24,6 @@ from headwise.hf.reading import reading_model
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import with_routing_loss
 
-MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
@@ -98,7 +98,7 @@ def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTra
         )
     name = f"{_PREFIX}{base_config.__name__}"
     of_config = {"model_type": MODEL_TYPE, "__reduce_ex__": _reduced_to(model_class, 1)}
-    config_class = type(name, (base_config,), of_config)
+    config_class = type(name, (DefaultTargets, base_config), of_config)
     members = {
         "__reduce_ex__": _reduced_to(model_class, 0),
         "config_class": config_class,

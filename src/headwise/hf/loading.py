@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from headwise.hf.auto import MODEL_TYPE, class_named
+from headwise.hf.adapters import MODEL_TYPE
+from headwise.hf.auto import class_named
 from headwise.hf.reading import load_strictly, reading_model
 
 # The options of `from_pretrained` that say where on the hub a model is, and who asks.
