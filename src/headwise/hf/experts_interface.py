@@ -12,15 +12,15 @@ from transformers.integrations.moe import (
 
 from headwise.hf.attention import NAME
 from headwise.nn.experts import Experts
-from headwise.ops import expert_mlp
 from headwise.ops.activations import activate
 
 
 class RoutedExperts(Experts):
     """`Experts` by the implementation that the model's config names.
 
-    "headwise" is `ops.expert_mlp`; "eager" the same, one expert after the other; "batched_mm",
-    "grouped_mm" and others are transformers' functions, which find here what they ask for.
+    "headwise" is `ops.expert_mlp`; "eager" one expert after the other in plain PyTorch;
+    "batched_mm", "grouped_mm" and others are transformers' functions, which find here what they ask
+    for.
 
     Attributes:
         config: The model's, in which `model.set_experts_implementation` writes the name.
@@ -39,7 +39,7 @@ class RoutedExperts(Experts):
     ) -> Tensor:
         """What the chosen experts say of each row, weighted."""
         name = self.config._experts_implementation
-        compute = ALL_EXPERTS_FUNCTIONS.get_interface(name, _one_after_the_other)
+        compute = ALL_EXPERTS_FUNCTIONS.get_interface(name, Experts.one_after_the_other)
         y: Tensor = compute(self, hidden_states, top_k_index, top_k_weights)
         return y
 
@@ -55,20 +55,6 @@ def go_through_interface(experts: Experts, config: PreTrainedConfig) -> None:
     """Let experts ask the config who computes them; their parameters stay."""
     experts.__class__ = RoutedExperts
     experts.config = config
-
-
-def _one_after_the_other(
-    experts: RoutedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    return expert_mlp(
-        hidden_states,
-        top_k_weights,
-        top_k_index,
-        experts.first_proj,
-        experts.down_proj,
-        activation=experts.activation,
-        impl="grouped",
-    )
 
 
 def _compute(

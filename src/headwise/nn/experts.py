@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from headwise.ops import expert_mlp
 from headwise.ops.activations import Activation, activate
@@ -80,8 +81,10 @@ class Experts(StackedExperts):
         """`ops.expert_mlp` by its own matrices; without choices expert 0, for every row."""
         up, down = self.first_proj, self.down_proj
         if top_k_index is None or top_k_weights is None:
-            raised = linear(hidden_states, up[0])
-            return linear(activate(raised, self.activation, down.shape[2]), down[0])
+            return self._expert(0, hidden_states)
+        if is_traceable_wrapper_subclass(up) or is_traceable_wrapper_subclass(down):
+            # Quantised; such a tensor knows linear maps, and no operator of ours.
+            return self.one_after_the_other(hidden_states, top_k_index, top_k_weights)
         return expert_mlp(
             hidden_states,
             top_k_weights,
@@ -91,6 +94,27 @@ class Experts(StackedExperts):
             activation=self.activation,
             impl=self.impl,
         )
+
+    def one_after_the_other(
+        self,
+        hidden_states: Float[Tensor, "N D"],
+        top_k_index: Int[Tensor, "N K"],
+        top_k_weights: Float[Tensor, "N K"],
+    ) -> Float[Tensor, "N D"]:
+        """The same in operators of torch alone, each expert over its rows."""
+        y = torch.zeros_like(hidden_states)
+        index = top_k_index.masked_fill(top_k_weights == 0, -1)
+        for expert in index.unique().tolist():
+            if expert >= 0:
+                rows, place = torch.where(index == expert)
+                out = self._expert(expert, hidden_states[rows]) * top_k_weights[rows, place, None]
+                y = y.index_add(0, rows, out.to(y.dtype))
+        return y
+
+    def _expert(self, expert: int, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        raised = linear(x, self.first_proj[expert])
+        hidden_dim = self.down_proj.shape[2]
+        return linear(activate(raised, self.activation, hidden_dim), self.down_proj[expert])
 
     def extra_repr(self) -> str:
         num_experts, dim, hidden = self.down_proj.shape
