@@ -75,10 +75,10 @@ def test_mh_moe_is_made_of_ternary_maps():
     for place in torch.cartesian_prod(*map(torch.arange, u.shape[:3])).tolist():
         b, t, h = place
         for weight, e in zip(routing.weights[b, t, h], routing.indices[b, t, h], strict=True):
-            up, down = layer.experts.up_proj[e], layer.experts.down_proj[e]
+            up, down = layer.experts.first_proj[e], layer.experts.down_proj[e]
             out[b, t, h] += weight * expert(u[b, t, h], up, down)
     want = bit(out.flatten(2), layer.merge_proj.weight, layer.merge_proj.bias)
-    want += expert(x, layer.shared_expert.up_proj[0], layer.shared_expert.down_proj[0])
+    want += expert(x, layer.shared_expert.first_proj[0], layer.shared_expert.down_proj[0])
     assert_close(y, want)
 
 

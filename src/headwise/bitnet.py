@@ -15,8 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.hf.auto import Routed
+from headwise.hf.experts_interface import RoutedExperts
 from headwise.hf.surgery import modules_of_layers, pack_layers
-from headwise.nn.ternarize import become, pack_inside, ternary_kinds
+from headwise.nn.bitlinear import TernaryExperts
+from headwise.nn.ternarize import TERNARY, become, pack_inside, ternary_kinds
 from headwise.ops.fields import check
 
 
@@ -41,6 +43,7 @@ def ternarize(module: Any) -> Any:
     """
     check("module", module, nn.Module)
     inside = module.named_modules()
+    known = TERNARY | {RoutedExperts: TernaryExperts}
     if isinstance(module, Routed):
         inside = modules_of_layers(module)
     elif isinstance(module, PreTrainedModel):
@@ -48,7 +51,7 @@ def ternarize(module: Any) -> Any:
             f"{type(module).__name__} is a transformers model, which must know of it to load "
             "again; use headwise.convert(model, ternary=True)"
         )
-    kinds = ternary_kinds(inside)
+    kinds = ternary_kinds(inside, known)
     if not kinds:
         raise ValueError(
             f"{type(module).__name__} has no nn.Linear and no experts that are not ternary already"

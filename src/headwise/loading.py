@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from headwise.errors import UnreadableError
-from headwise.hf.auto import MODEL_TYPE
+from headwise.hf.adapters import MODEL_TYPE
 from headwise.hf.loading import check_holds_model, check_place, config_in
 from headwise.hf.reading import load_strictly, reading_model
 from headwise.models import DiTConfig

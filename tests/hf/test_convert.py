@@ -92,7 +92,7 @@ def test_parameters_that_are_kept_keep_their_names_and_values(tiny):
     assert all(torch.equal(after[name], before[name]) for name in before if name not in gone)
     new = {name.removeprefix("model.layers.1.") for name in after if name not in before}
     assert {name for name in new if name.startswith("mlp")} == {
-        "mlp.layer.router.weight", "mlp.layer.experts.up_proj", "mlp.layer.experts.down_proj"
+        "mlp.layer.router.weight", "mlp.layer.experts.gate_up_proj", "mlp.layer.experts.down_proj"
     }  # fmt: skip
     assert {"self_attn.router.shared.weight", "self_attn.router.routed.weight"} <= new
 
@@ -146,7 +146,7 @@ def test_experts_start_with_the_models_own_deviation(tiny):
     layer = model.model.layers[0].mlp.layer
     assert layer.experts.down_proj.std().item() == pytest.approx(0.3, rel=0.15)
     up = 0.3 * layer.num_heads**0.5  # sub-tokens are so much narrower
-    assert layer.experts.up_proj.std().item() == pytest.approx(up, rel=0.15)
+    assert layer.experts.gate_up_proj.std().item() == pytest.approx(up, rel=0.15)
 
 
 def test_a_path_is_loaded_first(tiny, tmp_path, ids):

@@ -77,6 +77,6 @@ def test_one_expert_with_the_mlps_weights_is_the_mlp(tiny, ids):
     for layer, old in zip(model.model.layers, original.model.layers, strict=True):
         experts = layer.mlp.layer.experts
         up = torch.cat([old.mlp.gate_proj.weight, old.mlp.up_proj.weight])
-        experts.up_proj.data[0] = up.data
+        experts.gate_up_proj.data[0] = up.data
         experts.down_proj.data[0] = old.mlp.down_proj.weight.data
     assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-6)

@@ -38,7 +38,7 @@ def test_one_expert_is_a_plain_ffn(gated):
     layer = MoE(D, num_experts=1, top_k=1, expert_dim=11, glu=gated)
     x = torch.randn(B, T, D)
     y, routing = layer(x)
-    up, down = layer.experts.up_proj[0], layer.experts.down_proj[0]
+    up, down = layer.experts.first_proj[0], layer.experts.down_proj[0]
     assert_close(y, ffn(x, up, down, gated), rtol=1e-6, atol=1e-7)
     assert (routing.weights == 1).all()
 
@@ -63,7 +63,7 @@ def test_equals_the_paper_s_equations(bias, inner_residual, shared, normalize):
                 p = (layer.router.weight @ u).softmax(0)
                 best = p.topk(2)
                 weights = best.values / best.values.sum() if normalize else best.values
-                ups, downs = layer.experts.up_proj, layer.experts.down_proj
+                ups, downs = layer.experts.first_proj, layer.experts.down_proj
                 o = sum(
                     w * ffn(u, ups[e], downs[e]) for w, e in zip(weights, best.indices, strict=True)
                 )
@@ -72,7 +72,7 @@ def test_equals_the_paper_s_equations(bias, inner_residual, shared, normalize):
             want = layer.merge_proj(torch.cat(subs))
             if shared:
                 want = want + ffn(
-                    x[b, t], layer.shared_expert.up_proj[0], layer.shared_expert.down_proj[0]
+                    x[b, t], layer.shared_expert.first_proj[0], layer.shared_expert.down_proj[0]
                 )
             assert_close(y[b, t], want)
 
@@ -165,13 +165,13 @@ def test_autocast_trains_close_to_float32():
 def test_parameters_have_the_documented_shapes(gated):
     layer = MHMoE(D, num_heads=3, **EXPERTS, glu=gated, shared_expert_dim=13, bias=True)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    rows = 2 if gated else 1
+    rows, first = (2, "gate_up_proj") if gated else (1, "up_proj")
     assert shapes == {
         "head_proj.weight": (15, 15), "head_proj.bias": (15,),
         "merge_proj.weight": (15, 15), "merge_proj.bias": (15,),
         "router.weight": (7, 5),
-        "experts.up_proj": (7, 11 * rows, 5), "experts.down_proj": (7, 5, 11),
-        "shared_expert.up_proj": (1, 13 * rows, 15), "shared_expert.down_proj": (1, 15, 13),
+        f"experts.{first}": (7, 11 * rows, 5), "experts.down_proj": (7, 5, 11),
+        f"shared_expert.{first}": (1, 13 * rows, 15), "shared_expert.down_proj": (1, 15, 13),
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_reset_experts_sets_the_deviation_of_all_of_them():
     layer = MHMoE(40, num_heads=4, num_experts=7, top_k=2, expert_dim=31, shared_expert_dim=13)
     layer.reset_experts(std=0.5)
     others = [layer.experts.down_proj, *layer.shared_expert.parameters()]
-    for weight, std in [(layer.experts.up_proj, 1.0), *((w, 0.5) for w in others)]:
+    for weight, std in [(layer.experts.first_proj, 1.0), *((w, 0.5) for w in others)]:
         assert weight.std().item() == pytest.approx(std, rel=0.15)
 
 

@@ -89,10 +89,11 @@ def test_two_matrices_are_three_whose_value_is_always_one():
     x = tokens()
     x[..., 0] = 1
     with torch.no_grad():
-        gated.experts.up_proj[:, 11:] = 0
-        gated.experts.up_proj[:, 11:, 0] = 1
+        gated.experts.gate_up_proj[:, 11:] = 0
+        gated.experts.gate_up_proj[:, 11:, 0] = 1
         state = gated.state_dict()
-        first.load_state_dict(state | {"experts.up_proj": state["experts.up_proj"][:, :11]})
+        state["experts.up_proj"] = state.pop("experts.gate_up_proj")[:, :11]
+        first.load_state_dict(state)
     assert_close(first(x)[0], gated(x)[0])
 
 
@@ -104,7 +105,7 @@ def test_the_activation_of_an_expert_of_two_matrices(activation, of):
     layer = MHMoE(D, **sizes, glu=False, activation=activation).double()
     x = tokens()
     u = layer.head_proj(x).unflatten(-1, (3, 5))
-    up, down = layer.experts.up_proj[0], layer.experts.down_proj[0]
+    up, down = layer.experts.first_proj[0], layer.experts.down_proj[0]
     assert_close(layer(x)[0], layer.merge_proj((of(u @ up.T) @ down.T).flatten(2)))
 
 

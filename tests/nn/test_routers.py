@@ -20,7 +20,7 @@ SCORES = pytest.mark.parametrize("scores", ["softmax", "sparsemax", "sigmoid"])
 def test_two_stage_is_route_heads_of_three_products(mode, scores):
     options = {"mode": mode, "scores": scores}
     router, x = TwoStageRouter(13, BUDGET, std=0.3, **options), torch.randn(2, 3, 13)
-    logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
+    logits = [x @ m(x).T for m in (router.shared, router.routed, router.stage)]
     assert_close(router(x)[:4], route_heads(*logits, top_k=3, **options)[:4])
 
 
@@ -66,7 +66,7 @@ def test_one_stage_leaves_shared_heads_at_one(mode):
     assert (routing.weights[..., budget.named_shared] == 1).all()
     of_others = [routing.weights[..., 3 * group] for group in (0, 2, 4)]
     none = x.new_zeros(2, 3, 0)
-    want = route_heads(none, x @ router.routed().T, None, top_k=2, mode=mode)
+    want = route_heads(none, x @ router.routed(x).T, None, top_k=2, mode=mode)
     assert_close(torch.stack(of_others, -1), want.weights)
     assert_close(routing[1:4], want[1:4])
 
@@ -111,7 +111,7 @@ def test_two_stage_gates_of_groups_by_hand():
 def test_maps_score_groups_and_all_heads_of_a_group_get_its_gate():
     for mode in ("released", "paper"):
         router, x = TwoStageRouter(13, GROUPS, mode=mode), torch.randn(2, 3, 13)
-        logits = [x @ m().T for m in (router.shared, router.routed, router.stage)]
+        logits = [x @ m(x).T for m in (router.shared, router.routed, router.stage)]
         assert [x.shape[-1] for x in logits] == [2, 3, 2]
         want = route_heads(*logits, top_k=2, mode=mode)
         routing = router(x)

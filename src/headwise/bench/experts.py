@@ -74,7 +74,7 @@ def experts_only(effort: Effort, dtype: torch.dtype, tokens: int) -> Comparison:
     x = torch.randn(3 * tokens, DIM // 3, device=effort.device).to(dtype)
     routing = layer.router(x)
     weights, indices = routing.weights.detach().to(dtype), routing.indices
-    up, down = (w.detach() for w in (layer.experts.up_proj, layer.experts.down_proj))
+    up, down = (w.detach() for w in (layer.experts.gate_up_proj, layer.experts.down_proj))
 
     def ours() -> Tensor:
         return expert_mlp(x, weights, indices, up, down)
@@ -134,7 +134,7 @@ def compared(layer: MoE, x: Tensor, *, backward: bool) -> Tensors:
 
     def compute(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         weights = routing.weights.to(dtype)
-        tensors = [x.to(dtype) for x in (flat, layer.experts.up_proj, layer.experts.down_proj)]
+        tensors = [x.to(dtype) for x in (flat, layer.experts.gate_up_proj, layer.experts.down_proj)]
         return value_and_gradients(
             lambda rows, up, down: function(rows, weights, routing.indices, up, down),
             tensors,

@@ -65,12 +65,12 @@ class ReleasedAttention(nn.Module):
         count = len(router.budget.shared_groups)
         # One shared head has no softmax: its share is 1.
         even = x.new_ones(*x.shape[:2], 1)
-        shared = even if count == 1 else count * linear(x, router.shared()).softmax(-1)  # type: ignore[operator]
-        scores = linear(x, router.routed()).softmax(-1)  # type: ignore[operator]
+        shared = even if count == 1 else count * linear(x, router.shared(x)).softmax(-1)  # type: ignore[operator]
+        scores = linear(x, router.routed(x)).softmax(-1)  # type: ignore[operator]
         best = scores.topk(router.budget.top_k, dim=-1).indices
         kept = scores * torch.zeros_like(scores).scatter(-1, best, 1.0)
         total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).eps)
-        stages = 2 * linear(x, router.stage()).softmax(-1)  # type: ignore[operator]
+        stages = 2 * linear(x, router.stage(x)).softmax(-1)  # type: ignore[operator]
         first, second = stages.split(1, dim=-1)
         gates = torch.cat([first * shared, second * router.budget.top_k * kept / total], dim=-1)
         gated = heads.transpose(1, 2) * gates.unsqueeze(-1)

@@ -185,7 +185,7 @@ def expert_layer(effort: Effort, dtype: torch.dtype, tokens: int, count: int) ->
     block.load_state_dict(
         {
             "gate.weight": torch.randn(count, WIDTH) / WIDTH**0.5,
-            "experts.gate_up_proj": ours.experts.up_proj.detach(),
+            "experts.gate_up_proj": ours.experts.gate_up_proj.detach(),
             "experts.down_proj": ours.experts.down_proj.detach(),
         }
     )

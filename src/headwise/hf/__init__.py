@@ -11,6 +11,7 @@ from headwise.hf.fitting.experts import fit_experts
 from headwise.hf.fitting.heads import fit
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load
+from headwise.hf.quantized import QuantizedBytes, quantized_bytes
 from headwise.hf.recorder import record_routing
 from headwise.hf.trainers import add_balance_loss
 
@@ -21,12 +22,14 @@ __all__ = [
     "MHMoEConfig",
     "MoEConfig",
     "MoHConfig",
+    "QuantizedBytes",
     "add_balance_loss",
     "calibrate",
     "convert",
     "fit",
     "fit_experts",
     "load",
+    "quantized_bytes",
     "record_routing",
     "restore",
 ]

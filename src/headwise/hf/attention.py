@@ -27,6 +27,12 @@ def install_router(attention: nn.Module, router: HeadRouter) -> None:
     attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
 
 
+def router_of(attention: Any) -> Any:
+    """The router of an attention itself, where an adapter of PEFT may stand around it; or None."""
+    router: Any = getattr(attention, "router", None)
+    return router.get_base_layer() if hasattr(router, "get_base_layer") else router
+
+
 def check_implementation(name: Any) -> None:
     """Raises ValueError unless it is our attention function, for another would ignore routers."""
     if name != NAME:
@@ -97,7 +103,7 @@ def attend(
     documents in a row, come from a collator that flattens a batch; with a `cache` of pages, from
     continuous batching. Elsewhere the mask has the sliding window in it.
     """
-    router: Any = getattr(module, "router", None)
+    router = router_of(module)
     if router is not None:
         for name in ("softcap", "s_aux"):
             if kwargs.get(name) is not None:

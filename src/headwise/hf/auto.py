@@ -20,15 +20,17 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from headwise.hf.adapters import MODEL_TYPE, DefaultTargets
 from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.batching import init_continuous_batching
 from headwise.hf.conversion import Conversion, Converted
+from headwise.hf.former_names import forget_former_names, former_names
 from headwise.hf.parallelism import refuse_tensor_parallel_loading
+from headwise.hf.reading import reading_model
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import bound_with_routing_loss, with_routing_loss
 from headwise.results.files import write_whole
 
-MODEL_TYPE = "headwise"
 _PREFIX = "Routed"
 # The module beside the weights, which transformers imports with trust_remote_code=True. What it
 # imports is looked for first, and where it is missing transformers says to install it.
@@ -58,6 +60,24 @@ class Routed(Converted, PreTrainedModel):
         if not any(isinstance(module, Routed) for module in self.modules() if module is not self):
             install(self, conversion)
 
+    def _can_set_experts_implementation(self) -> bool:
+        # transformers looks for its decorator in the file of the class, which is this one.
+        of_original: bool = self.original_class._can_set_experts_implementation()
+        return of_original or self.conversion.mlp is not None
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """transformers' own; for experts of ours, the default is ours."""
+        conversion = self.conversion
+        if conversion.mlp is not None:
+            requested_experts = requested_experts or NAME
+            if conversion.ternary != "no" and requested_experts != NAME:
+                raise ValueError(
+                    f"experts_implementation is {requested_experts!r}; ternary experts take "
+                    f"{NAME!r} only"
+                )
+        found: str = super().get_correct_experts_implementation(requested_experts)
+        return found
+
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but strict, and not tensor-parallel.
@@ -67,7 +87,11 @@ class Routed(Converted, PreTrainedModel):
                 or tensor parallelism.
         """
         refuse_tensor_parallel_loading(kwargs)
-        return super().from_pretrained(path, *args, **kwargs)
+        with reading_model(path):
+            names = former_names(path, kwargs) | (kwargs.pop("key_mapping", None) or {})
+        found = super().from_pretrained(path, *args, key_mapping=names, **kwargs)
+        forget_former_names(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, which would want another attention."""
@@ -102,7 +126,7 @@ class Routed(Converted, PreTrainedModel):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-class _OfRouted:
+class _OfRouted(DefaultTargets):
     """Mixed into the class of a converted model's config."""
 
     def __post_init__(self, **fields: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from headwise.hf.attention import NAME
 from headwise.hf.auto import describe, routed_classes
 from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
 from headwise.hf.expert_configs import FittedExperts, MoEConfig
@@ -117,6 +118,8 @@ def convert(
     model.config.__class__ = config_class
     model.config.base_model_type = base_model_type
     model.config.headwise = conversion.to_dict()
+    if of_experts is not None:
+        model.set_experts_implementation(NAME)
     # As saving the model would; a config that is saved alone must say so, too.
     model.config.architectures = [model_class.__name__]
     describe(model.config)

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from headwise.hf.auto import MODEL_TYPE, class_named
+from headwise.hf.adapters import MODEL_TYPE
+from headwise.hf.auto import class_named
 from headwise.hf.reading import load_strictly, reading_model
 from headwise.results.files import as_object
 

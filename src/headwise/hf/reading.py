@@ -168,7 +168,12 @@ def _not_finite(model: nn.Module) -> list[str]:
     # Processes that get their shards from the first one hold what was in memory before.
     if is_fsdp_enabled():
         return []
-    named = [(n, x) for n, x in model.named_parameters() if x.dtype in _DTYPES and not x.is_meta]
+    named = [
+        (name, x)
+        for name, x in model.named_parameters()
+        # Quantised ones have types of their own, and few operators.
+        if x.dtype in _DTYPES and not x.is_meta and type(x) is nn.Parameter
+    ]
     # One pass without a copy; where large values add up to infinity a second one decides.
     suspects = [(n, x) for n, x in named if not x.detach().sum().isfinite()]
     return [n for n, x in suspects if not x.isfinite().all()]

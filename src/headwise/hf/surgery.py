@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
 from headwise.hf.expert_configs import FittedExperts
+from headwise.hf.experts_interface import go_through_interface
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.output_gates import check_has_gates
 from headwise.hf.projections import skip_heads
@@ -66,6 +67,8 @@ def install(
         model.set_submodule(name, routed_mlp)
         if ternary:
             kinds |= ternary_kinds(routed_mlp.named_modules())
+        else:
+            go_through_interface(routed_mlp.layer.experts, model.config)
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)

@@ -52,7 +52,7 @@ def _start_as_slices(layer: MoE, mlp: Any) -> None:
     )
     down = rearrange(mlp.down_proj.weight, "(j s) (i f) -> (i j) s f", i=slices, j=heads)
     with torch.no_grad():
-        experts.up_proj.copy_(heads**0.5 * torch.cat([gate, up], dim=1))
+        experts.gate_up_proj.copy_(heads**0.5 * torch.cat([gate, up], dim=1))
         experts.down_proj.copy_(slices * down)
         if isinstance(layer, MHMoE):
             for proj in filter(None, (layer.head_proj, layer.merge_proj)):
@@ -86,10 +86,10 @@ def _start_as_groups(layer: MoE, mlp: Any, order: Tensor, fitted: Mapping[str, T
         if layer.shared_expert is not None:
             written = down[:, :num_shared] * of_shared.repeat_interleave(layer.expert_dim).to(down)
             shared: Any = layer.shared_expert
-            shared.up_proj.copy_(torch.cat([gate[:num_shared], up[:num_shared]]))
+            shared.gate_up_proj.copy_(torch.cat([gate[:num_shared], up[:num_shared]]))
             shared.down_proj.copy_(written)
         read = [w[num_shared:].unflatten(0, (layer.num_experts, -1)) for w in (gate, up)]
-        experts.up_proj.copy_(torch.cat(read, dim=1))
+        experts.gate_up_proj.copy_(torch.cat(read, dim=1))
         experts.down_proj.copy_(
             rearrange(down[:, num_shared:], "d (e f) -> e d f", f=layer.expert_dim)
         )
@@ -124,8 +124,9 @@ def check_is_cut(layer: MoE, mlp: Any) -> None:
             f"together must have the hidden width of {kind}, {width}: {fitting}"
         )
     x = torch.linspace(-4, 4, 65)
-    if not torch.allclose(mlp.act_fn(x), activate(x, layer.activation, len(x)), atol=1e-6):
+    activation = layer.experts.activation
+    if not torch.allclose(mlp.act_fn(x), activate(x, activation, len(x)), atol=1e-6):
         raise ValueError(
-            f"activation is {layer.activation!r}; with experts_from 'mlp' it must be that of "
+            f"activation is {activation!r}; with experts_from 'mlp' it must be that of "
             f"{kind}, {mlp.act_fn}"
         )

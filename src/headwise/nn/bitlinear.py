@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headwise.nn.buffers import KeepsBuffers
-from headwise.nn.mh_moe import Experts
+from headwise.nn.experts import Experts, StackedExperts
 from headwise.ops.activations import Activation
 from headwise.ops.experts import Impl
 from headwise.ops.ternary import Quantized, pack, quantize_weight, ternary_linear, unpack
@@ -72,25 +72,27 @@ class _TernaryMix(nn.Module):
     """What `Experts` computes, with ternary matrices and activations of 8 bits."""
 
     matrices: Any
+    activation: Activation
+    impl: Impl
 
     def forward(
         self,
-        x: Float[Tensor, "*batch D"],
-        weights: Float[Tensor, "N K"] | None = None,
-        indices: Int[Tensor, "N K"] | None = None,
-        *,
-        activation: Activation,
-        impl: Impl = "auto",
+        hidden_states: Float[Tensor, "*batch D"],
+        top_k_index: Int[Tensor, "N K"] | None = None,
+        top_k_weights: Float[Tensor, "N K"] | None = None,
     ) -> Float[Tensor, "*batch D"]:
-        """`ops.ternary_mlp` by its own matrices; without weights expert 0, for every row."""
-        if impl != "auto":
-            raise ValueError(f"impl is {impl!r}; ternary experts have one, so it must be 'auto'")
-        rows = x.flatten(end_dim=-2)
-        if weights is None or indices is None:
-            weights = rows.new_ones(rows.shape[0], 1)
-            indices = torch.zeros_like(weights, dtype=torch.long)
+        """`ops.ternary_mlp` by its own matrices; without choices expert 0, for every row."""
+        if self.impl != "auto":
+            raise ValueError(
+                f"impl is {self.impl!r}; ternary experts have one, so it must be 'auto'"
+            )
+        x = hidden_states.flatten(end_dim=-2)
+        if top_k_index is None or top_k_weights is None:
+            top_k_weights = x.new_ones(x.shape[0], 1)
+            top_k_index = torch.zeros_like(top_k_weights, dtype=torch.long)
         matrices = self.matrices(x.dtype)
-        return ternary_mlp(rows, weights, indices, *matrices, activation=activation).view(x.shape)
+        y = ternary_mlp(x, top_k_weights, top_k_index, *matrices, activation=self.activation)
+        return y.view(hidden_states.shape)
 
 
 class TernaryExperts(_TernaryMix, Experts):
@@ -98,26 +100,26 @@ class TernaryExperts(_TernaryMix, Experts):
 
     def matrices(self, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
         """Both of them, ternary; they have the model's dtype."""
-        return quantize_experts(self.up_proj, self.down_proj)
+        return quantize_experts(self.first_proj, self.down_proj)
 
 
-class PackedExperts(_TernaryMix, KeepsBuffers):
+class PackedExperts(_TernaryMix, StackedExperts, KeepsBuffers):
     """TernaryExperts for inference; raises ValueError in a forward in training mode.
 
-    up_proj uint8 [E, U, D / 4] with up_scale [E, 2] (gate first) or [E, 1], down_proj uint8
-    [E, D, F / 4] with down_scale [E].
+    gate_up_proj or up_proj uint8 [E, U, D / 4] with up_scale [E, 2] (gate first) or [E, 1],
+    down_proj uint8 [E, D, F / 4] with down_scale [E].
     """
 
-    up_proj: Tensor
     up_scale: Tensor
-    down_proj: Tensor
     down_scale: Tensor
 
     def __init__(self, experts: TernaryExperts):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = experts.down_proj.shape
-        up, down = quantize_experts(experts.up_proj.detach(), experts.down_proj.detach())
-        self.register_buffer("up_proj", pack(up.levels.flatten(1, 2)))
+        self.has_gate, self.activation = experts.has_gate, experts.activation
+        self.impl = experts.impl
+        up, down = quantize_experts(experts.first_proj.detach(), experts.down_proj.detach())
+        self.register_buffer(self.first_name, pack(up.levels.flatten(1, 2)))
         self.register_buffer("up_scale", up.scale)
         self.register_buffer("down_proj", pack(down.levels))
         self.register_buffer("down_scale", down.scale)
@@ -125,20 +127,20 @@ class PackedExperts(_TernaryMix, KeepsBuffers):
     @property
     def num_weights(self) -> int:
         """Ternary values, four of which are a byte."""
-        matrices = self.up_scale.shape[1] + 1
+        matrices = 3 if self.has_gate else 2
         return self.num_experts * matrices * self.dim * self.hidden_dim
 
     def matrices(self, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
         """As `quantize_experts` gave them."""
         _refuse_training(self)
-        up = unpack(self.up_proj, self.dim, dtype=dtype).unflatten(1, (-1, self.hidden_dim))
+        up = unpack(self.first_proj, self.dim, dtype=dtype).unflatten(1, (-1, self.hidden_dim))
         down = unpack(self.down_proj, self.hidden_dim, dtype=dtype)
         return Quantized(up, self.up_scale), Quantized(down, self.down_scale)
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, "
-            f"glu={self.up_scale.shape[1] == 2}"
+            f"glu={self.has_gate}, activation={self.activation}"
         )
 
 

@@ -1,11 +1,11 @@
 """The sparse mixture of experts, and Multi-Head Mixture-of-Experts, which splits its tokens."""
 
 import math
+from itertools import chain
 from typing import Any, Literal
 
-import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headwise.nn.expert_routers import (
@@ -14,14 +14,14 @@ from headwise.nn.expert_routers import (
     FittedExpertRouter,
     LinearRouter,
 )
+from headwise.nn.experts import Experts
 from headwise.nn.linear import project
 from headwise.nn.tokens import check_tokens
-from headwise.ops import ExpertRouting, expert_mlp
-from headwise.ops.activations import Activation, activate
+from headwise.ops import ExpertRouting
+from headwise.ops.activations import Activation
 from headwise.ops.experts import Impl
 from headwise.ops.fields import Count, Index, Weight, checked
 from headwise.ops.first_pass import mark_first_pass
-from headwise.ops.linear import linear
 from headwise.ops.scores import TokenScores
 
 ExpertRouterName = Literal["linear", "cosine", "fitted"]
@@ -80,7 +80,7 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.dim, self.num_experts, self.expert_dim = dim, num_experts, expert_dim
-        self.inner_residual, self.activation, self.impl = inner_residual, activation, impl
+        self.inner_residual = inner_residual
         # First, so that parameters keep their order and draw the same random numbers as ever.
         self._add_projections()
         width = dim // self.num_heads
@@ -99,9 +99,13 @@ class MoE(nn.Module):
                 scores=scores,
                 bias_rate=bias_rate,
             )
-        self.experts = Experts(num_experts, width, expert_dim, glu=glu)
+        self.experts = Experts(
+            num_experts, width, expert_dim, glu=glu, activation=activation, impl=impl
+        )
         self.shared_expert = (
-            Experts(1, dim, shared_expert_dim, glu=glu) if shared_expert_dim else None
+            Experts(1, dim, shared_expert_dim, glu=glu, activation=activation)
+            if shared_expert_dim
+            else None
         )
 
     def _add_projections(self) -> None:
@@ -116,10 +120,10 @@ class MoE(nn.Module):
                 that read sub-tokens, num_heads times as narrow, get √num_heads times as much, so
                 that what they compute starts as large.
         """
-        nn.init.normal_(self.experts.up_proj, std=std * math.sqrt(self.num_heads))
+        nn.init.normal_(self.experts.first_proj, std=std * math.sqrt(self.num_heads))
         nn.init.normal_(self.experts.down_proj, std=std)
         if self.shared_expert is not None:
-            nn.init.normal_(self.shared_expert.up_proj, std=std)
+            nn.init.normal_(self.shared_expert.first_proj, std=std)
             nn.init.normal_(self.shared_expert.down_proj, std=std)
 
     def forward(
@@ -137,21 +141,21 @@ class MoE(nn.Module):
         Raises:
             ValueError: If x or mask has another shape or dtype.
         """
-        check_tokens(x, mask, dim=self.dim, weight=self.experts.up_proj)
+        # Not by name: an adapter may stand around the experts.
+        weight = next(chain(self.experts.parameters(), self.experts.buffers()))
+        check_tokens(x, mask, dim=self.dim, weight=weight)
         u = self.split(x)
         routing = self.router(u, None if mask is None else mask.unsqueeze(-1).expand(u.shape[:-1]))
         flat = rearrange(u, "b t h s -> (b t h) s")
         out = self.experts(
             flat,
-            rearrange(routing.weights, "b t h k -> (b t h) k"),
             rearrange(routing.indices, "b t h k -> (b t h) k"),
-            activation=self.activation,
-            impl=self.impl,
+            rearrange(routing.weights, "b t h k -> (b t h) k"),
         )
         out = flat + out if self.inner_residual else out
         y = self.merge(out.reshape(x.shape))
         if self.shared_expert is not None:
-            y = y + self.shared_expert(x, activation=self.activation)
+            y = y + self.shared_expert(x)
         return y, mark_first_pass(routing)
 
     def split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T h s"]:
@@ -163,10 +167,7 @@ class MoE(nn.Module):
         return parts
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, activation={self.activation}, "
-            f"inner_residual={self.inner_residual}, impl={self.impl}"
-        )
+        return f"num_heads={self.num_heads}, inner_residual={self.inner_residual}"
 
 
 def _check_options_of_fitted(scores: TokenScores, bias_rate: float) -> None:
@@ -235,39 +236,3 @@ class MHMoE(MoE):
     def merge(self, parts: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """W_merge concat(o)."""
         return parts if self.merge_proj is None else project(self.merge_proj, parts)
-
-
-class Experts(nn.Module):
-    """The stacked matrices of E two-layer MLPs, and what these say of rows.
-
-    up_proj [E, 2F, D] holds the gate rows first (glu) or is [E, F, D]; down_proj is [E, D, F].
-    """
-
-    @checked
-    def __init__(self, num_experts: Count, dim: Count, hidden_dim: Count, *, glu: bool):
-        super().__init__()
-        up_dim = 2 * hidden_dim if glu else hidden_dim
-        self.up_proj = nn.Parameter(torch.empty(num_experts, up_dim, dim))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        for weight in (self.up_proj, self.down_proj):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-
-    def forward(
-        self,
-        x: Float[Tensor, "*batch D"],
-        weights: Float[Tensor, "N K"] | None = None,
-        indices: Int[Tensor, "N K"] | None = None,
-        *,
-        activation: Activation,
-        impl: Impl = "auto",
-    ) -> Float[Tensor, "*batch D"]:
-        """`ops.expert_mlp` by its own matrices; without weights expert 0, for every row."""
-        up, down = self.up_proj, self.down_proj
-        if weights is None or indices is None:
-            return linear(activate(linear(x, up[0]), activation, down.shape[2]), down[0])
-        return expert_mlp(x, weights, indices, up, down, activation=activation, impl=impl)
-
-    def extra_repr(self) -> str:
-        num_experts, dim, hidden = self.down_proj.shape
-        glu = self.up_proj.shape[1] != hidden
-        return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden}, glu={glu}"

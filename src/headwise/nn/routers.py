@@ -55,8 +55,9 @@ class HeadRouter(Router):
 class ScoreMap(nn.Module):
     """The weight [num_scores, D] of one of the linear maps that TwoStageRouter computes as one.
 
-    Calling it gives the weight, so that hooks which bring weights to where they are needed
-    (offloading) run. No nn.Linear: what adapts or replaces these would have no effect here.
+    Calling it gives the weight, so that what stands around it has its effect: hooks that bring
+    weights to where they are needed (offloading), adapters of a parameter (PEFT). No nn.Linear:
+    what adapts or replaces the product of these would have no effect here.
     """
 
     @checked
@@ -64,8 +65,8 @@ class ScoreMap(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_scores, dim))
 
-    def forward(self) -> Float[Tensor, "K D"]:
-        """The weight."""
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "K D"]:
+        """The weight; x is not read, but adapters want an argument that they can hand on."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -141,7 +142,7 @@ class TwoStageRouter(LearnedRouter):
         # Scores of shared groups are even where there is no choice to make.
         even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=wide_dtype(x))
         logits = iter(())
-        if maps := [m() for m in (self.shared, self.routed, self.stage) if m is not None]:
+        if maps := [m(x) for m in (self.shared, self.routed, self.stage) if m is not None]:
             # One product for all maps: reading x costs more than the scores. Without the rows of
             # zeros, it would take up to twice as long.
             rows = [len(m) for m in maps]
@@ -179,7 +180,7 @@ class OneStageRouter(LearnedRouter):
 
     def _route(self, x: Tensor) -> HeadRouting:
         none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
-        logits = none if self.routed is None else router_logits(x, self.routed())
+        logits = none if self.routed is None else router_logits(x, self.routed(x))
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
         routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
         always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))

@@ -1,11 +1,11 @@
 """Making the linear maps and experts inside a module ternary, and packing them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from headwise.nn.bitlinear import BitLinear, PackedExperts, PackedLinear, TernaryExperts
-from headwise.nn.mh_moe import Experts
+from headwise.nn.experts import Experts
 from headwise.nn.projections import OutputProjection, QueryProjection
 from headwise.nn.routers import Router, ScoreMap
 
@@ -19,14 +19,20 @@ PACKED: dict[type, type] = {BitLinear: PackedLinear, TernaryExperts: PackedExper
 _IN_FULL_PRECISION = (Router, ScoreMap, nn.Embedding)
 
 
-def ternary_kinds(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, type]:
+def ternary_kinds(
+    modules: Iterable[tuple[str, nn.Module]], known: Mapping[type, type] = TERNARY
+) -> dict[nn.Module, type]:
     """Those of the named modules that can become ternary, and the type that each becomes.
 
     Routers and embeddings stay in full precision; vectors (norms, biases) do too.
+
+    Args:
+        modules: By name.
+        known: What becomes of a type.
     """
     kinds: dict[nn.Module, type] = {}
     for name, module in modules:
-        kind = TERNARY.get(type(module))
+        kind = known.get(type(module))
         if kind is not None:
             _check_forward(name, module)
             kinds[module] = kind

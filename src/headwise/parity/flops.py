@@ -14,7 +14,7 @@ from headwise.nn import (
     MoE,
 )
 from headwise.nn.bitlinear import PackedExperts, PackedLinear
-from headwise.nn.mh_moe import Experts
+from headwise.nn.experts import Experts
 from headwise.nn.routers import ScoreMap
 from headwise.ops.fields import Count, checked
 
@@ -156,7 +156,7 @@ def _matrix_flops(name: str, module: Any) -> int:
     if isinstance(module, CosineRouter):
         return 2 * (module.projection.numel() + module.embedding.numel())
     if isinstance(module, Experts):
-        return 2 * (module.up_proj[0].numel() + module.down_proj[0].numel())
+        return 2 * (module.first_proj[0].numel() + module.down_proj[0].numel())
     if isinstance(module, PackedLinear):
         return 2 * module.num_weights
     if isinstance(module, PackedExperts):

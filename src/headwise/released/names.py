@@ -107,10 +107,10 @@ def mh_moe(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by our names: gate and up matrix are one, the gate first."""
     renamed = dict(tensors)
     gate, up = renamed.pop("experts.gate_proj"), renamed.pop("experts.up_proj")
-    renamed["experts.up_proj"] = torch.cat([gate, up], dim=1)
+    renamed["experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
     if "shared.gate_proj.weight" in renamed:
         gate, up, down = (renamed.pop(f"shared.{p}_proj.weight") for p in ("gate", "up", "down"))
-        renamed["shared_expert.up_proj"] = torch.cat([gate, up]).unsqueeze(0)
+        renamed["shared_expert.gate_up_proj"] = torch.cat([gate, up]).unsqueeze(0)
         renamed["shared_expert.down_proj"] = down.unsqueeze(0)
     return renamed
 
