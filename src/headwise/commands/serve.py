@@ -8,7 +8,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
 from headwise.loading import load_config, load_tokenizer
-from headwise.ops.fields import Count
+from headwise.ops.fields import Count, check
 from headwise.parsing import called
 
 _PORTS = 65535
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
 def serve(
     directory: Annotated[Path, tyro.conf.Positional],
     host: str = "127.0.0.1",
-    port: Count = 8000,
+    port: int = 8000,
     device: str = "auto",
 ) -> None:
     """Serve a language model, converted or not, at an address that OpenAI's clients understand.
@@ -39,6 +39,7 @@ def serve(
         ValueError: If the directory holds no language model, or no tokenizer, or what serves is
             not installed.
     """
+    check("port", port, Count)
     if port > _PORTS:
         raise ValueError(f"port is {port}; it must be at most {_PORTS}")
     load_config(directory, "language model")

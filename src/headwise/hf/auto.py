@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -189,12 +190,21 @@ def routed_class(model_class: Any) -> type[PreTrainedModel]:
         },
     }
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
-    # Where servers look a class up by the name in `config.architectures`. transformers has made the
-    # module anew since we imported it.
-    setattr(sys.modules["transformers"], routed.__name__, routed)
+    for module in _modules_of_transformers():
+        setattr(module, routed.__name__, routed)
     # Keyed by class, filled by its __init__, which a model that is converted does not go through.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(routed), model_class._can_record_outputs)
     return routed
+
+
+def _modules_of_transformers() -> list[ModuleType]:
+    """Where servers look a class up by the name in `config.architectures`.
+
+    Importing a part of transformers makes its module anew, and who imported it before has another.
+    """
+    imported = (getattr(module, "__dict__", {}) for module in [*sys.modules.values()])
+    found = [sys.modules["transformers"], *(names.get("transformers") for names in imported)]
+    return [x for x in found if isinstance(x, ModuleType) and x.__name__ == "transformers"]
 
 
 def routed_classes(model_class: Any) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
