@@ -314,7 +314,8 @@ class RoutedConfig(PreTrainedConfig):
         Conversion.from_dict(config_dict.get("headwise", {}))
         (architecture,) = config_dict["architectures"]
         base_type = config_dict.get("base_model_type")
-        routed = class_of(architecture, CONFIG_MAPPING.get(base_type))
+        known = base_type in CONFIG_MAPPING
+        routed = class_of(architecture, CONFIG_MAPPING[base_type] if known else None)
         if routed is None:
             original = architecture.removeprefix(_PREFIX)
             raise ValueError(f"{original} is not known: neither transformers nor an import has it")

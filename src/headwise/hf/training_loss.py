@@ -90,7 +90,7 @@ def bound_with_routing_loss(model: PreTrainedModel, forward: Callable[..., Any])
 
 def router_loss_coefficient(config: Any) -> float:
     """By what the balance losses are multiplied before they join the model's loss; 0 for off."""
-    coefficient: float = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
+    coefficient: float = getattr(config.get_text_config(), "router_aux_loss_coef", 1.0)
     return coefficient
 
 
