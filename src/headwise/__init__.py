@@ -17,6 +17,7 @@ from headwise.hf import (
     fit_experts,
     load,
     record_routing,
+    replay_routing,
     restore,
 )
 from headwise.nn import MHMoE, MoE, MoHAttention, MoHMultiheadAttention, update_biases
@@ -51,6 +52,7 @@ __all__ = [
     "ops",
     "parity",
     "record_routing",
+    "replay_routing",
     "restore",
     "router_z_loss",
     "update_biases",

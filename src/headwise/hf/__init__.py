@@ -12,7 +12,7 @@ from headwise.hf.fitting.heads import fit
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load
 from headwise.hf.quantized import QuantizedBytes, quantized_bytes
-from headwise.hf.recorder import record_routing
+from headwise.hf.recorder import record_routing, replay_routing
 from headwise.hf.trainers import add_balance_loss
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "quantized_bytes",
     "record_routing",
+    "replay_routing",
     "restore",
 ]
 

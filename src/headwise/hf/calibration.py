@@ -177,7 +177,9 @@ class _Gated(QueryNormRouter):
         super().__init__(HeadBudget.resolve(num_heads, shared=0, active=max(1, num_heads - 1)))
         self.gates = torch.ones(num_heads)
 
-    def forward(self, q: Tensor, mask: Tensor | None = None) -> HeadRouting:
+    def forward(
+        self, q: Tensor, mask: Tensor | None = None, indices: Tensor | None = None
+    ) -> HeadRouting:
         gates = self.gates.to(q.device).expand(q.shape[:-1])
         none = gates.new_zeros(*gates.shape[:-1], 0, dtype=torch.long)
         return HeadRouting(gates, none, gates, gates)

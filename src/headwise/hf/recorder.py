@@ -1,7 +1,7 @@
-"""Collecting the routings of one forward of a model, whatever its layers return."""
+"""Collecting the routings of one forward of a model, whatever its layers return; their replay."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,66 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     ]
     try:
         yield routings
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replay_routing(model: nn.Module, selection: Mapping[str, Routing]) -> Iterator[None]:
+    """Inside the context, every router of the model chooses what was chosen before.
+
+    Scores and gates are computed anew, with gradients: the choice is that of the engine that wrote
+    a text, the rest that of the model as it learns from it.
+
+    **Source**: Rollout Routing Replay, arXiv 2510.11370, for experts; for heads it is an extension.
+
+    Args:
+        model: Whose routers choose. Each is called once a forward, on the tokens of the selection;
+            a backward pass that computes layers again belongs inside, too.
+        selection: What `record_routing` collected from this model, or one of the same routers.
+
+    Raises:
+        ValueError: If the selection is of other routers, here; or of other tokens or candidates, in
+            the forward.
+
+    Example:
+        >>> with headwise.record_routing(model) as selection:
+        ...     model(input_ids)
+        >>> with headwise.replay_routing(model, dict(selection)):
+        ...     trainer.training_step(model, inputs)
+    """
+    check("model", model, nn.Module)
+    check("selection", selection, Mapping[str, Routing])
+    routers = {name: m for name, m in model.named_modules() if isinstance(m, Router)}
+    if unlike := sorted(routers.keys() ^ selection.keys()):
+        where = "selection" if unlike[0] in selection else "model"
+        other = "model" if where == "selection" else "selection"
+        raise ValueError(
+            f"the {where} has a router {unlike[0]!r}, and the {other} has none of that name; the "
+            "selection must be of this model"
+        )
+
+    def given(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"indices": selection[name].indices}
+
+        return hook
+
+    def checked(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, routing: Routing) -> None:
+            here, there = (x.probabilities.shape[-1] for x in (routing, selection[name]))
+            if here != there:
+                raise ValueError(
+                    f"selection[{name!r}] is of {there} candidates; the router has {here}"
+                )
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(given(n), with_kwargs=True) for n, m in routers.items()]
+    hooks += [router.register_forward_hook(checked(name)) for name, router in routers.items()]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -55,14 +55,18 @@ class ExpertRouter(KeepsBuffers, Router):
             zeros = torch.zeros(num_experts, dtype=torch.float32) if bias_rate else None
             self.register_buffer(name, zeros)
 
-    def route(self, logits: Tensor, mask: Tensor | None) -> ExpertRouting:
-        """The routing of these logits; padding (mask False) goes nowhere."""
+    def route(self, logits: Tensor, mask: Tensor | None, indices: Tensor | None) -> ExpertRouting:
+        """The routing of these logits, by a choice that was made before where there is one.
+
+        Padding (mask False) goes nowhere.
+        """
         routing = route_tokens(
             logits,
             top_k=self.top_k,
             normalize=self.normalize_top_k,
             scores=self.scores,
             bias=self.bias,
+            indices=indices,
         )
         return routing.with_mask(mask)
 
@@ -84,11 +88,17 @@ class LinearRouter(ExpertRouter):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        x: Float[Tensor, "*batch D"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> ExpertRouting:
-        """Route every row of x; padding (mask False) goes nowhere."""
+        """Route every row of x, by a choice that was made before where there is one.
+
+        Padding (mask False) goes nowhere.
+        """
         check_rows("x", x, ("...", self.weight.shape[1]), mask, weight=self.weight)
-        return self.route(router_logits(x, self.weight), mask)
+        return self.route(router_logits(x, self.weight), mask, indices)
 
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape
@@ -126,14 +136,20 @@ class CosineRouter(ExpertRouter):
         nn.init.constant_(self.log_temperature, -2.6593)  # ln 0.07
 
     def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        x: Float[Tensor, "*batch D"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> ExpertRouting:
-        """Route every row of x; padding (mask False) goes nowhere."""
+        """Route every row of x, by a choice that was made before where there is one.
+
+        Padding (mask False) goes nowhere.
+        """
         check_rows("x", x, ("...", self.projection.shape[1]), mask, weight=self.projection)
         projected = normalize(router_logits(x, self.projection), dim=-1)
         embedding = normalize(self.embedding.to(projected.dtype), dim=-1)
         temperature = self.log_temperature.to(projected.dtype).exp()
-        return self.route(router_logits(projected, embedding) / temperature, mask)
+        return self.route(router_logits(projected, embedding) / temperature, mask, indices)
 
     def extra_repr(self) -> str:
         num_experts, projection_dim = self.embedding.shape
@@ -170,14 +186,21 @@ class FittedExpertRouter(Router):
         self.gain = nn.Parameter(torch.ones(num_experts))
 
     def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        x: Float[Tensor, "*batch D"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> ExpertRouting:
-        """Route every row of x; padding (mask False) goes nowhere."""
+        """Route every row of x, by a choice that was made before where there is one.
+
+        Padding (mask False) goes nowhere.
+        """
         check_rows("x", x, ("...", self.weight.shape[1]), mask, weight=self.weight)
         scores = router_logits(x, self.weight) + self.bias
-        chosen = route_tokens(scores, top_k=self.top_k, normalize=False)
+        chosen = route_tokens(scores, top_k=self.top_k, normalize=False, indices=indices)
         # p - p.detach() is exactly 0.
         on = 1 + (chosen.weights - chosen.weights.detach())
+        on = on.masked_fill(chosen.indices < 0, 0)
         weights = on * self.gain.to(on.dtype)[chosen.indices]
         routing = ExpertRouting(weights, chosen.indices, chosen.probabilities, chosen.logits)
         return routing.with_mask(mask)

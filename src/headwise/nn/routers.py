@@ -2,7 +2,7 @@
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -104,17 +104,23 @@ class LearnedRouter(HeadRouter):
             nn.init.normal_(parameter, std=std)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        mask: Bool[Tensor, "B T"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> HeadRouting:
-        """Route every token of x; padding (mask False) has all heads off."""
+        """Route every token of x, by a choice that was made before where there is one.
+
+        Padding (mask False) has all heads off.
+        """
         check_rows("x", x, ("B", "T", self.dim), mask, weight=next(self.parameters(), None))
-        return _gates_of_heads(self._route(x), self.budget).with_mask(mask)
+        return _gates_of_heads(self._route(x, indices), self.budget).with_mask(mask)
 
     def _add_maps(self, shared: int, routed: int) -> None:
         """The maps that score so many shared and routed groups."""
         raise NotImplementedError
 
-    def _route(self, x: Tensor) -> HeadRouting:
+    def _route(self, x: Tensor, indices: Tensor | None) -> HeadRouting:
         """The routing of groups, each gate where its group stands."""
         raise NotImplementedError
 
@@ -138,7 +144,7 @@ class TwoStageRouter(LearnedRouter):
         self.routed = ScoreMap(self.dim, routed) if routed else None
         self.stage = ScoreMap(self.dim, 2) if shared and routed else None
 
-    def _route(self, x: Tensor) -> HeadRouting:
+    def _route(self, x: Tensor, indices: Tensor | None) -> HeadRouting:
         # Scores of shared groups are even where there is no choice to make.
         even = x.new_zeros(*x.shape[:-1], len(self.budget.shared_groups), dtype=wide_dtype(x))
         logits = iter(())
@@ -152,7 +158,9 @@ class TwoStageRouter(LearnedRouter):
         routed = even[..., :0] if self.routed is None else next(logits)
         stage = None if self.stage is None else next(logits)
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
-        routing = route_heads(shared, routed, stage, top_k=k, mode=mode, scores=scores)
+        routing = route_heads(
+            shared, routed, stage, top_k=k, mode=mode, scores=scores, indices=indices
+        )
         if not self.budget.named_shared:
             return routing
         gates = routing.weights.split([shared.shape[-1], routed.shape[-1]], dim=-1)
@@ -178,11 +186,13 @@ class OneStageRouter(LearnedRouter):
     def _add_maps(self, shared: int, routed: int) -> None:
         self.routed = ScoreMap(self.dim, routed) if routed else None
 
-    def _route(self, x: Tensor) -> HeadRouting:
+    def _route(self, x: Tensor, indices: Tensor | None) -> HeadRouting:
         none = x.new_zeros(*x.shape[:-1], 0, dtype=wide_dtype(x))
         logits = none if self.routed is None else router_logits(x, self.routed(x))
         k, mode, scores = self.budget.kept_groups, self.mode, self.scores
-        routing = route_heads(none, logits, None, top_k=k, mode=mode, scores=scores)
+        routing = route_heads(
+            none, logits, None, top_k=k, mode=mode, scores=scores, indices=indices
+        )
         always_on = logits.new_ones(*x.shape[:-1], len(self.budget.shared_groups))
         gates = arrange_gates(self.budget.shared_groups, always_on, routing.weights)
         return routing.with_weights(gates)
@@ -217,9 +227,15 @@ class FittedRouter(HeadRouter):
             self.gain = nn.Parameter(torch.ones(budget.num_groups))
 
     def forward(
-        self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        mask: Bool[Tensor, "B T"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> HeadRouting:
-        """Route every token of x; padding (mask False) has all heads off."""
+        """Route every token of x, by a choice that was made before where there is one.
+
+        Padding (mask False) has all heads off.
+        """
         check_rows("x", x, ("B", "T", self.dim), mask, weight=self.weight)
         if self.weight is None or self.bias is None or self.gain is None:
             scores = x.new_zeros(*x.shape[:-1], self.budget.routed_groups, dtype=wide_dtype(x))
@@ -230,6 +246,7 @@ class FittedRouter(HeadRouter):
             shared_heads=self.shared_groups,
             top_k=self.budget.kept_groups,
             gain=self.gain,
+            indices=indices,
         )
         return _gates_of_heads(routing, self.budget).with_mask(mask)
 
@@ -250,9 +267,15 @@ class OutputGateRouter(HeadRouter):
     """
 
     def forward(
-        self, gates: Float[Tensor, "B T H"], mask: Bool[Tensor, "B T"] | None = None
+        self,
+        gates: Float[Tensor, "B T H"],
+        mask: Bool[Tensor, "B T"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> HeadRouting:
-        """Route every token by its gates; padding (mask False) has all heads off."""
+        """Route every token by its gates, or a choice that was made before.
+
+        Padding (mask False) has all heads off.
+        """
         budget = self.budget
         check_rows("gates", gates, ("B", "T", budget.num_heads), mask)
         of_groups = gates.detach().unflatten(-1, (budget.num_groups, -1)).mean(-1)
@@ -261,6 +284,7 @@ class OutputGateRouter(HeadRouter):
             torch.stack(routed, dim=-1) if routed else of_groups[..., :0],
             shared_heads=self.shared_groups,
             top_k=budget.kept_groups,
+            indices=indices,
         )
         return _gates_of_heads(routing, budget).with_mask(mask)
 
@@ -284,9 +308,15 @@ class QueryNormRouter(HeadRouter):
         self.scale_by_std = scale_by_std
 
     def forward(
-        self, q: Float[Tensor, "B T H C"], mask: Bool[Tensor, "B T"] | None = None
+        self,
+        q: Float[Tensor, "B T H C"],
+        mask: Bool[Tensor, "B T"] | None = None,
+        indices: Int[Tensor, "..."] | None = None,
     ) -> HeadRouting:
-        """Route every token by its queries; padding (mask False) has all heads off."""
+        """Route every token by its queries, or a choice that was made before.
+
+        Padding (mask False) has all heads off.
+        """
         check_rows("q", q, ("B", "T", self.budget.num_heads, "C"), mask)
         # The norm of a group's queries end to end is the root of its heads' summed squares.
         heads_each = self.budget.heads_per_group
@@ -295,6 +325,7 @@ class QueryNormRouter(HeadRouter):
             shared_heads=self.shared_groups,
             top_k=self.budget.kept_groups,
             scale_by_std=self.scale_by_std,
+            indices=indices,
         )
         return _gates_of_heads(routing, self.budget).with_mask(mask)
 

@@ -18,7 +18,7 @@ from headwise.ops.native import routing as native
 from headwise.ops.scores import HeadScores, TokenScores, affinities, log_affinities
 from headwise.ops.stages import two_stage_gates
 from headwise.ops.tensors import check_operands, check_tensor
-from headwise.ops.top_k import check_top_k, multi_hot, top_k_lowest_first
+from headwise.ops.top_k import check_top_k, choice_of, multi_hot
 
 HeadMode = Literal["released", "paper"]
 
@@ -110,6 +110,7 @@ def route_heads(
     top_k: int,
     mode: HeadMode = "released",
     scores: HeadScores = "softmax",
+    indices: Int[Tensor, "..."] | None = None,
 ) -> HeadRouting:
     """Two-stage routing of attention heads: shared heads always on, the best `top_k` others too.
 
@@ -136,6 +137,7 @@ def route_heads(
         mode: "released" (what the released weights need) or "paper".
         scores: What p is: "softmax"; "sparsemax", of which many are exactly 0, so that a token may
             keep fewer than top_k heads; or "sigmoid", each head for itself.
+        indices: The choice, where it was made before (`headwise.replay_routing`); -1 for none.
 
     Returns:
         A HeadRouting with weights [..., shared + routed]; shared + top_k of them are on (fewer only
@@ -163,19 +165,19 @@ def route_heads(
         raise ValueError("stage_logits is None; with shared and routed heads it must be given")
     routed_logits = widened(routed_logits)
     compute = None
-    if scores == "softmax":
+    if scores == "softmax" and indices is None:
         compute = _two_stages_in_one_kernel(routed_logits, shared_logits, stage_logits)
     if compute is not None:
         stage = None if stage_logits is None else widened(stage_logits)
         paper = mode == "paper"
-        weights, indices, p = compute(widened(shared_logits), routed_logits, stage, top_k, paper)
-        return HeadRouting(weights, indices, p, routed_logits)
+        weights, best, p = compute(widened(shared_logits), routed_logits, stage, top_k, paper)
+        return HeadRouting(weights, best, p, routed_logits)
     p, probabilities = affinities(routed_logits, scores)
-    indices = top_k_lowest_first(p, top_k)
-    gates = two_stage_gates(shared_logits, p, stage_logits, indices, paper=mode == "paper")
-    if scores == "sparsemax":
-        indices = indices.masked_fill(p.gather(-1, indices) == 0, -1)
-    return HeadRouting(gates, indices, probabilities, routed_logits)
+    chosen, which = choice_of(p, top_k, indices)
+    gates = two_stage_gates(shared_logits, p, stage_logits, which, paper=mode == "paper")
+    if scores == "sparsemax" and indices is None:
+        chosen = chosen.masked_fill(p.gather(-1, chosen) == 0, -1)
+    return HeadRouting(gates, chosen, probabilities, routed_logits)
 
 
 def route_heads_by_query_norm(
@@ -184,6 +186,7 @@ def route_heads_by_query_norm(
     shared_heads: int | Sequence[int],
     top_k: int,
     scale_by_std: bool = True,
+    indices: Int[Tensor, "..."] | None = None,
 ) -> HeadRouting:
     """Routing without parameters: a token keeps the heads whose queries are longest.
 
@@ -203,6 +206,7 @@ def route_heads_by_query_norm(
             which, ascending.
         top_k: Heads that a token keeps of the others.
         scale_by_std: Divide by the (unbiased) standard deviation over the routed heads.
+        indices: The choice, where it was made before; -1 for none.
 
     Returns:
         A HeadRouting with weights [B, T, H] of exactly 0 and 1; its indices count the routed heads.
@@ -216,7 +220,7 @@ def route_heads_by_query_norm(
     shared = _which_shared(shared_heads, num_heads)
     check_top_k(top_k, num_heads - len(shared), lowest=0)
     compute = None
-    if len(shared) < num_heads <= _MOST_HEADS:
+    if indices is None and len(shared) < num_heads <= _MOST_HEADS:
         if native.has_kernel_for_queries(q) and is_plain(q):
             compute = native.query_norm_routing
         elif _in_one_kernel(q):
@@ -226,9 +230,9 @@ def route_heads_by_query_norm(
     first = list(shared) == list(range(len(shared)))
     routed = q[..., len(shared) :, :] if first else _without(q, shared, dim=-2)
     norms = torch.linalg.vector_norm(widened(routed), dim=-1)
-    indices = top_k_lowest_first(norms, top_k)
+    choice = choice_of(norms, top_k, indices)
     logits = norms / _guarded_std(norms) if scale_by_std and norms.shape[-1] > 1 else norms
-    return _straight_through(shared, logits, indices, logits.softmax(-1))
+    return _straight_through(shared, logits, choice, logits.softmax(-1))
 
 
 def route_heads_by_scores(
@@ -237,6 +241,7 @@ def route_heads_by_scores(
     shared_heads: int | Sequence[int],
     top_k: int,
     gain: Float[Tensor, " H"] | None = None,
+    indices: Int[Tensor, "..."] | None = None,
 ) -> HeadRouting:
     """A token keeps the heads of the largest scores, each with a gate that is the same for all.
 
@@ -250,6 +255,7 @@ def route_heads_by_scores(
             then; or which of all of them, ascending.
         top_k: Routed heads that a token keeps, 0 to R.
         gain: Of all heads, [shared + R]; None for 1.
+        indices: The choice, where it was made before; -1 for none.
 
     Returns:
         A HeadRouting with weights [..., shared + R], exactly 0 where a head is off.
@@ -270,23 +276,25 @@ def route_heads_by_scores(
         check_tensor("gain", gain, (num_heads,), like=scores)
     check_top_k(top_k, num_routed, lowest=0)
     scores = widened(scores)
-    plain = is_plain(scores, scores if gain is None else gain)
+    plain = indices is None and is_plain(scores, scores if gain is None else gain)
     if plain and num_heads <= _MOST_HEADS and native.has_kernel(scores):
         return HeadRouting(*native.routing_by_scores(scores, gain, list(shared), top_k), scores)
     compute = _two_stages_in_one_kernel(scores) if plain else None
     if compute is not None:
-        _, indices, probabilities = compute(scores[..., :0], scores, None, top_k, False)
+        _, best, probabilities = compute(scores[..., :0], scores, None, top_k, False)
+        choice = best, best
     else:
-        indices, probabilities = top_k_lowest_first(scores, top_k), scores.softmax(-1)
-    routing = _straight_through(shared, scores, indices, probabilities)
+        choice, probabilities = choice_of(scores, top_k, indices), scores.softmax(-1)
+    routing = _straight_through(shared, scores, choice, probabilities)
     return routing if gain is None else routing.with_weights(routing.weights * gain)
 
 
 def _straight_through(
-    shared: Sequence[int], logits: Tensor, indices: Tensor, probabilities: Tensor
+    shared: Sequence[int], logits: Tensor, choice: tuple[Tensor, Tensor], probabilities: Tensor
 ) -> HeadRouting:
     """Gates of 1 for shared and chosen heads, with the gradients of the probabilities."""
-    hard = multi_hot(indices, probabilities)
+    indices, which = choice
+    hard = multi_hot(which, probabilities)
     if learns(probabilities):
         # p - p.detach() is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
         hard = hard + (probabilities - probabilities.detach())
@@ -301,6 +309,7 @@ def route_tokens(
     normalize: bool = True,
     scores: TokenScores = "softmax",
     bias: Float[Tensor, " E"] | None = None,
+    indices: Int[Tensor, "..."] | None = None,
 ) -> ExpertRouting:
     """Routing of tokens (or sub-tokens) to experts: the `top_k` best of p = scores(logits).
 
@@ -314,6 +323,7 @@ def route_tokens(
         normalize: Let the weights of a token sum to 1.
         scores: "softmax", or "sigmoid" of each logit for itself.
         bias: Added to p for the choice of the experts, never to their weights, [E].
+        indices: The choice, where it was made before (`headwise.replay_routing`); -1 for none.
 
     Returns:
         An ExpertRouting with weights and indices [..., top_k]. For sigmoids the probabilities are
@@ -333,19 +343,24 @@ def route_tokens(
     sizes = check_operands({"logits": (logits, "... E"), **biases})
     logits = widened(logits)
     check_top_k(top_k, sizes["E"], lowest=1)
-    if scores == "softmax" and bias is None and _in_one_kernel(logits):
+    if scores == "softmax" and bias is None and indices is None and _in_one_kernel(logits):
         from headwise.ops.triton_routing import token_routing
 
         return ExpertRouting(*token_routing(logits, top_k, normalize), logits)
     p, probabilities = affinities(logits, scores)
-    indices = top_k_lowest_first(p if bias is None else p.detach() + bias, top_k)
-    weights = p.gather(-1, indices)
-    if normalize and scores == "softmax" and bias is None:
+    biased = p if bias is None else p.detach() + bias
+    chosen, which = choice_of(biased, top_k, indices)
+    weights = p.gather(-1, which)
+    if normalize and scores == "softmax" and bias is None and indices is None:
         weights = weights / weights.sum(-1, keepdim=True)
     elif normalize:
-        # All that a bias chooses may have underflowed to 0; the logarithms have not.
-        weights = log_affinities(logits, scores).gather(-1, indices).softmax(-1)
-    return ExpertRouting(weights, indices, probabilities, logits)
+        # All that a bias or an earlier choice took may have underflowed to 0; the logarithms have
+        # not.
+        logs = log_affinities(logits, scores).gather(-1, which)
+        weights = logs.masked_fill(chosen < 0, torch.finfo(logs.dtype).min).softmax(-1)
+    if indices is not None:
+        weights = weights.masked_fill(chosen < 0, 0)
+    return ExpertRouting(weights, chosen, probabilities, logits)
 
 
 def _two_stages_in_one_kernel(routed_logits: Tensor, *others: Tensor | None) -> Any:
