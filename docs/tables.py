@@ -1,5 +1,6 @@
 """Write the tables of README.md and docs/ again, and figures of results/, from results/*.csv."""
 
+import ast
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -164,6 +165,31 @@ def quality_lines(untuned: Sequence[Row], tuned: Sequence[Row]) -> dict[str, dic
     return lines
 
 
+def works_with(rows: Sequence[Row]) -> Table:
+    """A line for each test that is marked so: with which package it does what."""
+    lines = [[row["with"], row["what"], f"`{row['test']}`"] for row in rows]
+    return Table(
+        columns=["with", "what", "test"],
+        rows=lines,
+        legend="Each line is a test.",
+        measured_on="a CPU, with the versions of constraints.txt",
+        left=3,
+    )
+
+
+def marked_tests() -> list[Row]:
+    """Tests with the mark works_with, by package."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tests = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+        for name, mark in [(test.name, mark) for test in tests for mark in test.decorator_list]:
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.works_with":
+                tool, what = map(ast.literal_eval, mark.args)
+                place = path.relative_to(ROOT).as_posix()
+                found.append({"with": tool, "what": what, "test": f"{place}::{name}"})
+    return sorted(found, key=lambda row: row["with"].lower())
+
+
 # Tables whose rows are in a file of another name.
 SOURCES = {"costs": "performance", "speed": "performance", "speed-amx": "performance_amx"}
 TABLES = {
@@ -179,6 +205,7 @@ TABLES = {
     "stories260k": recovery.comparison,
     "smollm2": evaluation.comparison,
     "smollm2-tuning": recovery.comparison,
+    "works-with": works_with,
 } | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
 
 
@@ -189,7 +216,7 @@ def main() -> None:
         for name, table_of in TABLES.items():
             start, end = f"<!-- table:{name} -->\n", "<!-- /table -->"
             before, found, rest = text.partition(start)
-            if found and (ROOT / "results" / f"{SOURCES.get(name, name)}.csv").exists():
+            if found and is_measured(SOURCES.get(name, name)):
                 _, _, after = rest.partition(end)
                 rows = rows_of(SOURCES.get(name, name))
                 text = f"{before}{start}{table_of(rows).markdown()}{end}{after}"
@@ -210,8 +237,15 @@ def main() -> None:
             draw_comparison(rows_of(name), path, axis=study.axis)
 
 
+def is_measured(name: str) -> bool:
+    """Whether there are rows of that name."""
+    return name == "works-with" or (ROOT / "results" / f"{name}.csv").exists()
+
+
 def rows_of(name: str) -> list[Row]:
-    """The rows of results/NAME.csv."""
+    """The rows of results/NAME.csv, or what the tests are marked with."""
+    if name == "works-with":
+        return marked_tests()
     return read_csv(ROOT / "results" / f"{name}.csv")
 
 

@@ -42,6 +42,7 @@ def in_onnx() -> dict[str, str]:
     return outcomes(export_check.ONNX)
 
 
+@pytest.mark.works_with("torch.export", "batch size and length open")
 @pytest.mark.parametrize("case", export_check.CASES)
 def test_a_program_equals_eager(case, exported):
     assert exported[case] == ""
@@ -53,11 +54,13 @@ def test_a_program_equals_eager_by_kernels_and_without():
     assert outcomes(cases) == dict.fromkeys(cases, "")
 
 
+@pytest.mark.works_with("AOTInductor", "a package that C++ loads")
 @pytest.mark.parametrize("case", export_check.PACKAGES)
 def test_a_package_of_aotinductor_equals_eager(case, packaged):
     assert packaged[case] == ""
 
 
+@pytest.mark.works_with("ONNX Runtime", "a file of `torch.onnx.export`")
 @pytest.mark.parametrize("case", export_check.ONNX)
 def test_onnx_equals_eager(case, in_onnx):
     assert in_onnx[case] == ""

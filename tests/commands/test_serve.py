@@ -80,6 +80,7 @@ THEIRS = (
 )
 
 
+@pytest.mark.works_with("openai", "a client of `headwise serve` and `transformers serve`")
 @pytest.mark.parametrize("command", [OURS, THEIRS], ids=["headwise", "transformers"])
 def test_a_client_of_openai_gets_what_generate_writes(directory, command):
     with served(*command, directory) as client:

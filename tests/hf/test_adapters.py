@@ -115,6 +115,7 @@ def test_an_adapter_of_a_router_gets_the_gradient_of_its_weight(tiny, ids, case)
         assert_close(a.grad, scale * b.T @ of_weight, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.works_with("PEFT", "LoRA on experts and routers: saved, loaded, merged")
 def test_adapters_are_saved_loaded_and_merged(tiny, ids, case, tmp_path):
     conversion, parameters = case
     converted(tiny, conversion).save_pretrained(tmp_path / "model")
@@ -149,6 +150,7 @@ def tiny_of(family):
     return getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes))
 
 
+@pytest.mark.works_with("PEFT", "default targets")
 @pytest.mark.parametrize("family", ["Llama", "BERT", "GPT-2", "Qwen3", "GPT-NeoX"])
 def test_without_targets_peft_adapts_what_it_does_in_the_original(family):
     model = convert(tiny_of(family), attention=QUERY_NORM)

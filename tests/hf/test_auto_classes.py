@@ -41,6 +41,7 @@ def run(program, *arguments):
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.works_with("transformers", "`trust_remote_code=True` where headwise is never imported")
 def test_a_process_that_never_imported_headwise_loads_it(directory, tiny, ids):
     program = """
 import sys
@@ -111,6 +112,7 @@ def test_a_directory_of_an_older_version_loads_and_is_saved_as_of_this(directory
 HEADS = [AutoModelForSequenceClassification, AutoModelForTokenClassification]
 
 
+@pytest.mark.works_with("transformers", "every Auto class, with another head")
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, *HEADS])
 def test_a_converted_model_loads_with_another_head_and_again(directory, ids, tmp_path, auto):
     model = auto.from_pretrained(directory)
@@ -182,6 +184,7 @@ def test_a_config_alone(directory):
     assert config.auto_map["AutoModelForCausalLM"].endswith(".RoutedLlamaForCausalLM")
 
 
+@pytest.mark.works_with("lm-eval", "scores a directory that it trusts")
 def test_lm_eval_scores_it_without_our_import(tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     words = tokenizer(LINES)

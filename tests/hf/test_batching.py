@@ -39,6 +39,7 @@ def alone(model, prompts=PROMPTS):
     ]
 
 
+@pytest.mark.works_with("transformers", "`generate_batch` writes what `generate` does")
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("conversion", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_a_batch_generates_what_each_of_its_prompts_does_alone(tiny, family, conversion):

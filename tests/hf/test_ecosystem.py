@@ -134,6 +134,7 @@ SPLIT = {
 }  # fmt: skip
 
 
+@pytest.mark.works_with("Accelerate", "device maps")
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto", SPLIT], ids=["cpu", "auto", "split"])
 def test_a_device_map_changes_nothing(tiny, ids, conversion, tmp_path, device_map):
     model = convert(tiny(), **conversion)
@@ -150,6 +151,7 @@ def test_a_device_map_changes_nothing(tiny, ids, conversion, tmp_path, device_ma
     assert torch.equal(spread.generate(ids, **options), model.generate(ids, **options))
 
 
+@pytest.mark.works_with("Accelerate", "weights offloaded to memory or disk")
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_offloading_every_weight_changes_nothing(tiny, ids, conversion, tmp_path, to):
     model = convert(tiny(), **conversion)

@@ -234,6 +234,7 @@ def test_a_newer_format_is_refused(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.works_with("diffusers", "a pipeline samples, saves and loads")
 def test_diffusers_own_pipeline_samples_saves_and_loads(tmp_path):
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(

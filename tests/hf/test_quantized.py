@@ -77,6 +77,7 @@ def test_torchao_in_place(model, ids, torchao):
     assert found.total == before.total - linear + found.quantized
 
 
+@pytest.mark.works_with("torchao", "int8 weights while loading")
 @pytest.mark.parametrize("experts", [False, True])
 def test_torchao_while_loading(model, ids, torchao, tmp_path, experts):
     want = model(ids).logits
@@ -120,6 +121,7 @@ def test_quanto_in_place(model, ids, quanto):
     assert found.quantized > 0
 
 
+@pytest.mark.works_with("optimum-quanto", "int8 weights while loading")
 def test_quanto_while_loading(model, ids, quanto, tmp_path):
     want = model(ids).logits
     model.save_pretrained(tmp_path)

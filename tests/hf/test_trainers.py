@@ -95,6 +95,7 @@ def grpo(model, words, path, **options):
 TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "grpo": grpo}
 
 
+@pytest.mark.works_with("TRL", "SFT, DPO, KTO and GRPO add and log the balance loss")
 @pytest.mark.parametrize("build", TRAINERS.values(), ids=TRAINERS)
 def test_trl_adds_and_logs_the_balance_loss(words, tmp_path, build):
     model = converted(words)
@@ -131,6 +132,7 @@ def load_again(model, path):
     return load(path / "again")
 
 
+@pytest.mark.works_with("TRL", "trains a directory by its path")
 def test_sft_by_path(words, tmp_path):
     converted(words).save_pretrained(tmp_path / "model")
     trainer = sft(str(tmp_path / "model"), words, tmp_path / "run")
@@ -150,6 +152,7 @@ def test_sft_with_adapters(words, tmp_path):
     assert all(e["aux_loss"] > 0 for e in trainer.state.log_history if "aux_loss" in e)
 
 
+@pytest.mark.works_with("TRL", "reward models, by `add_balance_loss`")
 def test_reward_models(words, tmp_path):
     model = converted(words, LlamaForSequenceClassification, num_labels=1)
     trainer = trl.RewardTrainer(
@@ -161,6 +164,9 @@ def test_reward_models(words, tmp_path):
     check_routers_learn(add_balance_loss(trainer))
 
 
+@pytest.mark.works_with(
+    "transformers", "label smoothing and `compute_loss_func`, by `add_balance_loss`"
+)
 @pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func", "labels"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_trainer_adds_it_once(tiny, ids, tmp_path, how, steps):
@@ -200,6 +206,7 @@ def test_trainer_adds_it_once(tiny, ids, tmp_path, how, steps):
     torch.testing.assert_close(moved - plain, again.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.works_with("sentence-transformers", "trains and embeds, by `add_balance_loss`")
 def test_sentence_transformers(words, tmp_path):
     st = pytest.importorskip(
         "sentence_transformers", reason="sentence-transformers is not installed"
@@ -225,3 +232,10 @@ def test_what_is_no_trainer_of_a_converted_model_is_refused(tiny, tmp_path):
     trainer = Trainer(tiny(), TrainingArguments(tmp_path, **QUIET))
     with pytest.raises(ValueError, match="a LlamaForCausalLM, which holds no converted model"):
         add_balance_loss(trainer)
+
+
+@pytest.mark.works_with("TRL", "GRPO writes by continuous batching")
+def test_grpo_writes_by_continuous_batching(words, tmp_path):
+    trainer = grpo(converted(words), words, tmp_path, use_transformers_continuous_batching=True)
+    check_routers_learn(trainer)
+    assert trainer.model.config._attn_implementation == "headwise"
