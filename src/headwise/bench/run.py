@@ -17,6 +17,7 @@ from headwise.bench import (
     layer,
     model,
     scaling_table,
+    serve,
     table,
     vision,
 )
@@ -36,7 +37,16 @@ from headwise.results.files import write_whole
 from headwise.results.rows import Row, write_csv
 
 Benchmark = Literal[
-    "all", "attention", "aggregated", "decode", "experts", "layer", "model", "vision", "scaling"
+    "all",
+    "attention",
+    "aggregated",
+    "decode",
+    "experts",
+    "layer",
+    "model",
+    "vision",
+    "serve",
+    "scaling",
 ]
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
@@ -47,6 +57,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[Builder]]] = {
     "layer": layer.comparisons,
     "model": model.comparisons,
     "vision": vision.comparisons,
+    "serve": serve.comparisons,
 }
 _MEMORY_LENGTH = 8192
 _MOST_SECONDS = 60.0
@@ -59,8 +70,9 @@ class BenchRun:
 
     Attributes:
         which: attention (the core), aggregated (its kind in TransNeXt), decode, experts, layer,
-            model, vision (blocks of MoH-DiT and MoH-ViT), or all of them; or scaling: time and
-            memory against tokens, heads, experts and batch, and how fast they grow.
+            model, vision (blocks of MoH-DiT and MoH-ViT), serve (requests batched continuously),
+            or all of them; or scaling: time and memory against tokens, heads, experts and batch,
+            and how fast they grow.
         quick: Fewer shapes and rounds: under a minute each on 2 cores.
         output: Directory for performance.csv, performance.png and performance.html; of scaling,
             for scaling.csv, scaling.png and scaling.html.
