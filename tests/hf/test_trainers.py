@@ -226,6 +226,27 @@ def test_sentence_transformers(words, tmp_path):
     assert embedder.encode(["line 3"]).shape == (1, SIZES["hidden_size"])
 
 
+def test_a_mixture_of_transformers_keeps_its_own_balance_and_its_coefficient(ids):
+    """aux_loss · coefficient is what the loss has of both, as TRL takes it."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    config = Qwen3MoeConfig(
+        **SIZES, **experts, num_key_value_heads=2, head_dim=4, router_aux_loss_coef=0.01
+    )
+    model = convert(Qwen3MoeForCausalLM(config), attention=ATTENTION).train()
+    with record_routing(model) as routings:
+        output = model(ids, labels=ids, output_router_logits=True)
+    plain = model.eval()(ids, labels=ids).loss
+    torch.testing.assert_close(output.loss, plain + 0.01 * output.aux_loss)
+    of_heads = model.routing_loss(routings)
+    torch.testing.assert_close(
+        model.train()(ids, labels=ids).loss - of_heads, plain, rtol=1e-4, atol=1e-5
+    )
+    assert 0.01 * output.aux_loss > of_heads
+
+
 def test_what_is_no_trainer_of_a_converted_model_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="trainer is a str; it must be a Trainer"):
         add_balance_loss("trainer")

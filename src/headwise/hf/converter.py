@@ -172,6 +172,8 @@ def restore(model: Any) -> Any:
         fields = routed.config.to_dict()
         for field in ("headwise", "auto_map", "attn_implementation"):
             del fields[field]
+        if not hasattr(original_class.config_class, "router_aux_loss_coef"):
+            del fields["router_aux_loss_coef"]
         fields["model_type"] = fields.pop("base_model_type")
         fields["architectures"] = [original_class.__name__]
         config = original_class.config_class.from_dict(fields)

@@ -36,14 +36,13 @@ def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     names = list(inspect.signature(forward).parameters)
     targets = [name for name in names if "label" in name or name in _OTHER_TARGETS]
-    is_original_of_experts = "output_router_logits" in names
+    takes_asked = "output_router_logits" in names
 
     # `wraps` keeps the signature, by which Trainer and generate find out what a model takes.
     @functools.wraps(forward)
     def routed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
-        take = kwargs.get if is_original_of_experts else kwargs.pop
-        asked = take("output_router_logits", None)
+        asked = (kwargs.get if takes_asked else kwargs.pop)("output_router_logits", None)
         has_targets = any(kwargs.get(name) is not None for name in targets)
         coefficient = router_loss_coefficient(self.config)
         if (
@@ -64,12 +63,11 @@ def with_routing_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
             keep_loads(self, routings)
         added = self.routing_loss(routings)
         if loss_of(output) is not None:
-            factor = 1 if is_original_of_experts else coefficient
-            output = _with_loss(output, factor * added * _share_of_batch(self, kwargs))
+            output = _with_loss(output, coefficient * added * _share_of_batch(self, kwargs))
         elif has_targets and not asked:
             _warn_of_missing_loss(type(self).__name__)
             return output
-        return _with_aux_loss(output, added / coefficient if is_original_of_experts else added)
+        return _with_aux_loss(output, added / _coefficient_of_original(self.config))
 
     return routed_forward
 
@@ -91,7 +89,14 @@ def bound_with_routing_loss(model: PreTrainedModel, forward: Callable[..., Any])
 def router_loss_coefficient(config: Any) -> float:
     """By what the balance losses are multiplied before they join the model's loss; 0 for off."""
     coefficient: float = getattr(config.get_text_config(), "router_aux_loss_coef", 1.0)
-    return coefficient
+    return coefficient / _coefficient_of_original(config)
+
+
+def _coefficient_of_original(config: Any) -> float:
+    """That of a mixture which the model had before: it is for those experts' loss, not for ours."""
+    text = config.get_text_config()
+    is_of_original = hasattr(type(text), "router_aux_loss_coef")
+    return (text.router_aux_loss_coef or 1.0) if is_of_original else 1.0
 
 
 def _share_of_batch(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | int:
