@@ -6,9 +6,14 @@ import pytest
 import torch
 from conversions import GROUPS, LEARNED, MH_MOE, QUERY_NORM, TWO_STAGE
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from headwise import convert
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"),
+    reason="transformers is too old for continuous batching of routed heads",
+)
 CONVERSIONS = {
     "two_stage": {"attention": TWO_STAGE},
     "query_norm": {"attention": QUERY_NORM},

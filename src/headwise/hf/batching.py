@@ -6,6 +6,7 @@ Requests of several lengths run as one row of tokens, their keys and values in a
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -26,7 +27,16 @@ def init_continuous_batching(
     continuous_batching_config: Any = None,
     **options: Any,
 ) -> ContinuousBatchingManager:
-    """What transformers' method of this name does, with our manager."""
+    """What transformers' method of this name does, with our manager.
+
+    Raises:
+        ValueError: If transformers is too old: then pages had attention functions of their own.
+    """
+    if not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
+        raise ValueError(
+            f"transformers is {transformers.__version__}, whose continuous batching cannot use "
+            "routed heads; 5.23 can: `pip install -U transformers`"
+        )
     kept: Any = getattr(model, "_cached_continuous_batching_manager", None)
     if kept is not None:
         return kept
