@@ -14,7 +14,7 @@ KERNELS := $(BIN)/headwise compile || true
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
-.PHONY: help demo test sanitize levels lowest latest lint tables wheel clean
+.PHONY: help demo test torchao sanitize levels lowest latest lint tables wheel clean
 
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
@@ -26,6 +26,11 @@ demo: $(VENV)/core  ## train five small models on real text, compare them, draw 
 test: $(VENV)/dev  ## the whole test suite
 	@$(KERNELS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# Beside the others it would write to stderr wherever transformers is imported.
+torchao: $(VENV)/dev  ## the tests of quantised models with torchao, which `make test` leaves out
+	$(PIP) --quiet --no-deps -c constraints.txt --target build/torchao --upgrade torchao
+	PYTHONPATH=build/torchao $(BIN)/python -m pytest tests/hf/test_quantized.py
 
 lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproject.toml allows; the newest
 	.venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
