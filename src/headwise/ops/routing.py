@@ -293,13 +293,12 @@ def _straight_through(
     shared: Sequence[int], logits: Tensor, choice: tuple[Tensor, Tensor], probabilities: Tensor
 ) -> HeadRouting:
     """Gates of 1 for shared and chosen heads, with the gradients of the probabilities."""
-    indices, which = choice
-    hard = multi_hot(which, probabilities)
+    hard = multi_hot(choice[1], probabilities)
     if learns(probabilities):
         # p - p.detach() is exactly 0, so the gate is exactly 0 or 1 and still carries p's gradient.
         hard = hard + (probabilities - probabilities.detach())
-    always_on = hard.new_ones(*hard.shape[:-1], len(shared))
-    return HeadRouting(arrange_gates(shared, always_on, hard), indices, probabilities, logits)
+    gates = arrange_gates(shared, hard.new_ones(*hard.shape[:-1], len(shared)), hard)
+    return HeadRouting(gates, choice[0], probabilities, logits)
 
 
 def route_tokens(
@@ -354,8 +353,7 @@ def route_tokens(
     if normalize and scores == "softmax" and bias is None and indices is None:
         weights = weights / weights.sum(-1, keepdim=True)
     elif normalize:
-        # All that a bias or an earlier choice took may have underflowed to 0; the logarithms have
-        # not.
+        # All that a bias or an earlier choice took may have underflowed to 0; logarithms have not.
         logs = log_affinities(logits, scores).gather(-1, which)
         weights = logs.masked_fill(chosen < 0, torch.finfo(logs.dtype).min).softmax(-1)
     if indices is not None:
