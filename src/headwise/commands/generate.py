@@ -50,8 +50,12 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     Raises:
         ValueError: If the directory holds no model, a broken one or none of language.
     """
-    model = load_causal_lm(directory)
+    return load_causal_lm(directory), tokenizer_beside(directory)
+
+
+def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory; raises ValueError if there is none."""
     tokenizer = load_tokenizer(str(directory))
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, and text needs one; save one beside it")
-    return model, tokenizer
+    return tokenizer

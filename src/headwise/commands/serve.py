@@ -7,7 +7,8 @@ import tyro
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
-from headwise.loading import load_config, load_tokenizer
+from headwise.commands.generate import tokenizer_beside
+from headwise.loading import load_config
 from headwise.ops.fields import Count, check
 from headwise.parsing import called
 
@@ -43,8 +44,7 @@ def serve(
     if port > _PORTS:
         raise ValueError(f"port is {port}; it must be at most {_PORTS}")
     load_config(directory, "language model")
-    if load_tokenizer(str(directory)) is None:
-        raise ValueError(f"{directory} has no tokenizer, and text needs one; save one beside it")
+    tokenizer_beside(directory)
     if not is_serve_available():
         raise ValueError(
             "what serves models is not installed; the extra serve has it: "
