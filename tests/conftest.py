@@ -30,8 +30,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True, scope="session")
 def _no_kernels_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What `headwise compile` built on this machine must not decide what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    with _cache(tmp_path_factory.mktemp("cache")):
         yield
 
 

@@ -160,6 +160,9 @@ def describe(config: Any) -> None:
     if hasattr(config, "headwise") and not hasattr(text, "router_aux_loss_coef"):
         balances = Conversion.from_dict(config.headwise).balances_load
         text.router_aux_loss_coef = 1.0 if balances else 0.0
+    coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    if not isinstance(coefficient, int | float):
+        raise ValueError(f"router_aux_loss_coef is {coefficient!r}; it must be a number, 0 for off")
 
 
 @functools.cache
