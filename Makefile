@@ -38,7 +38,7 @@ lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproj
 # The sanitizers must be loaded before Python. Python and torch free nothing at their end, and torch
 # allocates what is too large on purpose, to see whether there is memory.
 WATCHED := tests/ops/test_*native*.py tests/ops/test_head_projection.py tests/ops/test_logits.py \
-    tests/ops/test_properties.py tests/ops/test_misuse.py
+    tests/ops/test_attention_pages.py tests/ops/test_properties.py tests/ops/test_misuse.py
 sanitize: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
 sanitize: export LD_PRELOAD = $(foreach x,asan ubsan,$(shell c++ -print-file-name=lib$(x).so))
 sanitize: $(VENV)/dev  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer

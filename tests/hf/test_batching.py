@@ -9,6 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from headwise import convert
+from headwise.ops.attention import pages
 
 pytestmark = pytest.mark.skipif(
     not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"),
@@ -29,9 +30,9 @@ GREEDY = GenerationConfig(max_new_tokens=11, do_sample=False, eos_token_id=-1, p
 PAGES = ContinuousBatchingConfig(num_blocks=16, block_size=4, max_batch_tokens=7)
 
 
-def batched(model, prompts=PROMPTS, pages=PAGES):
+def batched(model, prompts=PROMPTS, config=PAGES):
     found = model.generate_batch(
-        prompts, generation_config=GREEDY, continuous_batching_config=pages, progress_bar=False
+        prompts, generation_config=GREEDY, continuous_batching_config=config, progress_bar=False
     )
     assert not any(request.error for request in found.values())
     return [request.generated_tokens for request in found.values()]
@@ -51,6 +52,21 @@ def test_a_batch_generates_what_each_of_its_prompts_does_alone(tiny, family, con
     changes = {"sliding_window": 5} if family == "mistral" else {}
     model = convert(tiny(family, **changes), **conversion)
     assert batched(model) == alone(model)
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_kernels_read_the_pages_where_they_are(tiny, family, monkeypatch):
+    documents = []
+    decode = pages.native_decode
+    monkeypatch.setattr(
+        pages, "native_decode", lambda q, *args: documents.append(q.shape[1]) or decode(q, *args)
+    )
+    changes = {"sliding_window": 5} if family == "mistral" else {}
+    model = convert(tiny(family, **changes), attention=TWO_STAGE)
+    assert batched(model) == alone(model)
+    # Sliding windows are copied: what is new in them may overwrite what is old.
+    assert len(PROMPTS) in documents if family == "llama" else documents == []
 
 
 def test_heads_that_are_off_change_the_text(tiny):

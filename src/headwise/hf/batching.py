@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from headwise.ops import head_attention
+from headwise.ops.attention.pages import paged_attention
 
 
 class RoutedBatchingManager(ContinuousBatchingManager):
@@ -69,6 +70,9 @@ def attend_to_pages(
 ) -> Tensor:
     """Keys and values go to the pages; each request attends to its own, old and new.
 
+    On CPUs, requests that go on by a token read keys and values where they are kept, those of heads
+    that are off not; otherwise they are copied out of the pages first.
+
     Args:
         query: [1, H, T, C], the tokens of all requests in a row; key and value [1, G, T, C].
         gate: [1, T, H]; None for all heads on.
@@ -77,19 +81,42 @@ def attend_to_pages(
     Returns:
         The gated heads, [1, T, H, C].
     """
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
-    )
+    pages = _kept_in_place(cache, module.layer_idx, kwargs)
+    if pages is not None:
+        # With nothing to read, it writes.
+        asked = kwargs | {"read_index": [places[:0] for places in kwargs["read_index"]]}
+        cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=asked)
+        kwargs["cu_seq_lens_k"] = asked["cu_seq_lens_k"]
+    else:
+        key, value = cache.update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return head_attention(
-        q.to(v.dtype),
-        k,
-        v,
-        q.new_ones(q.shape[:3]) if gate is None else gate,
-        causal=True,
-        window=window,
-        cu_seqlens=cu_seq_lens_q,
-        cu_seqlens_k=kwargs["cu_seq_lens_k"],
-        scale=scale,
-        share_on=share_on,
-    )
+    gate = q.new_ones(q.shape[:3]) if gate is None else gate
+    options: dict[str, Any] = {
+        "window": window,
+        "cu_seqlens": cu_seq_lens_q,
+        "cu_seqlens_k": kwargs["cu_seq_lens_k"],
+        "scale": scale,
+        "share_on": share_on,
+    }
+    if pages is None:
+        return head_attention(q.to(v.dtype), k, v, gate, causal=True, **options)
+    k_pages, v_pages, places = pages
+    return paged_attention(q.to(v_pages.dtype), k_pages, v_pages, gate, places, **options)
+
+
+def _kept_in_place(
+    cache: Any, layer: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A layer's keys and values of all requests [P, G, C], and where those of these requests are.
+
+    None where keys do not stay in their place, as in sliding windows; where there is nothing to
+    read but what is new; and on a GPU, where no kernel reads scattered keys.
+    """
+    allocator = cache.layer_to_allocator[layer]
+    places = kwargs["read_index"][allocator.index]
+    if allocator.layer_type != "full_attention" or len(places) == 0 or places.device.type != "cpu":
+        return None
+    k, v = allocator.get_cache_for_block_table(layer)
+    return k.flatten(0, 1), v.flatten(0, 1), places

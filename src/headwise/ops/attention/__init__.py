@@ -40,7 +40,7 @@ _FEWEST_KEYS = 128
 _FEWEST_SCORES = 2**20
 # Below this size of the keys, impl "decode" waits for Python rather than for memory.
 _SMALLEST_CACHE = 8 * 2**20
-# Above this many query tokens per key head, arithmetic costs more than reading the cache.
+# Above this many queries of a key head, arithmetic costs more than reading the cache.
 _MOST_DECODED = 16
 _MOST_CHANNELS = 1024  # of impl "native"
 # On an H100 the kernels are as fast as cuDNN's for all heads of up to 64 channels, and for three in
@@ -114,7 +114,7 @@ def head_attention(
     """
     check_choice("impl", impl, Impl)
     _check(q, k, v, gate, mask, bias)
-    _check_options(causal, window, scale, dropout, share_on, impl)
+    check_options(causal, window, scale, dropout, share_on, impl)
     check_documents(q, k, cu_seqlens, cu_seqlens_k)
     if q.numel() == 0 or k.numel() == 0:
         return q.clone().zero_()
@@ -134,7 +134,7 @@ def head_attention(
         impl = "auto"  # nothing is computed there, by any
     if dropout:
         return dense.head_attention(_masked(x, spans), dropout)
-    plan = choose(x, share_on=share_on, impl=impl)
+    plan = choose(x, share_on=share_on, impl=impl, longest=_longest_document(x.q, cu_seqlens))
     if plan.impl == "native":
         return _native(x, spans, plan)
     if plan.impl == "triton":
@@ -183,8 +183,13 @@ def _masked(x: Operands, spans: Tensor | None) -> Operands:
     return x._replace(mask=seen if x.mask is None else seen & x.mask)
 
 
-def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -> Plan:
+def choose(
+    x: Operands, *, share_on: float | None = None, impl: Impl = "auto", longest: int | None = None
+) -> Plan:
     """The plan for a call; impl "auto" stands for the implementation that should be fastest.
+
+    `longest` says how many queries the longest document has: native reads the keys of a document
+    for its own queries only.
 
     CUDA: triton; dense where the caller says that more heads are on than skipping is worth
     (`_MOST_ON_A_GPU`); gathered where a bias is added or the head width has no kernel. CPU: native
@@ -197,19 +202,33 @@ def choose(x: Operands, *, share_on: float | None = None, impl: Impl = "auto") -
     _, queries, heads, _ = x.q.shape
     # An exported program takes inputs of other lengths than the example, and must not ask.
     asks = not learning and not torch.compiler.is_exporting()
-    decoding = asks and queries * heads <= _MOST_DECODED * x.k.shape[2]
+    most = most_decoded(heads, x.k.shape[2])
+    decoding = asks and queries <= most
+    by_document = asks and (queries if longest is None else longest) <= most
     if impl == "auto":
-        fastest = "dense" if by_torch_alone() else _fastest(x, decoding, share_on)
-        return Plan(fastest, decoding, learning)
+        fastest = "dense" if by_torch_alone() else _fastest(x, decoding, by_document, share_on)
+        return Plan(fastest, by_document if fastest == "native" else decoding, learning)
     check_named(impl, "dense", "reference")
     if impl == "reference" and is_mapped():
         raise ValueError("impl is 'reference', which torch.vmap cannot map; 'dense' can be")
-    plan = Plan(impl, decoding, learning)
+    plan = Plan(impl, by_document if impl == "native" else decoding, learning)
     _check_computes(x, plan)
     return plan
 
 
-def _fastest(x: Operands, decoding: bool, share_on: float | None) -> Impl:
+def most_decoded(heads: int, key_heads: int) -> int:
+    """So many queries there may be for reading keys to be the cost, not arithmetic."""
+    return _MOST_DECODED * key_heads // heads
+
+
+def _longest_document(q: Tensor, cu_seqlens: Tensor | None) -> int | None:
+    """How many tokens it has, where asking costs nothing: not of a GPU, not while exporting."""
+    if cu_seqlens is None or q.device.type != "cpu" or by_torch_alone():
+        return None
+    return int(cu_seqlens.diff().max())
+
+
+def _fastest(x: Operands, decoding: bool, by_document: bool, share_on: float | None) -> Impl:
     if x.q.device.type == "cuda":
         if share_on is not None and _torch_is_faster(x, share_on):
             return "dense"
@@ -219,7 +238,7 @@ def _fastest(x: Operands, decoding: bool, share_on: float | None) -> Impl:
         return "triton" if kernel else "gathered"
     if x.q.device.type != "cpu":
         return "dense"
-    long = decoding or x.k.shape[1] >= _FEWEST_KEYS
+    long = by_document or x.k.shape[1] >= _FEWEST_KEYS
     if _native_computes(x) and (is_ready() if long else is_built()):
         return "native" if long else "dense"
     if decoding:
@@ -295,7 +314,7 @@ def _check(
             check_broadcastable(name, tensor, "B H T S", scores, kind=kind, like=q)
 
 
-def _check_options(
+def check_options(
     causal: bool,
     window: int | None,
     scale: float | None,
@@ -303,6 +322,7 @@ def _check_options(
     share_on: float | None,
     impl: Impl,
 ) -> None:
+    """Refuse options of `head_attention` that are out of range."""
     # Checks against annotations would be slower, and every step of a decoding model runs this.
     if causal is not True and causal is not False:
         raise ValueError(f"causal is {causal!r}; it must be True or False")

@@ -27,7 +27,7 @@ def check(library: str) -> None:
             assert head.grad is not None
             _compare(gradient, head.grad.transpose(1, 2), tolerance)
         one = torch.ones(1, 1, 2)
-        got = ops.decode_attention(q[:, -1:].contiguous(), k, v, one, True, 0.125, *nothing)
+        got = ops.decode_attention(q[:, -1:].contiguous(), k, v, one, True, 0.125, *nothing, None)
         _compare(got, want[:, -1:], tolerance)
         _compare(*_aggregated(q, k, v), tolerance)
         sizes = (200, 64), (1, 96, 64), (1, 64, 48)

@@ -17,21 +17,22 @@ _DECODE = "headwise::native_decode"
 torch.library.define(
     _DECODE,
     "(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, Tensor? spans, Tensor? mask, "
-    "Tensor? bias, float scale) -> Tensor",
+    "Tensor? bias, float scale, Tensor? places=None) -> Tensor",
 )
 
-# y [B, T, H, C] of a few queries. Gates and bias are float32. Forward only.
+# y [B, T, H, C] of a few queries for each key that they see. Gates and bias are float32. With
+# places [S] key s is k[:, places[s]]. Forward only.
 native_decode: Any = torch.ops.headwise.native_decode
 
 
 @torch.library.impl(_DECODE, "cpu")
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, causal: bool, spans: Tensor | None,
-    mask: Tensor | None, bias: Tensor | None, scale: float,
+    mask: Tensor | None, bias: Tensor | None, scale: float, places: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return kernels().decode_attention(
         q.contiguous(), adjacent(k), adjacent(v), gate.contiguous(), causal, scale, spans, mask,
-        bias,
+        bias, places,
     )  # fmt: skip
 
 

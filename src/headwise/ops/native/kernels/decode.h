@@ -2,7 +2,8 @@
 //
 // Reading keys and values is the cost. Keys are cut into pieces, so that every thread has as much to
 // do as the others, whichever heads are on. The results of the pieces are merged by the sums of their
-// exponentials.
+// exponentials. Documents in a row, as in a batch of requests, are read one by one, each for its own
+// tokens.
 #pragma once
 
 #include <array>
@@ -16,15 +17,25 @@ constexpr int64_t PIECE = 512;  // keys
 constexpr int64_t TOGETHER = 4;  // keys read at once
 constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are read
 
-// Four keys (or values) from `first` on; the last one stands in where there are fewer. Memory gives
-// twice as much to a core that asks ahead; asking beyond the last one does no harm.
+// Keys or values of one list [S, C], one after the other or scattered over the rows of pages.
+template <typename T>
+struct Places {
+  const T* first;
+  int64_t stride;
+  const int64_t* rows;  // [S], or none
+
+  const T* operator[](int64_t i) const { return first + (rows ? rows[i] : i) * stride; }
+};
+
+// Keys (or values) from `first` on, four of them; the last of all stands in where there are fewer.
+// Memory gives twice as much to a core that asks ahead.
 template <typename T>
 std::array<const T*, TOGETHER> four(
-    const T* x, int64_t stride, int64_t first, int64_t size, int64_t channels) {
+    const Places<T>& x, int64_t first, int64_t last, int64_t channels) {
   const int64_t ahead = first + AHEAD / static_cast<int64_t>(channels * sizeof(T)) + 1;
-  for (int64_t i = ahead; i < ahead + TOGETHER; ++i)
-    for (int64_t j = 0; j < channels; j += 64 / sizeof(T)) __builtin_prefetch(x + i * stride + j);
-  const auto at = [&](int64_t i) { return x + std::min(first + i, size - 1) * stride; };
+  for (int64_t i = ahead; i < std::min(ahead + TOGETHER, last); ++i)
+    for (int64_t j = 0; j < channels; j += 64 / sizeof(T)) __builtin_prefetch(x[i] + j);
+  const auto at = [&](int64_t i) { return x[std::min(first + i, last - 1)]; };
   return {at(0), at(1), at(2), at(3)};
 }
 
@@ -72,24 +83,50 @@ inline std::pair<float, float> to_weights(float* s, int64_t n) {
   return {peak, total};
 }
 
-// One piece of a list, keys from `first` to `last`: for each row its peak, its sum, and the weighted
+// Rows of a list whose spans overlap, and all keys that one of them sees: a document's.
+struct Run {
+  int64_t list;
+  List of;
+  int64_t row, piece;  // How many rows, and pieces times rows, come before it.
+
+  int64_t pieces() const { return (of.span.end - of.span.from + PIECE - 1) / PIECE; }
+};
+
+inline std::vector<Run> runs_of(
+    const Sizes& z, const Visible& visible, const std::vector<List>& lists) {
+  std::vector<Run> runs;
+  int64_t row = 0, piece = 0;
+  const auto count = [&] {
+    if (runs.empty()) return;
+    row += runs.back().of.size(), piece += runs.back().of.size() * runs.back().pieces();
+  };
+  for (int64_t list = 0; list < z.lists(); ++list)
+    for (const int32_t i : lists[list].rows) {
+      const Span span = visible.of(z.indices(list, i));
+      if (runs.empty() || runs.back().list != list || (runs.back().of.span & span).empty()) {
+        count();
+        runs.push_back({list, {}, row, piece});
+      }
+      List& own = runs.back().of;
+      own.rows.push_back(i), own.span = own.span | span;
+    }
+  return runs;
+}
+
+// One piece of a run, keys from `first` to `last`: for each row its peak, its sum, and the weighted
 // values [channels].
 template <typename T>
 void decode_piece(
-    const Sizes& z, const Visible& visible, const Tensor& k, const Tensor& v, int64_t list,
-    const std::vector<int32_t>& rows, const float* q, int64_t first, int64_t last, float* s,
-    float* found) {
-  const int64_t c = z.channels, n = last - first, count = static_cast<int64_t>(rows.size());
-  const int64_t k_stride = k.stride(1), v_stride = v.stride(1);
-  const T* keys = of_list<T>(k, z, list) + first * k_stride;
-  const T* values = of_list<T>(v, z, list) + first * v_stride;
+    const Sizes& z, const Visible& visible, const Places<T>& keys, const Places<T>& values,
+    const Run& run, const float* q, int64_t first, int64_t last, float* s, float* found) {
+  const int64_t c = z.channels, n = last - first, count = run.of.size();
   for (int64_t j = 0; j < n; j += TOGETHER) {
-    const auto together = four(keys, k_stride, j, n, c);
+    const auto together = four(keys, first + j, last, c);
     for (int64_t r = 0; r < count; ++r) score(s + r * PIECE + j, q + r * c, together, c);
   }
   for (int64_t r = 0; r < count; ++r) {
     float *scores = s + r * PIECE, *own = found + r * (c + 2);
-    const Indices at = z.indices(list, rows[r]);
+    const Indices at = z.indices(run.list, run.of.rows[r]);
     const Span span = visible.of(at);
     const int64_t lo = std::clamp(span.from - first, int64_t{0}, n);
     const int64_t hi = std::clamp(span.end - first, lo, n);
@@ -101,7 +138,7 @@ void decode_piece(
     std::fill_n(own + 2, c, 0.0f);
   }
   for (int64_t j = 0; j < n; j += TOGETHER) {
-    const auto together = four(values, v_stride, j, n, c);
+    const auto together = four(values, first + j, last, c);
     for (int64_t r = 0; r < count; ++r)
       add_values(found + r * (c + 2) + 2, s + r * PIECE + j, together, c);
   }
@@ -127,49 +164,48 @@ void merge(T* y, const float* found, int64_t pieces, int64_t stride, int64_t c, 
 template <typename T>
 void decode(
     const Sizes& z, const Visible& visible, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& gate, float scale, Tensor& y) {
-  const int64_t c = z.channels, pieces = (z.keys + PIECE - 1) / PIECE, each = c + 2;
+    const Tensor& gate, const int64_t* places, float scale, Tensor& y) {
+  const int64_t c = z.channels, each = c + 2;
   const float* gates = gate.const_data_ptr<float>();
   const T* q_of = q.const_data_ptr<T>();
   T* y_of = y.mutable_data_ptr<T>();
-  const auto lists = lists_that_are_on(z, visible, gates, y_of);
+  const auto runs = runs_of(z, visible, lists_that_are_on(z, visible, gates, y_of));
+  if (runs.empty()) return;
   std::vector<std::tuple<int64_t, int64_t>> work;
-  std::vector<int64_t> starts(z.lists());
-  int64_t rows = 0, most = 0;
-  for (int64_t list = 0; list < z.lists(); ++list) {
-    const List& own = lists[list];
-    starts[list] = rows, rows += own.size(), most = std::max(most, own.size());
-    for (int64_t piece = own.span.from / PIECE; piece * PIECE < own.span.end; ++piece)
-      work.emplace_back(list, piece);
+  int64_t most = 0;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    most = std::max(most, runs[i].of.size());
+    for (int64_t piece = 0; piece < runs[i].pieces(); ++piece) work.emplace_back(i, piece);
   }
-  // Scaled queries [rows, C], list after list; and the results, [list][piece][row].
-  Buffer<float> queries(rows * c), found(rows * pieces * each);
-  for (int64_t i = 0; i < rows * pieces; ++i) found[i * each] = -INFINITY;
-  for (int64_t list = 0; list < z.lists(); ++list)
-    for (int64_t r = 0; r < lists[list].size(); ++r) {
-      const T* row = q_of + z.place(z.indices(list, lists[list].rows[r])) * c;
-      float* scaled = queries.data() + (starts[list] + r) * c;
+  // Scaled queries [rows, C], run after run; and the results, [run][piece][row].
+  const auto& end = runs.back();
+  const int64_t rows = end.row + end.of.size();
+  Buffer<float> queries(rows * c), found((end.piece + end.pieces() * end.of.size()) * each);
+  for (const Run& run : runs)
+    for (int64_t r = 0; r < run.of.size(); ++r) {
+      const T* row = q_of + z.place(z.indices(run.list, run.of.rows[r])) * c;
+      float* scaled = queries.data() + (run.row + r) * c;
       for (int64_t j = 0; j < c; ++j) scaled[j] = scale * LOG2E * static_cast<float>(row[j]);
     }
   share_out(static_cast<int64_t>(work.size()), [&] {
     return [&, s = Buffer<float>(most * PIECE)](int64_t i) mutable {
-      const auto [list, piece] = work[i];
-      const List& own = lists[list];
+      const auto [number, piece] = work[i];
+      const Run& run = runs[number];
+      const int64_t first = run.of.span.from + piece * PIECE;
       decode_piece<T>(
-          z, visible, k, v, list, own.rows, queries.data() + starts[list] * c,
-          std::max(own.span.from, piece * PIECE), std::min(own.span.end, (piece + 1) * PIECE),
-          s.data(), found.data() + (starts[list] * pieces + piece * own.size()) * each);
+          z, visible, {of_list<T>(k, z, run.list), k.stride(1), places},
+          {of_list<T>(v, z, run.list), v.stride(1), places}, run, queries.data() + run.row * c,
+          first, std::min(run.of.span.end, first + PIECE), s.data(),
+          found.data() + (run.piece + piece * run.of.size()) * each);
     };
   });
-  for (int64_t list = 0; list < z.lists(); ++list) {
-    const int64_t count = lists[list].size();
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t place = z.place(z.indices(list, lists[list].rows[r]));
+  for (const Run& run : runs)
+    for (int64_t r = 0; r < run.of.size(); ++r) {
+      const int64_t place = z.place(z.indices(run.list, run.of.rows[r]));
       merge<T>(
-          y_of + place * c, found.data() + (starts[list] * pieces + r) * each, pieces,
-          count * each, c, gates[place]);
+          y_of + place * c, found.data() + (run.piece + r) * each, run.pieces(),
+          run.of.size() * each, c, gates[place]);
     }
-  }
 }
 
 }  // namespace headwise

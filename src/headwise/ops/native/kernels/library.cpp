@@ -110,12 +110,14 @@ std::vector<Tensor> aggregated_attention_backward(
 
 Tensor decode_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, bool causal,
-    double scale, const Maybe& spans, const Maybe& mask, const Maybe& bias) {
-  const Sizes z(q, k, causal);
+    double scale, const Maybe& spans, const Maybe& mask, const Maybe& bias, const Maybe& places) {
+  Sizes z(q, k, causal);
+  if (places) z.keys = places->size(0), z.offset = z.keys - z.queries;
   const Visible visible(z, gate, spans, mask, bias);
   Tensor y = new_empty(q, q.sizes());
   const auto compute = is_half(q) ? decode<BFloat16> : decode<float>;
-  compute(z, visible, q, k, v, gate, static_cast<float>(scale), y);
+  const int64_t* of_keys = places ? places->const_data_ptr<int64_t>() : nullptr;
+  compute(z, visible, q, k, v, gate, of_keys, static_cast<float>(scale), y);
   return y;
 }
 
@@ -231,7 +233,7 @@ STABLE_TORCH_LIBRARY(headwise_native, m) {
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor gate, bool causal, float scale, "
-      "Tensor? spans, Tensor? mask, Tensor? bias) -> Tensor");
+      "Tensor? spans, Tensor? mask, Tensor? bias, Tensor? places) -> Tensor");
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor up, Tensor down, bool relu) -> "
       "Tensor");
