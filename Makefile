@@ -14,7 +14,7 @@ KERNELS := $(BIN)/headwise compile || true
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
-.PHONY: help demo test torchao sanitize levels lowest latest lint tables wheel clean
+.PHONY: help demo test long sanitize levels lowest latest lint tables wheel clean
 
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
@@ -23,17 +23,19 @@ demo: $(VENV)/core  ## train five small models on real text, compare them, draw 
 	@$(KERNELS)
 	$(BIN)/headwise train lm --output runs/demo $(if $(STOPPED),--resume,--overwrite)
 
-test: $(VENV)/dev  ## the whole test suite
+test: $(VENV)/dev  ## the tests, all but the long ones
 	@$(KERNELS)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
-# Beside the others it would write to stderr wherever transformers is imported.
-torchao: $(VENV)/dev  ## the tests of quantised models with torchao, which `make test` leaves out
+# torchao, beside the others, would write to stderr wherever transformers is imported.
+long: $(VENV)/dev  ## what `make test` leaves out: exporting, a real model, torchao, registries
+	@$(KERNELS)
+	$(BIN)/python -m pytest -m long -n logical --maxprocesses 4 --dist loadfile
 	$(PIP) --quiet --no-deps -c constraints.txt --target build/torchao --upgrade torchao
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest tests/hf/test_quantized.py
 
-lowest latest: %: .venv-%/dev  ## the suite with the oldest versions that pyproject.toml allows; the newest
-	.venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+lowest latest: %: .venv-%/dev  ## the tests with the oldest versions that pyproject.toml allows; the newest
+	.venv-$@/bin/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
 # The sanitizers must be loaded before Python. Python and torch free nothing at their end, and torch
 # allocates what is too large on purpose, to see whether there is memory.

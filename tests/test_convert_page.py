@@ -64,7 +64,7 @@ def smollm2(directory: Path) -> None:
 
 # PEFT asks transformers under names that it now warns about.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-@pytest.mark.parametrize("build", [tiny, pytest.param(smollm2, marks=pytest.mark.smollm2)])
+@pytest.mark.parametrize("build", [tiny, pytest.param(smollm2, marks=pytest.mark.long)])
 def test_the_page_runs(build, tmp_path, monkeypatch, capsys, verbosity):
     monkeypatch.chdir(tmp_path)
     for field, least in (("_ROUNDS", 1), ("_WARMUPS", 0), ("_SECONDS", 0.0)):

@@ -13,6 +13,11 @@ from torch.utils import _pytree
 import export_check
 from headwise.ops import route_heads, route_tokens
 
+# What stands for all in `make test`.
+SHORT = (
+    "two_stage", "query_norm", "mh_moe", "mh_moe, learns", "documents", "llama, query_norm",
+    "static cache, two_stage",
+)  # fmt: skip
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
@@ -25,7 +30,12 @@ def outcomes(cases: Iterable[str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, str]:
-    return outcomes(export_check.CASES)
+    return outcomes(SHORT)
+
+
+@pytest.fixture(scope="module")
+def others_exported() -> dict[str, str]:
+    return outcomes(case for case in export_check.CASES if case not in SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +53,39 @@ def in_onnx() -> dict[str, str]:
 
 
 @pytest.mark.works_with("torch.export", "batch size and length open")
-@pytest.mark.parametrize("case", export_check.CASES)
+@pytest.mark.parametrize("case", SHORT)
 def test_a_program_equals_eager(case, exported):
     assert exported[case] == ""
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("case", [case for case in export_check.CASES if case not in SHORT])
+def test_other_programs_equal_eager(case, others_exported):
+    assert others_exported[case] == ""
+
+
+@pytest.mark.long
 @pytest.mark.usefixtures("kernels_built")
 def test_a_program_equals_eager_by_kernels_and_without():
     cases = export_check.EVEN_CASES
     assert outcomes(cases) == dict.fromkeys(cases, "")
 
 
+@pytest.mark.long
 @pytest.mark.works_with("AOTInductor", "a package that C++ loads")
 @pytest.mark.parametrize("case", export_check.PACKAGES)
 def test_a_package_of_aotinductor_equals_eager(case, packaged):
     assert packaged[case] == ""
 
 
+@pytest.mark.long
 @pytest.mark.works_with("ONNX Runtime", "a file of `torch.onnx.export`")
 @pytest.mark.parametrize("case", export_check.ONNX)
 def test_onnx_equals_eager(case, in_onnx):
     assert in_onnx[case] == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", export_check.EXPORTERS)
 def test_transformers_own_exporters(kind):
     pytest.importorskip("transformers.exporters", reason="transformers has no exporters yet")

@@ -84,5 +84,5 @@ def test_make_alone_says_what_there_is_and_does_nothing(checkout):
     done = make(checkout)
     assert done.returncode == 0
     assert "make demo: train five small models" in done.stdout
-    assert "make test: the whole test suite" in done.stdout
+    assert "make test: the tests, all but the long ones" in done.stdout
     assert not (checkout / ".venv").exists()

@@ -63,6 +63,7 @@ def test_the_newest_can_be_installed():
     assert all("torch" in versions for versions in resolve_all(EVERYWHERE))
 
 
+@pytest.mark.long
 def test_what_was_tested_can_be_installed():
     """With constraints.txt, which names every version that counts."""
     pins = dict(
@@ -75,6 +76,7 @@ def test_what_was_tested_can_be_installed():
         assert {name: v for name, v in versions.items() if v != pins.get(name, v)} == {}
 
 
+@pytest.mark.long
 def test_the_lowest_can_be_installed():
     places = [(python, SYSTEMS[0]) for python in PYTHONS]
     for versions in resolve_all(places, "--resolution", "lowest-direct"):

@@ -24,6 +24,7 @@ from transformers import (
 from damage import edit_json, edit_weights
 from headwise import convert, hf, load, record_routing
 from headwise.hf import RoutedLlamaForCausalLM
+from headwise.hf.auto import IMPLEMENTATIONS
 from tiny import LINES, SIZES, llama, tokenizer
 
 BOTH = {"attention": TWO_STAGE, "mlp": MH_MOE}
@@ -76,10 +77,13 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 
 
 @pytest.mark.parametrize("conversion", [{"attention": QUERY_NORM}, {"mlp": MH_MOE}])
-def test_a_class_of_transformers_does_not_load_it_as_a_dense_model(tiny, tmp_path, conversion):
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": "sdpa"}])
+def test_a_class_of_transformers_does_not_load_it_as_a_dense_model(
+    tiny, tmp_path, conversion, options
+):
     convert(tiny(), **conversion).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"load it by headwise\.load, or an Auto class with trust"):
-        LlamaForCausalLM.from_pretrained(tmp_path)
+        LlamaForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_the_class_can_be_named(directory, ids):
@@ -99,7 +103,7 @@ def test_a_directory_of_an_older_version_loads_and_is_saved_as_of_this(directory
     before = load(directory)(ids).logits
     edit_json(
         directory / "config.json",
-        lambda fields: [fields.pop(name) for name in ("auto_map", "attn_implementation")],
+        lambda fields: [fields.pop(name) for name in ("auto_map", *IMPLEMENTATIONS)],
     )
     (directory / "modeling_headwise.py").unlink()
     model = load(directory)

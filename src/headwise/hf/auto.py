@@ -40,7 +40,9 @@ _MODELING = '''"""The classes of this model, which headwise makes of those of tr
 
 from headwise.hf import __getattr__
 '''
-# No class of transformers has such an attention, so none loads a converted model as a dense one.
+# No class of transformers has such an attention, nor such experts where a user names the attention,
+# so none loads a converted model as a dense one.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _LOADED_BY = "headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
@@ -131,8 +133,9 @@ class _OfRouted(DefaultTargets):
     """Mixed into the class of a converted model's config."""
 
     def __post_init__(self, **fields: Any) -> None:
-        if fields.get("attn_implementation") == _LOADED_BY:
-            del fields["attn_implementation"]
+        for name in IMPLEMENTATIONS:
+            if fields.get(name) == _LOADED_BY:
+                del fields[name]
         super().__post_init__(**fields)  # type: ignore[misc]
         describe(self)
 
@@ -147,7 +150,7 @@ def describe(config: Any) -> None:
     """Say in the config of a converted model what tools that do not know headwise look for.
 
     `auto_map` names the classes, for tools that trust code beside the weights; a class of
-    transformers, which would load a dense model, stops at an `attn_implementation` that it does not
+    transformers, which would load a dense model, stops at `IMPLEMENTATIONS` that it does not
     know. By `router_aux_loss_coef` trainers tell that there is a loss to balance routers, which is
     weighted already; that of a model that had experts before stays.
     """
@@ -155,7 +158,8 @@ def describe(config: Any) -> None:
     classes = {auto.__name__: _classes_of(auto, base)[0].__name__ for auto in _autos_of(base)}
     names = {"AutoConfig": "Config"} | classes
     config.auto_map = {auto: f"{_MODULE}.{_PREFIX}{name}" for auto, name in names.items()}
-    config.attn_implementation = _LOADED_BY
+    for name in IMPLEMENTATIONS:
+        setattr(config, name, _LOADED_BY)
     text = config.get_text_config()
     if hasattr(config, "headwise") and not hasattr(text, "router_aux_loss_coef"):
         balances = Conversion.from_dict(config.headwise).balances_load

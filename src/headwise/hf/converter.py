@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.attention import NAME
-from headwise.hf.auto import describe, routed_classes
+from headwise.hf.auto import IMPLEMENTATIONS, describe, routed_classes
 from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
 from headwise.hf.expert_configs import FittedExperts, MoEConfig
 from headwise.hf.head_configs import FittedHeads, MoHConfig
@@ -170,7 +170,7 @@ def restore(model: Any) -> Any:
     if isinstance(routed, PreTrainedModel):
         original_class = routed.original_class
         fields = routed.config.to_dict()
-        for field in ("headwise", "auto_map", "attn_implementation"):
+        for field in ("headwise", "auto_map", *IMPLEMENTATIONS):
             del fields[field]
         if not hasattr(original_class.config_class, "router_aux_loss_coef"):
             del fields["router_aux_loss_coef"]
