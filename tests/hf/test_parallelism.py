@@ -9,10 +9,13 @@ from split_models import IDS, compare, compare_training
 from test_output_gates import converted
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.distributed import DistributedConfig
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert, fit, load, restore
+from headwise.hf import parallelism
 from headwise.nn.routers import Router
 from processes import run_in
 
@@ -186,11 +189,52 @@ def keep_in_bfloat16(path, mesh, rank):
     assert {p.dtype for p in routers[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"tp_plan": "auto"}, {"tp_size": 2}, {"distributed_config": DistributedConfig(tp_size=2)}],
+    ids=str,
+)
+def test_an_older_transformers_splits_nothing(monkeypatch, tmp_path, options):
+    convert(tiny(LlamaForCausalLM), attention=TWO_STAGE).save_pretrained(tmp_path)
+    monkeypatch.setattr(parallelism, "_HAS_PLANS", False)
+    with pytest.raises(ValueError, match=r"which cannot split a converted model; 5.23 can"):
+        load(tmp_path, **options)
+    convert(tiny(LlamaForCausalLM), mlp=MOE)
+
+
 def test_heads_that_are_missing_are_refused():
     model = convert(tiny(LlamaForCausalLM), attention=TWO_STAGE)
     model.model.layers[0].self_attn.q_proj = nn.Linear(24, 8)
     with pytest.raises(ValueError, match="has 2 heads here, and its router routes 6; heads must"):
         model(IDS)
+
+
+def count_what_travels(rank, path):
+    """In each of two processes: how often something is summed and gathered over them."""
+    model = load(path, distributed_config=DistributedConfig(tp_size=2))
+    layers = len(model.model.layers)
+
+    def counts(run):
+        with CommDebugMode() as found:
+            result = run()
+        named = {str(op): count for op, count in found.get_comm_counts().items()}
+        of = {
+            kind: sum(n for op, n in named.items() if kind in op) for kind in ("reduce", "gather")
+        }
+        return result, (of["reduce"], of["gather"])
+
+    with torch.no_grad():
+        _, forward = counts(lambda: model(IDS))
+    assert forward == (2 * layers + 1, layers + 1)
+    loss, forward = counts(lambda: model.train()(IDS, labels=IDS).loss)
+    assert forward == (2 * layers + 1, layers + 1)
+    assert counts(loss.backward)[1] == (5 * layers + 1, layers)
+
+
+def test_as_much_travels_as_parity_says(two_processes, tmp_path):
+    """The sums and gatherings of `headwise.parity.Sharding`, lengths of queries among them."""
+    convert(tiny(LlamaForCausalLM), attention=QUERY_NORM).save_pretrained(tmp_path / "model")
+    two_processes(count_what_travels, tmp_path / "model")
 
 
 def test_torch_splits_a_model_too(two_processes, tmp_path):
