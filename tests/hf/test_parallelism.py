@@ -11,7 +11,12 @@ from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    Phi3ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 
 from headwise import MHMoEConfig, MoEConfig, MoHConfig, convert, fit, load, restore
@@ -45,6 +50,8 @@ OF_TWO = {
     "two_stage": (LlamaForCausalLM, {}, {"attention": TWO_STAGE}, ["TP 2", "FSDP 2"]),
     "groups": (LlamaForCausalLM, {}, {"attention": GROUPS}, ["TP 2"]),
     "query_norm": (Qwen3ForCausalLM, {}, {"attention": QUERY_NORM}, ["TP 2"]),
+    "fused heads": (GPTNeoXForCausalLM, {}, {"attention": TWO_STAGE}, ["TP 2"]),
+    "gathered heads": (Phi3ForCausalLM, {}, {"attention": QUERY_NORM}, ["TP 2"]),
     "moe": (
         LlamaForCausalLM, {}, {"mlp": MOE},
         ["TP 2", "TP 2, EP 2", "TP 2, EP 2 by all_reduce", "TP 2, EP 2 of eager experts"],
@@ -77,12 +84,11 @@ REFUSED = {"odd heads", "odd experts", "cosine", "ternary", "two groups"}
 
 def tiny(kind, **changes):
     torch.manual_seed(0)
-    config = LlamaConfig if kind is LlamaForCausalLM else Qwen3Config
-    model = kind(config(**GROUPED | {"num_hidden_layers": 2} | changes)).eval()
+    model = kind(kind.config_class(**GROUPED | {"num_hidden_layers": 2} | changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Otherwise heads hardly differ, and rounding would choose among them.
-            if "_proj" in name:
+            if "_proj" in name or "query_key_value" in name:
                 parameter.mul_(10)
             if "q_norm" in name:
                 parameter.uniform_(0.5, 1.5)
