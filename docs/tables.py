@@ -1,4 +1,7 @@
-"""Write the tables of README.md and docs/ again, and figures of results/, from results/*.csv."""
+"""Write the tables of README.md and docs/ again, and figures of results/, from results/*.csv.
+
+A table of formulas, and one of tests, come from the code.
+"""
 
 import ast
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ from headwise.analysis.plots import (
 from headwise.bench import scaling_table
 from headwise.bench import table as bench
 from headwise.commands.eval import table as evaluation
+from headwise.parity import Decoder, Sharding
 from headwise.recipes import recovery
 from headwise.recipes.studies import STUDIES
 from headwise.results.rows import NO_ROUTER, Row, measured_on, read_csv, router_label
@@ -21,7 +25,10 @@ from headwise.training import table as training
 from headwise.training.figure import draw_comparison
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/convert.md", "docs/experiments.md", "docs/speed.md", "docs/vision.md")
+PAGES = (
+    "README.md", "docs/convert.md", "docs/experiments.md", "docs/sharding.md", "docs/speed.md",
+    "docs/vision.md",
+)  # fmt: skip
 # README.md shows whole models before layers, and these before the attention core alone.
 MODELS_FIRST = ("model", "layer", "experts", "vision", "attention")
 RIVALS = (
@@ -190,6 +197,59 @@ def marked_tests() -> list[Row]:
     return sorted(found, key=lambda row: row["with"].lower())
 
 
+DECODERS = {
+    "8B": Decoder(
+        dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_dim=14336, vocab_size=128256
+    ),
+    "70B": Decoder(
+        dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, mlp_dim=28672, vocab_size=128256
+    ),
+}
+DEVICES = ((1, 1), (2, 1), (8, 1), (1, 8), (1, 64), (8, 8))  # tp, fsdp
+GIB = 2**30
+
+
+def shardings() -> list[Row]:
+    """The models and how many devices share their heads, and their weights."""
+    sizes = [(model, *map(str, devices)) for model in DECODERS for devices in DEVICES]
+    return [{"model": model, "tp": tp, "fsdp": fsdp} for model, tp, fsdp in sizes]
+
+
+def sharding(rows: Sequence[Row]) -> Table:
+    """A line for each model and layout, and what a device then holds and sends."""
+    lines: list[list[Cell]] = []
+    for row in rows:
+        tp, fsdp = int(row["tp"]), int(row["fsdp"])
+        split = Sharding(decoder=DECODERS[row["model"]], tp=tp, fsdp=fsdp)
+        engines = [f"{name} {n}" for name, n in (("TP", tp), ("FSDP", fsdp)) if n > 1]
+        sent = split.token_traffic()
+        inference: list[Cell] = [
+            Number(split.weight_bytes() / GIB, "{:.1f}"),
+            Number(split.cache_bytes(8192) / GIB, "{:.2f}"),
+            Number(sent / 1024, "{:,.0f}"),
+            Number(split.routing_traffic() / sent, "{:.1%}") if sent else "",
+        ]
+        training: list[Cell] = [
+            Number(split.training_bytes() / GIB, "{:,.1f}"),
+            Number(split.step_traffic(4096) / GIB, "{:.1f}"),
+        ]
+        # FSDP would gather all weights for each token.
+        shown = inference if fsdp == 1 else [""] * len(inference)
+        name = " × ".join(engines) or "one device"
+        lines.append([row["model"], name, str(tp * fsdp), *shown, *training])
+    legend = (
+        "Of each device. Weights, cache of 8,192 tokens and traffic of a token: a forward in "
+        "bfloat16; routing: the share of that traffic which routers by query norm have. Training: "
+        "weights, gradients and Adam in float32 with what FSDP gathers, without activations; "
+        "traffic of a step: of 4,096 tokens in each batch, in float32."
+    )
+    columns = [
+        "model", "engine", "devices", "weights (GiB)", "cache (GiB)", "a token (KiB)", "routing",
+        "training (GiB)", "a step (GiB)",
+    ]  # fmt: skip
+    return Table(columns, lines, legend, left=2)
+
+
 # Tables whose rows are in a file of another name.
 SOURCES = {"costs": "performance", "speed": "performance", "speed-amx": "performance_amx"}
 TABLES = {
@@ -206,7 +266,12 @@ TABLES = {
     "smollm2": evaluation.comparison,
     "smollm2-tuning": recovery.comparison,
     "works-with": works_with,
+    "sharding": sharding,
 } | dict.fromkeys(("lm", "vit", "vit-cifar10", "dit", *STUDIES), training.comparison)
+
+
+# Rows that are no measurements.
+MADE_HERE = {"works-with": marked_tests, "sharding": shardings}
 
 
 def main() -> None:
@@ -239,13 +304,13 @@ def main() -> None:
 
 def is_measured(name: str) -> bool:
     """Whether there are rows of that name."""
-    return name == "works-with" or (ROOT / "results" / f"{name}.csv").exists()
+    return name in MADE_HERE or (ROOT / "results" / f"{name}.csv").exists()
 
 
 def rows_of(name: str) -> list[Row]:
-    """The rows of results/NAME.csv, or what the tests are marked with."""
-    if name == "works-with":
-        return marked_tests()
+    """The rows of results/NAME.csv, or those that are no measurements."""
+    if name in MADE_HERE:
+        return MADE_HERE[name]()
     return read_csv(ROOT / "results" / f"{name}.csv")
 
 

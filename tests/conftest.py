@@ -15,7 +15,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from processes import run_in_two
+from processes import run_in
 
 torch.set_num_threads(1)
 _OF_BOTH = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
@@ -81,7 +81,7 @@ def two_processes(tmp_path: Path) -> Callable[..., None]:
 
     What it raises in one of them, the test raises.
     """
-    return partial(run_in_two, f"file://{tmp_path / 'store'}")
+    return partial(run_in, 2, f"file://{tmp_path / 'store'}")
 
 
 @pytest.fixture(scope="session")

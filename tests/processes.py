@@ -1,22 +1,33 @@
-"""What the fixture `two_processes` runs: outside conftest.py, whose name several modules have."""
+"""Tests in several processes: outside conftest.py, whose name several modules have."""
 
 import copy
+import multiprocessing
 from collections.abc import Callable
 
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing import start_processes
+
+# A process that has imported these is there once, and the others are its forks.
+_IMPORTED = ["headwise", "transformers.models.llama.modeling_llama", "transformers.trainer"]
 
 
-def run_in_two(store: str, function: Callable[..., None], *arguments: object) -> None:
-    """function(rank, *arguments) in two processes; what it raises in one is raised here."""
-    multiprocessing.spawn(_in_process, (store, function, arguments), nprocs=2)
+def run_in(processes: int, store: str, function: Callable[..., None], *arguments: object) -> None:
+    """function(rank, *arguments) in so many processes; what it raises in one is raised here."""
+    shared = (processes, store, function, arguments)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
+    start_processes(_in_process, shared, nprocs=processes, start_method="forkserver")
 
 
 def _in_process(
-    rank: int, store: str, function: Callable[..., None], arguments: tuple[object, ...]
+    rank: int,
+    processes: int,
+    store: str,
+    function: Callable[..., None],
+    arguments: tuple[object, ...],
 ) -> None:
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
     try:
-        # Tensors come in memory that both share.
+        # Tensors come in memory that all share.
         function(rank, *copy.deepcopy(arguments))
     finally:
         distributed.destroy_process_group()

@@ -128,6 +128,7 @@ def test_it_saves_loads_generates_and_learns(tmp_path):
     again = load(tmp_path)
     assert again.conversion == model.conversion
     assert torch.equal(again(ids).logits, model(ids).logits)
+    assert {p.dtype for p in load(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     options = {"max_new_tokens": 5, "do_sample": False}
     without = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, **options), without)

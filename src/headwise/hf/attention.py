@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headwise.hf.batching import attend_to_pages
 from headwise.hf.output_gates import decided_by_queries, gates_before, watch_queries
-from headwise.hf.parallelism import check_num_heads
+from headwise.hf.parallelism import HeadsHere, heads_here
 from headwise.nn import HeadRouter, OutputGateRouter, QueryNormRouter
 from headwise.nn.projections import with_gates
 from headwise.ops import HeadRouting, head_attention
@@ -108,13 +108,14 @@ def attend(
         for name in ("softcap", "s_aux"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"the model's attention has {name}; routed heads support none")
-        check_num_heads(query.shape[1], router.budget.num_heads)
+        here = heads_here(module, query.shape[1], router.budget.num_heads)
         if routing is None:
-            routing = _by_queries(module, query)
+            routing = _by_queries(module, query, here)
+        gates = here.gates(routing.weights)
     all_on = router is None or router.is_dense
     if cache is not None:
         heads = attend_to_pages(
-            module, query, key, value, None if all_on else routing.weights, cache, cu_seq_lens_q,
+            module, query, key, value, None if all_on else gates, cache, cu_seq_lens_q,
             scale=scaling, share_on=1.0 if all_on else router.budget.active_share,
             window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
         )  # fmt: skip
@@ -124,7 +125,7 @@ def attend(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
-        return heads if all_on else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
+        return heads if all_on else heads * gates.to(heads.dtype).unsqueeze(-1), None
     # [B, H, T, C] → [B, T, H, C]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -151,7 +152,7 @@ def attend(
         q.to(v.dtype),
         k.to(v.dtype),
         v,
-        _of_real_tokens(routing.weights, attention_mask),
+        _of_real_tokens(gates, attention_mask),
         causal=causal,
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
@@ -163,10 +164,10 @@ def attend(
     return heads, None
 
 
-def _by_queries(module: Any, query: Tensor) -> HeadRouting:
+def _by_queries(module: Any, query: Tensor, here: HeadsHere) -> HeadRouting:
     """The routing where the attention's input did not decide it; q is [B, H, T, C]."""
     if isinstance(module.router, QueryNormRouter):
-        routing: HeadRouting = module.router(query.transpose(1, 2))
+        routing: HeadRouting = module.router(here.lengths(query.transpose(1, 2)))
         return routing
     if isinstance(module.router, OutputGateRouter):
         return decided_by_queries(module)

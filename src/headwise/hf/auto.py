@@ -26,7 +26,7 @@ from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.batching import init_continuous_batching
 from headwise.hf.conversion import Conversion, Converted
 from headwise.hf.former_names import forget_former_names, former_names
-from headwise.hf.parallelism import refuse_tensor_parallel_loading
+from headwise.hf.parallelism import check_split, refuse_split_loading
 from headwise.hf.reading import reading_model
 from headwise.hf.surgery import install
 from headwise.hf.training_loss import bound_with_routing_loss, with_routing_loss
@@ -62,6 +62,10 @@ class Routed(Converted, PreTrainedModel):
         # A head may have made the model inside by AutoModel, of the same config.
         if not any(isinstance(module, Routed) for module in self.modules() if module is not self):
             install(self, conversion)
+        if conversion.mlp is not None and conversion.mlp.bias_rate:
+            # Here, not in the class: a fitted router's bias is a parameter, of the model's dtype.
+            model: Any = self
+            model._keep_in_fp32_modules_strict |= {*_FLOAT32_BUFFERS}
 
     def _can_set_experts_implementation(self) -> bool:
         # transformers looks for its decorator in the file of the class, which is this one.
@@ -83,18 +87,26 @@ class Routed(Converted, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, but strict, and not tensor-parallel.
+        """transformers' own, but strict.
 
         Raises:
             ValueError: For a missing, unexpected or misshapen weight, a model that cannot be read,
-                or tensor parallelism.
+                or one that cannot be split over so many processes.
         """
-        refuse_tensor_parallel_loading(kwargs)
+        refuse_split_loading(kwargs)
         with reading_model(path):
             names = former_names(path, kwargs) | (kwargs.pop("key_mapping", None) or {})
         found = super().from_pretrained(path, *args, key_mapping=names, **kwargs)
         forget_former_names(found[0] if isinstance(found, tuple) else found)
         return found
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """transformers' own, which splits the model over processes before it reads the weights."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if mesh_manager is not None:
+            check_split(model, distributed_config)
+        return model
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, which would want another attention."""
@@ -191,10 +203,6 @@ def routed_class(model_class: Any) -> type[PreTrainedModel]:
         "__reduce_ex__": _reduced_to(routed_class, model_class),
         "config_class": routed_config_class(model_class.config_class),
         "forward": with_routing_loss(model_class.forward),
-        "_keep_in_fp32_modules_strict": {
-            *(model_class._keep_in_fp32_modules_strict or ()),
-            *_FLOAT32_BUFFERS,
-        },
     }
     routed = type(f"{_PREFIX}{model_class.__name__}", (Routed, model_class), members)
     for module in _modules_of_transformers():

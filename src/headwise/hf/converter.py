@@ -15,7 +15,7 @@ from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
 from headwise.hf.expert_configs import FittedExperts, MoEConfig
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.loading import load_original
-from headwise.hf.parallelism import refuse_tensor_parallel
+from headwise.hf.parallelism import refuse_split_model
 from headwise.hf.surgery import attention_modules, install
 from headwise.nn import HeadRouter
 
@@ -105,7 +105,7 @@ def convert(
         )
     if not isinstance(model, PreTrainedModel):
         model = load_original(model)
-    refuse_tensor_parallel(model)
+    refuse_split_model(model, "converted")
     original: Any = type(model)
     model_class, config_class = routed_classes(original)
     base_model_type = model.config.model_type
@@ -152,8 +152,8 @@ def restore(model: Any) -> Any:
         device, in the same dtype and mode.
 
     Raises:
-        ValueError: If it is no converted model, its MLPs were replaced by experts, or it is
-            ternary: then the original's weights are gone.
+        ValueError: If it is no converted model, it is tensor-parallel, its MLPs were replaced by
+            experts, or it is ternary: then the original's weights are gone.
     """
     if not isinstance(model, Converted):
         raise ValueError(
@@ -166,6 +166,7 @@ def restore(model: Any) -> Any:
             f"the model {made}, so the original's weights are gone; load the original from "
             "where it lies (`headwise tune` takes it as --original, with --dense.steps 0)"
         )
+    refuse_split_model(model, "restored")
     routed: Any = model
     if isinstance(routed, PreTrainedModel):
         original_class = routed.original_class

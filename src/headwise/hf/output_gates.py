@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headwise.hf.parallelism import heads_here
 from headwise.ops import HeadRouting
 
 
@@ -46,7 +47,9 @@ def gates_before(attention: Any, x: Tensor) -> Tensor | None:
     gate = _GATES[type(attention).__name__]
     if gate.projection != "g_proj":
         return None
-    return _by_head(attention, gate.activation(attention.g_proj(x).float()))
+    gates = gate.activation(attention.g_proj(x).float())
+    # The mean over a head's channels, where each has a gate of its own.
+    return _of_all_heads(attention, gates.unflatten(-1, (_heads(attention, "g_proj", gates), -1)))
 
 
 def watch_queries(attention: Any) -> None:
@@ -57,9 +60,10 @@ def watch_queries(attention: Any) -> None:
 
     def decide(_: nn.Module, __: Any, projected: Tensor) -> None:
         watch.remove()
-        logits = projected.unflatten(-1, (attention.router.budget.num_heads, 2, -1))[..., 1, :]
-        gates = _GATES[type(attention).__name__].activation(logits.float()).mean(-1)
-        attention.decided = attention.router(gates)
+        heads = _heads(attention, "q_proj", projected)
+        logits = projected.unflatten(-1, (heads, 2, -1))[..., 1, :]
+        gates = _GATES[type(attention).__name__].activation(logits.float())
+        attention.decided = attention.router(_of_all_heads(attention, gates))
 
     watch = attention.q_proj.register_forward_hook(decide)
 
@@ -71,6 +75,14 @@ def decided_by_queries(attention: Any) -> HeadRouting:
     return routing
 
 
-def _by_head(attention: Any, gates: Tensor) -> Tensor:
-    """The mean over a head's channels, where each has a gate of its own."""
-    return gates.unflatten(-1, (attention.router.budget.num_heads, -1)).mean(-1)
+def _heads(attention: Any, projection: str, projected: Tensor) -> int:
+    """Of how many heads it is that a projection gave: all, or those that this process computes."""
+    width: int = getattr(attention, projection).out_features
+    heads: int = attention.router.budget.num_heads * projected.shape[-1] // width
+    return heads
+
+
+def _of_all_heads(attention: Any, gates: Tensor) -> Tensor:
+    """The mean gate of each head, [B, T, H], of the gates [B, T, heads, channels] here."""
+    here = heads_here(attention, gates.shape[2], attention.router.budget.num_heads)
+    return here.gathered(gates.mean(-1))

@@ -12,6 +12,7 @@ from headwise.hf.expert_configs import FittedExperts
 from headwise.hf.experts_interface import go_through_interface
 from headwise.hf.head_configs import FittedHeads, MoHConfig
 from headwise.hf.output_gates import check_has_gates
+from headwise.hf.parallelism import plan_experts
 from headwise.hf.projections import skip_heads
 from headwise.hf.training_loss import watch_training
 from headwise.hf.upcycling import start_from_mlp
@@ -69,6 +70,8 @@ def install(
             kinds |= ternary_kinds(routed_mlp.named_modules())
         else:
             go_through_interface(routed_mlp.layer.experts, model.config)
+    if not ternary:
+        plan_experts(model, mixtures)
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)

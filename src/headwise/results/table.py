@@ -78,7 +78,7 @@ class Table:
         columns: Heads, with units. An arrow at the end says which way is better: "loss (nats) ↓".
         rows: A cell a column; text names what a row is of, or says why there is no number.
         legend: What the columns are, in sentences.
-        measured_on: Device and versions.
+        measured_on: Device and versions; empty for what is computed by formula.
         left: How many columns, from the first on, are set left; the others are set right.
     """
 
@@ -123,7 +123,8 @@ class Table:
         right = len(self.columns) - self.left
         lines = [self.columns, ["---"] * self.left + ["---:"] * right, *self.printed()]
         drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{drawn}\n\n{self.legend}\nMeasured on {self.measured_on}.\n"
+        measured = f"Measured on {self.measured_on}.\n" if self.measured_on else ""
+        return f"{drawn}\n\n{self.legend}\n{measured}"
 
     def for_terminal(self, title: str | None = None, padding: int = 1) -> rich.table.Table:
         """A rich table with the legend below, for terminals of 80 columns.
