@@ -173,8 +173,9 @@ def restore(model: Any) -> Any:
         fields = routed.config.to_dict()
         for field in ("headwise", "auto_map", *IMPLEMENTATIONS):
             del fields[field]
-        if not hasattr(original_class.config_class, "router_aux_loss_coef"):
-            del fields["router_aux_loss_coef"]
+        if not hasattr(type(routed.config.get_text_config()), "router_aux_loss_coef"):
+            for part in (fields, *(fields.get(name, {}) for name in routed.config.sub_configs)):
+                part.pop("router_aux_loss_coef", None)
         fields["model_type"] = fields.pop("base_model_type")
         fields["architectures"] = [original_class.__name__]
         config = original_class.config_class.from_dict(fields)
