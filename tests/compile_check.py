@@ -144,6 +144,17 @@ def without_labels() -> None:
     assert_close(compiled(input_ids=ids).logits, want)
 
 
+def packed() -> None:
+    """Documents in a row, apart by positions that start again, and in a sliding window."""
+    mistral = MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=5)).eval()
+    headwise.convert(mistral, attention=headwise.MoHConfig(router="query_norm"))
+    ids, positions = torch.randint(0, 31, (B, T)), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    compiled = torch.compile(mistral, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = mistral(input_ids=ids, position_ids=positions).logits
+        assert_close(compiled(input_ids=ids, position_ids=positions).logits, want)
+
+
 def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     """A padded prompt and its continuation in a static cache, each step one graph."""
     dense = model_class(config).eval()
@@ -227,6 +238,7 @@ CASES: dict[str, Callable[[], None]] = {
         for router in ("two_stage", "query_norm", "fitted")
     },
     "model, without labels": without_labels,
+    "model, packed": packed,
     "generating, two_stage": partial(
         generating, "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
     ),

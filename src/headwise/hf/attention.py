@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headwise.hf.batching import attend_to_pages
+from headwise.hf.documents import mask_of_documents
 from headwise.hf.output_gates import decided_by_queries, gates_before, watch_queries
 from headwise.hf.parallelism import check_num_heads
 from headwise.nn import HeadRouter, OutputGateRouter, QueryNormRouter
@@ -119,6 +120,18 @@ def attend(
             window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
         )  # fmt: skip
         return heads, None
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    batch, _, tokens, _ = query.shape
+    documents = cu_seq_lens_q if tokens > 1 else None
+    if documents is not None:
+        # They are all that there is: a static cache has empty keys behind them.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+        attention_mask = None if attention_mask is None else attention_mask[..., :tokens]
+        if batch > 1 or all_on or dropout or torch.compiler.is_compiling():
+            attention_mask = mask_of_documents(
+                attention_mask, documents, batch, tokens, causal=is_causal
+            )
+            documents = None
     if all_on or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
@@ -127,8 +140,6 @@ def attend(
         return heads if all_on else heads * routing.weights.to(heads.dtype).unsqueeze(-1), None
     # [B, H, T, C] → [B, T, H, C]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    tokens = q.shape[1]
     if tokens == 1:
         # Decode. With 11 tokens in the cache, token 11 comes: q is [B, 1, H, C], k and v are
         # [B, 12, G, C] with its own. It may see every key. A static cache has 64 slots instead, and
@@ -145,8 +156,6 @@ def attend(
         # [B, 1, 7, 7] likewise. Where there is none, as in encoders, every token sees all.
         causal = False
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
-    # transformers' own mask has the documents in it already.
-    packed = attention_mask is None and tokens > 1
     heads = head_attention(
         q.to(v.dtype),
         k.to(v.dtype),
@@ -155,8 +164,7 @@ def attend(
         causal=causal,
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
-        cu_seqlens=cu_seq_lens_q if packed else None,
-        cu_seqlens_k=cu_seq_lens_k if packed else None,
+        cu_seqlens=documents,
         scale=scaling,
         share_on=router.budget.active_share,
     )

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
+from headwise.hf.documents import keep_documents_apart
 from headwise.hf.expert_configs import FittedExperts
 from headwise.hf.experts_interface import go_through_interface
 from headwise.hf.head_configs import FittedHeads, MoHConfig
@@ -72,6 +73,7 @@ def install(
     if routers:
         model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)
+        keep_documents_apart(model, attentions.values())
     if conversion.balances_load:
         watch_training(model)
     become(kinds)
