@@ -80,6 +80,15 @@ def test_layers_that_compute_every_head_keep_documents_apart(layers, heads, docu
         assert_close(logits, alone(model, documents))
 
 
+@pytest.mark.parametrize("heads", [TWO_STAGE, ALL_ON], ids=["some on", "all on"])
+def test_documents_that_end_too_early_are_refused(heads, documents, tiny):
+    model = convert(tiny(), attention=heads)
+    ids, _ = in_a_row(documents)
+    edges = torch.tensor([0, 7, 20], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"is \[0, 7, 20\]; it must ascend from 0 to .*T = 21"):
+        model(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges)
+
+
 def test_documents_in_several_rows(model):
     rows = [[torch.randint(3, 31, (n,)) for n in lengths] for lengths in ((5, 6), (1, 7, 3))]
     ids, positions = map(torch.cat, zip(*map(in_a_row, rows), strict=True))

@@ -75,7 +75,15 @@ def mask_of_documents(
         rows: B.
         tokens: T.
         causal: Whether no token sees a later one.
+
+    Raises:
+        ValueError: If the documents do not end where the rows do. A graph does not ask.
     """
+    if not torch.compiler.is_compiling() and int(cu_seq_lens[-1]) != rows * tokens:
+        raise ValueError(
+            f"cu_seq_lens_q is {cu_seq_lens.tolist()}; it must ascend from 0 to B · T = "
+            f"{rows * tokens}: where documents begin, and where the last one ends"
+        )
     places = torch.arange(rows * tokens, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
     document = torch.searchsorted(cu_seq_lens, places, right=True).view(rows, 1, tokens)
     own = (document.unsqueeze(-1) == document.unsqueeze(-2)).view(rows, 1, tokens, tokens)
