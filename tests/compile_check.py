@@ -27,6 +27,7 @@ from transformers import (
 import headwise
 from headwise import HeadRouting, MHMoE, MoE, MoHAttention, MoHMultiheadAttention
 from headwise.bitnet import ternarize
+from headwise.nn import FittedRouter, HeadBudget, TwoStageRouter
 from headwise.ops import aggregated_attention, head_attention
 from headwise.ops.linear import linear
 
@@ -178,6 +179,19 @@ def without_gradients(router: str) -> None:
             assert_close(compiled(input_ids=ids, use_cache=False).logits, want)
 
 
+def any_length(dtype: torch.dtype) -> None:
+    """Routers of one graph for all numbers of tokens, as serving engines compile them."""
+    budget = HeadBudget(num_heads=5, shared_heads=2, active_heads=3)
+    for kind in (TwoStageRouter, FittedRouter):
+        router = kind(16, budget).to(dtype)
+        compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for tokens in (7, 11):
+                x = torch.randn(1, tokens, 16, dtype=dtype)
+                torch._dynamo.mark_dynamic(x, 1)
+                assert_close(compiled(x).weights, router(x).weights)
+
+
 def decoding() -> None:
     """One token against a cache, without gradients."""
     q, k, v = torch.randn(B, 1, 6, 10), *torch.randn(2, B, T, 3, 10)
@@ -220,6 +234,8 @@ def wide_linear() -> None:
 NATIVE_CASES: dict[str, Callable[[], None]] = {
     **{name: partial(layer, name) for name in LAYERS if name.startswith("native")},
     "native decode": decoding,
+    "native routers, any length": partial(any_length, torch.float32),
+    "native routers, any length, bfloat16": partial(any_length, torch.bfloat16),
     "native model, two_stage": partial(without_gradients, "two_stage"),
     "native model, query_norm": partial(without_gradients, "query_norm"),
     "native model, fitted": partial(without_gradients, "fitted"),
