@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.hf.batching import attend_to_pages
 from headwise.hf.documents import mask_of_documents
@@ -34,9 +35,14 @@ def router_of(attention: Any) -> Any:
     return router.get_base_layer() if hasattr(router, "get_base_layer") else router
 
 
+def is_of_engine(name: Any) -> bool:
+    """Whether an attention function is an engine's, which engines.py lets multiply by the gates."""
+    return hasattr(ALL_ATTENTION_FUNCTIONS.get(name), "gates_heads")
+
+
 def check_implementation(name: Any) -> None:
-    """Raises ValueError unless it is our attention function, for another would ignore routers."""
-    if name != NAME:
+    """Raises ValueError unless the attention function heeds the gates, as ours and engines' do."""
+    if name != NAME and not is_of_engine(name):
         raise ValueError(
             f"attn_implementation is {name!r}; a model with routed heads takes {NAME!r} only"
         )
@@ -101,23 +107,18 @@ def attend(
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
     multiplied by its gate. With gradients, padding has all heads off. `cu_seq_lens_q` and `_k`,
-    documents in a row, come from a collator that flattens a batch; with a `cache` of pages, from
-    continuous batching. Elsewhere the mask has the sliding window in it.
+    documents in a row, come from a collator that flattens a batch, or by `keep_documents_apart`;
+    with a `cache` of pages, from continuous batching. Elsewhere the mask has the sliding window in
+    it.
     """
-    router = router_of(module)
-    if router is not None:
-        for name in ("softcap", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"the model's attention has {name}; routed heads support none")
-        check_num_heads(query.shape[1], router.budget.num_heads)
-        if routing is None:
-            routing = _by_queries(module, query)
-    all_on = router is None or router.is_dense
+    routing = routing_of(module, query, routing, kwargs)
+    all_on = routing is None
+    share_on = 1.0 if all_on else router_of(module).budget.active_share
     if cache is not None:
         heads = attend_to_pages(
             module, query, key, value, None if all_on else routing.weights, cache, cu_seq_lens_q,
-            scale=scaling, share_on=1.0 if all_on else router.budget.active_share,
-            window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
+            scale=scaling, share_on=share_on, window=sliding_window, cu_seq_lens_k=cu_seq_lens_k,
+            **kwargs,
         )  # fmt: skip
         return heads, None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -166,9 +167,32 @@ def attend(
         bias=None if boolean else attention_mask,
         cu_seqlens=documents,
         scale=scaling,
-        share_on=router.budget.active_share,
+        share_on=share_on,
     )
     return heads, None
+
+
+def routing_of(
+    module: Any, query: Tensor, routing: HeadRouting | None, others: Mapping[str, Any]
+) -> HeadRouting | None:
+    """The routing of an attention, where it is converted and not every gate is 1.
+
+    Args:
+        module: The attention.
+        query: [B, H, T, C].
+        routing: What the module's forward handed down, if it did.
+        others: What else the attention function was given.
+    """
+    router = router_of(module)
+    if router is None:
+        return None
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise ValueError(f"the model's attention has {name}; routed heads support none")
+    check_num_heads(query.shape[1], router.budget.num_heads)
+    if routing is None:
+        routing = _by_queries(module, query)
+    return None if router.is_dense else routing
 
 
 def _by_queries(module: Any, query: Tensor) -> HeadRouting:

@@ -71,9 +71,10 @@ def install(
         else:
             go_through_interface(routed_mlp.layer.experts, model.config)
     if routers:
-        model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)
-        keep_documents_apart(model, attentions.values())
+        if not headwise_attention.is_of_engine(model.config._attn_implementation):
+            model.set_attn_implementation(headwise_attention.NAME)
+            keep_documents_apart(model, attentions.values())
     if conversion.balances_load:
         watch_training(model)
     become(kinds)
@@ -94,10 +95,12 @@ def build_routers(
         if attention.router == "output_gate":
             check_has_gates(model, name)
         config = _config_of(model, name)
-        if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
+        function = config._attn_implementation
+        known = (None, "eager", "sdpa", headwise_attention.NAME)
+        if not (function in known or headwise_attention.is_of_engine(function)):
             raise ValueError(
                 f"{type(model).__name__} cannot be converted: it was loaded with "
-                f"attn_implementation = {config._attn_implementation!r}, and routed heads take "
+                f"attn_implementation = {function!r}, and routed heads take "
                 f"{headwise_attention.NAME!r} only; load it without"
             )
         if getattr(config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
