@@ -27,6 +27,7 @@ from transformers import (
 import headwise
 from headwise import HeadRouting, MHMoE, MoE, MoHAttention, MoHMultiheadAttention
 from headwise.bitnet import ternarize
+from headwise.nn import FittedRouter, HeadBudget, TwoStageRouter
 from headwise.ops import aggregated_attention, head_attention
 from headwise.ops.linear import linear
 
@@ -144,6 +145,17 @@ def without_labels() -> None:
     assert_close(compiled(input_ids=ids).logits, want)
 
 
+def packed() -> None:
+    """Documents in a row, apart by positions that start again, and in a sliding window."""
+    mistral = MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=5)).eval()
+    headwise.convert(mistral, attention=headwise.MoHConfig(router="query_norm"))
+    ids, positions = torch.randint(0, 31, (B, T)), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    compiled = torch.compile(mistral, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = mistral(input_ids=ids, position_ids=positions).logits
+        assert_close(compiled(input_ids=ids, position_ids=positions).logits, want)
+
+
 def generating(router: str, model_class: Any, config: PreTrainedConfig) -> None:
     """A padded prompt and its continuation in a static cache, each step one graph."""
     dense = model_class(config).eval()
@@ -165,6 +177,19 @@ def without_gradients(router: str) -> None:
             want = llama(input_ids=ids, use_cache=False).logits
             compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
             assert_close(compiled(input_ids=ids, use_cache=False).logits, want)
+
+
+def any_length(dtype: torch.dtype) -> None:
+    """Routers of one graph for all numbers of tokens, as serving engines compile them."""
+    budget = HeadBudget(num_heads=5, shared_heads=2, active_heads=3)
+    for kind in (TwoStageRouter, FittedRouter):
+        router = kind(16, budget).to(dtype)
+        compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for tokens in (7, 11):
+                x = torch.randn(1, tokens, 16, dtype=dtype)
+                torch._dynamo.mark_dynamic(x, 1)
+                assert_close(compiled(x).weights, router(x).weights)
 
 
 def decoding() -> None:
@@ -209,6 +234,8 @@ def wide_linear() -> None:
 NATIVE_CASES: dict[str, Callable[[], None]] = {
     **{name: partial(layer, name) for name in LAYERS if name.startswith("native")},
     "native decode": decoding,
+    "native routers, any length": partial(any_length, torch.float32),
+    "native routers, any length, bfloat16": partial(any_length, torch.bfloat16),
     "native model, two_stage": partial(without_gradients, "two_stage"),
     "native model, query_norm": partial(without_gradients, "query_norm"),
     "native model, fitted": partial(without_gradients, "fitted"),
@@ -227,6 +254,7 @@ CASES: dict[str, Callable[[], None]] = {
         for router in ("two_stage", "query_norm", "fitted")
     },
     "model, without labels": without_labels,
+    "model, packed": packed,
     "generating, two_stage": partial(
         generating, "two_stage", LlamaForCausalLM, LlamaConfig(**LLAMA)
     ),

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.hf.batching import attend_to_pages
+from headwise.hf.documents import mask_of_documents
 from headwise.hf.output_gates import decided_by_queries, gates_before, watch_queries
 from headwise.hf.parallelism import HeadsHere, heads_here
 from headwise.nn import HeadRouter, OutputGateRouter, QueryNormRouter
@@ -33,9 +35,14 @@ def router_of(attention: Any) -> Any:
     return router.get_base_layer() if hasattr(router, "get_base_layer") else router
 
 
+def is_of_engine(name: Any) -> bool:
+    """Whether an attention function is an engine's, which engines.py lets multiply by the gates."""
+    return hasattr(ALL_ATTENTION_FUNCTIONS.get(name), "gates_heads")
+
+
 def check_implementation(name: Any) -> None:
-    """Raises ValueError unless it is our attention function, for another would ignore routers."""
-    if name != NAME:
+    """Raises ValueError unless the attention function heeds the gates, as ours and engines' do."""
+    if name != NAME and not is_of_engine(name):
         raise ValueError(
             f"attn_implementation is {name!r}; a model with routed heads takes {NAME!r} only"
         )
@@ -100,36 +107,38 @@ def attend(
 
     Dropout on attention weights needs them all: in training with it, every head is computed and
     multiplied by its gate. With gradients, padding has all heads off. `cu_seq_lens_q` and `_k`,
-    documents in a row, come from a collator that flattens a batch; with a `cache` of pages, from
-    continuous batching. Elsewhere the mask has the sliding window in it.
+    documents in a row, come from a collator that flattens a batch, or by `keep_documents_apart`;
+    with a `cache` of pages, from continuous batching. Elsewhere the mask has the sliding window in
+    it.
     """
-    router = router_of(module)
-    if router is not None:
-        for name in ("softcap", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"the model's attention has {name}; routed heads support none")
-        here = heads_here(module, query.shape[1], router.budget.num_heads)
-        if routing is None:
-            routing = _by_queries(module, query, here)
-        gates = here.gates(routing.weights)
-    all_on = router is None or router.is_dense
+    gates = gates_of(module, query, routing, kwargs)
+    share_on = 1.0 if gates is None else router_of(module).budget.active_share
     if cache is not None:
         heads = attend_to_pages(
-            module, query, key, value, None if all_on else gates, cache, cu_seq_lens_q,
-            scale=scaling, share_on=1.0 if all_on else router.budget.active_share,
-            window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
+            module, query, key, value, gates, cache, cu_seq_lens_q, scale=scaling,
+            share_on=share_on, window=sliding_window, cu_seq_lens_k=cu_seq_lens_k, **kwargs,
         )  # fmt: skip
         return heads, None
-    if all_on or dropout:
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    batch, _, tokens, _ = query.shape
+    documents = cu_seq_lens_q if tokens > 1 else None
+    if documents is not None:
+        # They are all that there is: a static cache has empty keys behind them.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+        attention_mask = None if attention_mask is None else attention_mask[..., :tokens]
+        if batch > 1 or gates is None or dropout or torch.compiler.is_compiling():
+            attention_mask = mask_of_documents(
+                attention_mask, documents, batch, tokens, causal=is_causal
+            )
+            documents = None
+    if gates is None or dropout:
         heads, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
-        return heads if all_on else heads * gates.to(heads.dtype).unsqueeze(-1), None
+        return heads if gates is None else heads * gates.to(heads.dtype).unsqueeze(-1), None
     # [B, H, T, C] → [B, T, H, C]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    tokens = q.shape[1]
     if tokens == 1:
         # Decode. With 11 tokens in the cache, token 11 comes: q is [B, 1, H, C], k and v are
         # [B, 12, G, C] with its own. It may see every key. A static cache has 64 slots instead, and
@@ -146,8 +155,6 @@ def attend(
         # [B, 1, 7, 7] likewise. Where there is none, as in encoders, every token sees all.
         causal = False
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
-    # transformers' own mask has the documents in it already.
-    packed = attention_mask is None and tokens > 1
     heads = head_attention(
         q.to(v.dtype),
         k.to(v.dtype),
@@ -156,12 +163,34 @@ def attend(
         causal=causal,
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
-        cu_seqlens=cu_seq_lens_q if packed else None,
-        cu_seqlens_k=cu_seq_lens_k if packed else None,
+        cu_seqlens=documents,
         scale=scaling,
-        share_on=router.budget.active_share,
+        share_on=share_on,
     )
     return heads, None
+
+
+def gates_of(
+    module: Any, query: Tensor, routing: HeadRouting | None, others: Mapping[str, Any]
+) -> Tensor | None:
+    """The gates [B, T, H] of the heads that are computed here; None where every gate is 1.
+
+    Args:
+        module: The attention.
+        query: [B, H, T, C].
+        routing: Of all heads, if the module's forward handed it down.
+        others: What else the attention function was given.
+    """
+    router = router_of(module)
+    if router is None:
+        return None
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise ValueError(f"the model's attention has {name}; routed heads support none")
+    here = heads_here(module, query.shape[1], router.budget.num_heads)
+    if routing is None:
+        routing = _by_queries(module, query, here)
+    return None if router.is_dense else here.gates(routing.weights)
 
 
 def _by_queries(module: Any, query: Tensor, here: HeadsHere) -> HeadRouting:

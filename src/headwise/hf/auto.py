@@ -25,6 +25,7 @@ from headwise.hf.adapters import MODEL_TYPE, DefaultTargets
 from headwise.hf.attention import NAME, check_implementation
 from headwise.hf.batching import init_continuous_batching
 from headwise.hf.conversion import Conversion, Converted
+from headwise.hf.engines import attention_for
 from headwise.hf.former_names import forget_former_names, former_names
 from headwise.hf.parallelism import check_split, refuse_split_loading
 from headwise.hf.reading import reading_model
@@ -54,10 +55,9 @@ class Routed(Converted, PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         conversion = Conversion.from_dict(config.headwise)
         if conversion.attention is not None:
-            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-                if part is not None and part._attn_implementation is not None:
-                    check_implementation(part._attn_implementation)
-            config._attn_implementation = NAME
+            parts = (config, *(getattr(config, name) for name in config.sub_configs))
+            found = [part for part in parts if part is not None]
+            config._attn_implementation = attention_for(found, conversion)
         super().__init__(config, *args, **kwargs)
         # A head may have made the model inside by AutoModel, of the same config.
         if not any(isinstance(module, Routed) for module in self.modules() if module is not self):

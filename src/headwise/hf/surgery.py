@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from headwise.hf import attention as headwise_attention
 from headwise.hf.conversion import Conversion
+from headwise.hf.documents import keep_documents_apart
 from headwise.hf.expert_configs import FittedExperts
 from headwise.hf.experts_interface import go_through_interface
 from headwise.hf.head_configs import FittedHeads, MoHConfig
@@ -73,8 +74,10 @@ def install(
     if not ternary:
         plan_experts(model, mixtures)
     if routers:
-        model.set_attn_implementation(headwise_attention.NAME)
         headwise_attention.refuse_attentions(model)
+        if not headwise_attention.is_of_engine(model.config._attn_implementation):
+            model.set_attn_implementation(headwise_attention.NAME)
+            keep_documents_apart(model, attentions.values())
     if conversion.balances_load:
         watch_training(model)
     become(kinds)
@@ -95,10 +98,12 @@ def build_routers(
         if attention.router == "output_gate":
             check_has_gates(model, name)
         config = _config_of(model, name)
-        if config._attn_implementation not in (None, "eager", "sdpa", headwise_attention.NAME):
+        function = config._attn_implementation
+        known = (None, "eager", "sdpa", headwise_attention.NAME)
+        if not (function in known or headwise_attention.is_of_engine(function)):
             raise ValueError(
                 f"{type(model).__name__} cannot be converted: it was loaded with "
-                f"attn_implementation = {config._attn_implementation!r}, and routed heads take "
+                f"attn_implementation = {function!r}, and routed heads take "
                 f"{headwise_attention.NAME!r} only; load it without"
             )
         if getattr(config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):

@@ -24,7 +24,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.register_fake(_LOGITS)
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.float32)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @register_flop_formula(native_logits)

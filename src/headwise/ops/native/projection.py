@@ -39,7 +39,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 @torch.library.register_fake(_PROJECT)
 @torch.library.register_fake(_MERGE)
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @register_flop_formula(native_project, get_raw=True)

@@ -100,7 +100,7 @@ def native_route_heads_backward(
 
 @torch.library.register_fake(_ROUTE)
 def _(shared: Tensor, routed: Tensor, stage: Tensor, top_k: int, paper: bool) -> Any:
-    tokens = len(shared)
+    tokens = shared.shape[0]
     return (
         shared.new_empty(tokens, shared.shape[1] + routed.shape[1]),
         shared.new_empty(tokens, top_k, dtype=torch.long),
