@@ -188,9 +188,10 @@ def converting(get_config: Callable[..., Any], model_class: Any, to: Mapping[str
     @functools.wraps(get_config)
     def get(*args: Any, **kwargs: Any) -> Any:
         original = get_config(*args, **kwargs)
+        given = original._attn_implementation
         config = headwise.convert(model_class(original), **to).config
-        if "attention" not in to:
-            config._attn_implementation = original._attn_implementation
+        if "attention" not in to:  # as it was before there was a model of it
+            config._attn_implementation = given
         return config
 
     return get
