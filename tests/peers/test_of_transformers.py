@@ -54,9 +54,7 @@ OF_HEADS = {
         "test_attention_outputs",
         "test_can_set_attention_dynamically",
         "test_eager_matches_sdpa_inference_*",
-        "test_eager_padding_matches_padding_free_with_position_ids",
         "test_gpt2_sdpa_matches_eager_with_scaling_configs",
-        "test_sdpa_padding_matches_padding_free_with_position_ids",
         "test_sliding_window_mask",
     ),
     "False is not true": ("test_sdpa_can_dispatch_non_composite_models",),
@@ -94,7 +92,9 @@ OF_EXPERTS = {"entries of the TP-plan are not valid": ("test_tp_plan_matches_par
 WITHOUT_EXPERTS = {
     "Expected 'mock' to have been called": ("test_eager_matches_batched_and_grouped_inference_*",)
 }
-# Tests that take eager attention for its weights, at which they look by the way. They get ours.
+# Tests that ask for another attention, of which they want nothing else. They get ours.
+WITH_OURS = ("test_eager_padding_matches_*", "test_sdpa_padding_matches_*")
+# Likewise, and they look at its weights by the way.
 WITHOUT_WEIGHTS = (
     "test_assisted_decoding_*",
     "test_*_dict_output*",
@@ -123,8 +123,8 @@ def on_converted(test_class: Any, to: Mapping[str, Any]) -> Any:
             places.enter_context(mock.patch.object(tester, "get_config", get_config))
             found = map(routed, self.all_model_classes)
             self.all_model_classes = tuple(kind for kind in found if isinstance(kind, type))
-            if "attention" in to and fits(self._testMethodName, WITHOUT_WEIGHTS):
-                self.has_attentions = False
+            if "attention" in to and fits(self._testMethodName, WITH_OURS + WITHOUT_WEIGHTS):
+                self.has_attentions = fits(self._testMethodName, WITH_OURS)
                 config_class = self.all_model_classes[0].config_class
                 ours = property(lambda _: "headwise", lambda _, name: None)
                 places.enter_context(mock.patch.object(config_class, "_attn_implementation", ours))
