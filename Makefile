@@ -14,7 +14,7 @@ KERNELS := $(BIN)/headwise compile || true
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
-.PHONY: help demo test long sanitize levels lowest latest lint tables wheel clean
+.PHONY: help demo test long peers sanitize levels lowest latest lint tables wheel clean
 
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
@@ -33,6 +33,17 @@ long: $(VENV)/dev  ## what `make test` leaves out: exporting, a real model, torc
 	$(BIN)/python -m pytest -m long -n logical --maxprocesses 4 --dist loadfile
 	$(PIP) --quiet --no-deps -c constraints.txt --target build/torchao --upgrade torchao
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest tests/hf/test_quantized.py
+
+# What is installed of transformers has no tests; its repository has. TRANSFORMERS=FOLDER, where it is
+# there already.
+peers: $(VENV)/dev  ## the tests that transformers has for its own models, on converted ones
+	$(PIP) --quiet --no-deps --target build/peers --upgrade httpcore httpx parameterized
+	version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("transformers"))'); \
+	sources=$${TRANSFORMERS:-build/transformers-$$version}; \
+	[ -d "$$sources" ] || git clone --quiet --depth 1 --branch "v$$version" \
+	    https://github.com/huggingface/transformers "$$sources"; \
+	PYTHONPATH="build/peers:$$sources" $(BIN)/python -m pytest -o addopts='-q -rs' -W default \
+	    -n logical --maxprocesses 4 --dist worksteal tests/peers
 
 lowest latest: %: .venv-%/dev  ## the tests with the oldest versions that pyproject.toml allows; the newest
 	.venv-$@/bin/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist worksteal

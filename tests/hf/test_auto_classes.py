@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -87,7 +88,7 @@ def test_a_class_of_transformers_does_not_load_it_as_a_dense_model(
 
 
 def test_the_class_can_be_named(directory, ids):
-    model = RoutedLlamaForCausalLM.from_pretrained(directory)
+    model = RoutedLlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=directory)
     assert torch.equal(model(ids).logits, load(directory)(ids).logits)
     with pytest.raises(AttributeError, match="RoutedNoSuchModel"):
         _ = hf.RoutedNoSuchModel
@@ -179,6 +180,21 @@ def test_only_heads_may_be_missing(directory, auto, edit, message):
     edit_weights(directory, edit)
     with pytest.raises(ValueError, match=message):
         auto.from_pretrained(directory)
+
+
+def test_a_classifier_loads_for_other_classes_where_that_is_asked_for(tmp_path, ids):
+    torch.manual_seed(0)
+    original = BertForSequenceClassification(BertConfig(num_labels=3, **SIZES))
+    convert(original, attention=TWO_STAGE).save_pretrained(tmp_path)
+    auto = AutoModelForSequenceClassification
+    with pytest.raises(ValueError, match=r"mismatched_keys: classifier\.bias \[3\], not \[5\]"):
+        auto.from_pretrained(tmp_path, num_labels=5)
+    model = auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert model(ids).logits.shape == (2, 5)
+    assert torch.equal(model.bert(ids)[0], load(tmp_path).bert(ids)[0])
+    edit_weights(tmp_path, lambda w: w.pop("bert.pooler.dense.bias"))
+    with pytest.raises(ValueError, match=r"missing_keys: bert\.pooler\.dense\.bias"):
+        auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
 
 
 def test_a_config_alone(directory):

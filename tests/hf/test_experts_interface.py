@@ -130,7 +130,14 @@ def test_a_model_without_experts_takes_what_it_took_before(tiny, tmp_path, conve
     model = convert(tiny(), **conversion)
     assert model.config._experts_implementation == "eager"
     model.save_pretrained(tmp_path)
-    assert load(tmp_path).config._experts_implementation == "eager"
+    model = load(tmp_path)
+    assert model.config._experts_implementation == "eager"
+    with pytest.raises(ValueError, match="is 'grouped_mm'; the model has no experts"):
+        model.set_experts_implementation("grouped_mm")
+
+
+def test_a_class_says_that_its_models_may_have_experts(tiny):
+    assert type(convert(tiny(), mlp=MOE))._can_set_experts_implementation()
 
 
 def test_ternary_experts_take_ours_only(tiny, ids, tmp_path):

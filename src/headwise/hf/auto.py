@@ -67,10 +67,19 @@ class Routed(Converted, PreTrainedModel):
             model: Any = self
             model._keep_in_fp32_modules_strict |= {*_FLOAT32_BUFFERS}
 
-    def _can_set_experts_implementation(self) -> bool:
-        # transformers looks for its decorator in the file of the class, which is this one.
-        of_original: bool = self.original_class._can_set_experts_implementation()
-        return of_original or self.conversion.mlp is not None
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers asks classes, and whether a model has experts only its config says."""
+        return True
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """Whether there are experts; where this raises, transformers' own default is "eager"."""
+        original: Any = self.original_class
+        if self.conversion.mlp is None and not original._can_set_experts_implementation():
+            raise ValueError(
+                "experts_implementation is 'grouped_mm'; the model has no experts, so leave it out"
+            )
+        return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """transformers' own; for experts of ours, the default is ours."""
@@ -86,7 +95,7 @@ class Routed(Converted, PreTrainedModel):
         return found
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but strict.
 
         Raises:
@@ -94,6 +103,7 @@ class Routed(Converted, PreTrainedModel):
                 or one that cannot be split over so many processes.
         """
         refuse_split_loading(kwargs)
+        path = pretrained_model_name_or_path  # the name by which transformers may give it
         with reading_model(path):
             names = former_names(path, kwargs) | (kwargs.pop("key_mapping", None) or {})
         found = super().from_pretrained(path, *args, key_mapping=names, **kwargs)

@@ -73,6 +73,8 @@ def load_strictly(
         path: Of the model.
         surplus_allowed: Leave out weights that the model does not have; but not those of more
             layers or experts, such as layers.2 of a model whose config says that it has two.
+        kwargs: Of `from_pretrained`. With `ignore_mismatched_sizes=True` misshapen weights are made
+            anew, as those of a classifier for other classes.
 
     Raises:
         ValueError: If a weight is missing, misshapen, not finite, or unexpected and not allowed, or
@@ -84,6 +86,8 @@ def load_strictly(
     with reading_model(path):
         model, info = load(path, *args, **kwargs | told)
     wrong = {kind: sorted(map(_with_shapes, info[kind])) for kind in _KINDS_OF_KEYS if info[kind]}
+    if kwargs.get("ignore_mismatched_sizes"):
+        wrong.pop("mismatched_keys", None)
     if wrong and isinstance(model, StrictlyLoaded):
         heads = model.names_of_other_heads()
         of_model = f"{getattr(model, 'base_model_prefix', '')}."
@@ -122,11 +126,11 @@ class StrictlyLoaded:
     """Mixed into a model's class: a missing, unexpected or misshapen weight is an error."""
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The library's own, whose missing and surplus weights would only be warned of."""
         want_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained  # type: ignore[misc]
-        model, info = load_strictly(load, path, *args, **kwargs)
+        model, info = load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
         return (model, info) if want_info else model
 
     def names_of_other_heads(self) -> set[str]:

@@ -151,9 +151,9 @@ class DiT(StrictlyLoaded, BalancesHeads, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, but a missing, unexpected or misshapen weight is an error."""
-        loaded = super().from_pretrained(path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers makes every parameter that it loads a trained one.
         model.positions.requires_grad_(False)
