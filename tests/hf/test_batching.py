@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conversions import GROUPS, LEARNED, MH_MOE, QUERY_NORM, TWO_STAGE
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from headwise import convert
@@ -67,6 +67,23 @@ def test_kernels_read_the_pages_where_they_are(tiny, family, monkeypatch):
     assert batched(model) == alone(model)
     # Sliding windows are copied: what is new in them may overwrite what is old.
     assert len(PROMPTS) in documents if family == "llama" else documents == []
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        {"use_cuda_graph": True},
+        {"use_cuda_graph": (False, True)},
+        {"kv_padding_interval_size": 64},
+        {"varlen_compile_config": CompileConfig()},
+        {"default_compile_level": 1},
+    ],
+)
+def test_steps_with_padding_are_refused(tiny, padding):
+    model = convert(tiny(), attention=QUERY_NORM)
+    (name,) = padding
+    with pytest.raises(ValueError, match=f"{name} is .* has padding in its row of tokens"):
+        batched(model, config=ContinuousBatchingConfig(**padding))
 
 
 def test_heads_that_are_off_change_the_text(tiny):

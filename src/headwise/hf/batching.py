@@ -14,6 +14,12 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from headwise.ops import head_attention
 from headwise.ops.attention.pages import paged_attention
 
+# The fields by which a user asks for steps of fixed sizes.
+_PADDING = (
+    "use_cuda_graph", "q_padding_interval_size", "kv_padding_interval_size",
+    "varlen_compile_config", "decode_compile_config", "default_compile_level",
+)  # fmt: skip
+
 
 class RoutedBatchingManager(ContinuousBatchingManager):
     """transformers' own, which takes attention functions by name only, and not ours."""
@@ -31,7 +37,8 @@ def init_continuous_batching(
     """What transformers' method of this name does, with our manager.
 
     Raises:
-        ValueError: If transformers is too old: then pages had attention functions of their own.
+        ValueError: If transformers is too old: then pages had attention functions of their own. Or
+            if a step is to be compiled or captured, for which transformers pads the row of tokens.
     """
     if not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
         raise ValueError(
@@ -41,13 +48,21 @@ def init_continuous_batching(
     kept: Any = getattr(model, "_cached_continuous_batching_manager", None)
     if kept is not None:
         return kept
+    config = continuous_batching_config or ContinuousBatchingConfig()
+    for name in _PADDING:
+        value = getattr(config, name)
+        if value and value != (False, False):
+            raise ValueError(
+                f"{name} is {value!r}; a compiled or captured step has padding in its row of "
+                "tokens, which routed heads do not take; leave it out"
+            )
     generation_config = generation_config or model.generation_config
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1
     return RoutedBatchingManager(
         model=model,
         generation_config=generation_config,
-        continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+        continuous_batching_config=config,
         **options,
     )
 
