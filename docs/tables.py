@@ -257,6 +257,7 @@ TABLES = {
     "performance": bench.performance,
     "speed": bench.summary,
     "speed-amx": bench.summary,
+    "serving": bench.full,
     "gpu": bench.on_a_gpu,
     "fitted": fitted,
     "fitted-experts": fitted_experts,

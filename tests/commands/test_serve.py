@@ -77,6 +77,7 @@ THEIRS = (
     "--trust-remote-code",
     "--continuous-batching",
     "--no-cb-use-cuda-graph",
+    "--cb-num-blocks=16",
 )
 
 

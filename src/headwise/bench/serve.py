@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise.bench.comparison import Builder, Comparison, Effort, Rival
@@ -13,6 +13,7 @@ from headwise.bench.model import THREE_QUARTERS, Kind
 from headwise.training.speed import logits_thrice
 
 _LAYERS, _VOCABULARY = 4, 512
+_PAGE = 64  # tokens
 _COMPARED = 257  # tokens of the prompt whose logits are compared
 
 
@@ -51,6 +52,9 @@ def compare(
     written = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
+    # Room for all requests at once; transformers would take most of the memory.
+    longest = -(-(max(lengths) + new_tokens) // _PAGE)
+    pages = ContinuousBatchingConfig(page_size=_PAGE, num_blocks=count * longest)
 
     def serve(model: Any) -> None:
         # Others each time: what a request shares with earlier ones is kept, and not read again.
@@ -58,8 +62,9 @@ def compare(
             torch.randint(_VOCABULARY, (lengths[i % len(lengths)],)).tolist() for i in range(count)
         ]
         model.generate_batch(
-            prompts, generation_config=written, progress_bar=False, persistent_manager=True
-        )
+            prompts, generation_config=written, continuous_batching_config=pages,
+            progress_bar=False, persistent_manager=True,
+        )  # fmt: skip
 
     compared = torch.randint(_VOCABULARY, (1, 67 if effort.toy else _COMPARED))
     return Comparison(

@@ -40,10 +40,10 @@ _BY_SHARE = f"Columns: share of the heads that are on. {_RATIO} All in bfloat16.
 
 def performance(rows: Sequence[Row]) -> Table:
     """Some of the rows; results/performance.csv has all."""
-    return _table([row for row in rows if _is_shown(row)])
+    return full([row for row in rows if _is_shown(row)])
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def full(rows: Sequence[Row]) -> Table:
     """Every row; of machines' limits nothing where none was measured, as in older files."""
     limited = any(_limit(row) for row in rows)
     legend = _LEGEND.format(_LIMIT if limited else "")
@@ -114,7 +114,7 @@ def _ratios(rows: Sequence[Row], heads: dict[Any, str], by: str) -> Table:
 
 def for_terminal(rows: Sequence[Row]) -> rich.table.Table:
     """The rows of one benchmark, narrow: what a case is about stands below its name."""
-    whole = _table(rows).without(["ideal"])
+    whole = full(rows).without(["ideal"])
     lines = []
     for case, shape, dtype, share, rival, *figures in whole.rows:
         about = ", ".join(part for part in map(str, (shape, dtype, share)) if part)
@@ -147,7 +147,7 @@ def _is_shown(row: Row) -> bool:
 
 def page(rows: Sequence[Row], chart: str) -> str:
     """A page that needs nothing else: the chart (SVG) and every row."""
-    return document("What skipping heads saves", chart, {"Times": _table(rows)})
+    return document("What skipping heads saves", chart, {"Times": full(rows)})
 
 
 def document(title: str, chart: str, tables: Mapping[str, Table]) -> str:

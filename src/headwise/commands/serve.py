@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
@@ -13,6 +14,9 @@ from headwise.ops.fields import Count, check
 from headwise.parsing import called
 
 _PORTS = 65535
+# Of the machine's memory, for keys and values where the model is on a CPU. transformers would take
+# more than half of it, which is right for a card's.
+_SHARE_OF_MEMORY = 0.25
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +32,8 @@ def serve(
 ) -> None:
     """Serve a language model, converted or not, at an address that OpenAI's clients understand.
 
-    Requests are batched continuously: they join and leave while others are under way.
+    Requests are batched continuously: they join and leave while others are under way. Their keys
+    and values get most of a GPU's free memory, or on a CPU a quarter of the machine's.
 
     Args:
         directory: Directory of the model, with its tokenizer.
@@ -52,6 +57,7 @@ def serve(
         )
     from transformers.cli.serve import Serve
 
+    on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     # The server lists what is kept from the hub, and answers with an error where nothing ever was.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     print(
@@ -64,4 +70,5 @@ def serve(
         host=host,
         port=port,
         cb_use_cuda_graph=False,
+        cb_max_memory_percent=_SHARE_OF_MEMORY if on_cpu else None,
     )
