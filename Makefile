@@ -28,7 +28,7 @@ test: $(VENV)/dev  ## the tests, all but the long ones
 	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
 # torchao, beside the others, would write to stderr wherever transformers is imported.
-long: $(VENV)/dev  ## what `make test` leaves out: exporting, a real model, torchao, registries
+long: $(VENV)/dev  ## what `make test` leaves out, and torchao
 	@$(KERNELS)
 	$(BIN)/python -m pytest -m long -n logical --maxprocesses 4 --dist loadfile
 	$(PIP) --quiet --no-deps -c constraints.txt --target build/torchao --upgrade torchao

@@ -9,8 +9,11 @@ from headwise.bench import BENCHMARKS, BenchRun, bench
 from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, Rival, measure
 from headwise.training.timing import interleaved
 
+# Whole models take minutes, as small as they are.
+WHICH = [pytest.param(x, marks=pytest.mark.long if x == "model" else ()) for x in BENCHMARKS]
 
-@pytest.mark.parametrize("which", BENCHMARKS)
+
+@pytest.mark.parametrize("which", WHICH)
 def test_every_comparison_is_correct(which, tmp_path):
     rows = bench(BenchRun(which=which, device="cpu", rounds=1, output=tmp_path), toy=True)
     assert rows
@@ -22,6 +25,7 @@ def test_every_comparison_is_correct(which, tmp_path):
     assert (tmp_path / "performance.html").exists() == (which == "attention")
 
 
+@pytest.mark.long
 def test_scaling_is_correct_and_whole(tmp_path):
     rows = bench(BenchRun(which="scaling", device="cpu", rounds=1, output=tmp_path), toy=True)
     assert {row["rival"] for row in rows if not row["correct"]} == set()

@@ -68,18 +68,22 @@ def test_torch_saves_and_loads_the_whole_model(model):
 
 def answer(pipe):
     """In a process in which no class of a converted model has been made yet."""
-    model = pickle.loads(pipe.recv_bytes())
-    with torch.no_grad():
-        pipe.send((type(model).__name__, type(model.config).__name__, output_of(model).tolist()))
+    for _ in MODELS:
+        model = pickle.loads(pipe.recv_bytes())
+        with torch.no_grad():
+            output = output_of(model).tolist()
+        pipe.send((type(model).__name__, type(model.config).__name__, output))
 
 
-def test_a_spawned_process_gets_models(model):
+def test_a_spawned_process_gets_models():
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=answer, args=(there,))
     process.start()
-    here.send_bytes(pickle.dumps(model))
     there.close()
-    name, config, output = here.recv()
+    for make in MODELS.values():
+        model = make().eval()
+        here.send_bytes(pickle.dumps(model))
+        name, config, output = here.recv()
+        assert (name, config) == (type(model).__name__, type(model.config).__name__)
+        torch.testing.assert_close(torch.tensor(output), output_of(model).detach())
     process.join()
-    assert (name, config) == (type(model).__name__, type(model.config).__name__)
-    torch.testing.assert_close(torch.tensor(output), output_of(model).detach())

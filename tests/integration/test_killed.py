@@ -41,6 +41,7 @@ def test_training_on_text(commands, tmp_path, name):
     kill_and_compare([*shlex.split(COMMANDS[name]), *data, "--output"], tmp_path)
 
 
+@pytest.mark.long
 def test_training_on_images(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     vit = shlex.split(f"train vit {TRAINING} --eval-images 10")
@@ -52,6 +53,7 @@ def test_training_on_images(tmp_path):
         kill_and_compare(dit, tmp_path / "drawing", every=16)
 
 
+@pytest.mark.long
 def test_a_worker_that_trains_on_images(commands, tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

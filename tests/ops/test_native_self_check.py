@@ -119,6 +119,7 @@ class TestWheel:
         yield compiled
         native.forget()
 
+    @pytest.mark.long
     def test_the_best_level_that_passes_is_taken(self, compiled, monkeypatch):
         if missing := missing_tools():
             pytest.skip(f"{missing} not found")

@@ -1,5 +1,6 @@
 """Serving: requests of several lengths at once, batched continuously by transformers."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -55,6 +56,9 @@ def compare(
     # Room for all requests at once; transformers would take most of the memory.
     longest = -(-(max(lengths) + new_tokens) // _PAGE)
     pages = ContinuousBatchingConfig(page_size=_PAGE, num_blocks=count * longest)
+
+    # It warns at each call that a manager was made for these requests.
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
 
     def serve(model: Any) -> None:
         # Others each time: what a request shares with earlier ones is kept, and not read again.
