@@ -22,7 +22,7 @@ def comparisons(effort: Effort) -> Iterator[Builder]:
     """Few requests, and many."""
     dtype = torch.bfloat16 if effort.device.type == "cuda" else torch.float32
     requests: tuple[int, ...] = (8, 64)
-    lengths, new_tokens = (64, 256, 1024), 32
+    lengths, new_tokens = (32, 128, 512), 32
     if effort.quick:
         requests = requests[:1]
     if effort.toy:
