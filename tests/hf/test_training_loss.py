@@ -197,6 +197,12 @@ def test_training_without_labels_warns_once_and_in_time(model, ids):
     model(ids)
 
 
+def test_a_loss_that_was_computed_before_hides_no_missing_one(model, ids):
+    model.train()(ids, labels=ids).loss.backward()
+    with pytest.warns(UserWarning, match=WARNING):
+        model(ids)
+
+
 def test_who_adds_the_balance_is_not_warned(model, ids):
     model.train()
     with record_routing(model) as routings:

@@ -149,25 +149,25 @@ def _with_field(kind: Any) -> Any:
 
 
 def watch_training(model: nn.Module) -> None:
-    """Let the first router warn, as it is first trained, if nobody collects what routers decide.
+    """Let the first router warn, once, if it is trained and nobody collects what routers decide.
 
     It is the router that watches, because a trainer may call a part of the model, or give the whole
     a forward of its own.
     """
     router = next((m for m in model.modules() if isinstance(m, Router)), None)
     if router is not None:
-        router.register_forward_pre_hook(functools.partial(_see_once, type(model).__name__))
+        router.register_forward_pre_hook(functools.partial(_look_after, type(model).__name__))
 
 
-def _see_once(model: str, router: Any, _: Any) -> None:
+def _look_after(model: str, router: Any, _: Any) -> None:
     # What torch.compile traces cannot warn.
     if torch.compiler.is_compiling() or not (router.training and torch.is_grad_enabled()):
         return
-    # Once: activation checkpointing computes layers again when nobody collects any more.
-    if not getattr(router, "was_seen_training", False):
-        router.was_seen_training = True
-        if not is_collected(router):
-            _warn_of_missing_loss(model)
+    # In a backward pass activation checkpointing computes layers again, which nobody collects.
+    in_backward = torch._C._current_graph_task_id() >= 0
+    if not (in_backward or is_collected(router) or getattr(router, "has_warned", False)):
+        router.has_warned = True
+        _warn_of_missing_loss(model)
 
 
 def _warn_of_missing_loss(model: str) -> None:
