@@ -164,6 +164,7 @@ def attend(
         mask=attention_mask if boolean else None,
         bias=None if boolean else attention_mask,
         cu_seqlens=documents,
+        cu_seqlens_k=None if documents is None else cu_seq_lens_k,
         scale=scaling,
         share_on=share_on,
     )
