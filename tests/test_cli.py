@@ -96,7 +96,7 @@ def test_help_of_a_command(capsys, command):
             ["tune", "a", "-o", "b", "--routed.learning-rate", "-1"],
             "headwise: routed.learning_rate is -1.0; it must be above 0",
         ),
-        (["tune", "no/none", "-o", "b"], "no/none holds no model that can be loaded: there is no"),
+        (["tune", "no/none", "-o", "b"], "no/none cannot be loaded: there is no"),
         (["train", "lm", "--mlp-dim", "80"], "expert_dim is 80"),
         (["train", "lm", "--data", "/no/such"], "data is '/no/such'; there is no such file"),
         (["generate", "/no/such", "--prompt", "x"], "/no/such holds no model"),
@@ -155,7 +155,7 @@ def test_a_directory_without_a_page_is_named_by_what_it_is(fails, tmp_path):
 def test_broken_model_is_named(fails, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     said = fails(2, "generate", tmp_path, "--prompt", "x")
-    assert f"{tmp_path} holds no model that can be loaded: " in said
+    assert f"{tmp_path} cannot be loaded: " in said
 
 
 def test_what_is_no_language_model_is_named_by_what_it_is(fails, tmp_path):

@@ -221,7 +221,7 @@ def test_wrong_models_are_refused(models, pictures, tmp_path, fails):
     def message(directory, *arguments):
         return fails(2, "eval", directory, *(arguments or ("--images", pictures)))
 
-    assert "no/such/dir holds no model that can be loaded: there is" in message("no/such/dir")
+    assert "no/such/dir cannot be loaded: there is" in message("no/such/dir")
     (tmp_path / "run" / "models").mkdir(parents=True)
     (tmp_path / "run" / "models" / "moh-seed0").symlink_to(models / "half")
     assert "the run in it has" in message(tmp_path / "run")

@@ -123,7 +123,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
         headwise.load(tmp_path)
     gpt2().save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", lambda config: config.update(architectures=["NoModel"]))
-    with pytest.raises(ValueError, match=r"holds no model that can be loaded: .*no class NoModel"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*no class NoModel"):
         headwise.load(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_a_directory_without_a_model(original, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", r"empty holds no model \(no config\.json\)$")
     (original / "model.safetensors").unlink()
-    refuse(original, r"holds no model that can be loaded: .*no file named model\.safetensors")
+    refuse(original, r"cannot be loaded: .*no file named model\.safetensors")
     with pytest.raises(ValueError, match="none holds no model: there is no such directory"):
         convert(tmp_path / "none", attention=QUERY_NORM)
 

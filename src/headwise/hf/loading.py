@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
             or not finite; of a converted model and of a DiT also if one is left over.
     """
     of_hub = {name: options[name] for name in _OF_HUB if name in options}
-    with _opened(path, "holds no model that can be loaded", **of_hub) as name:
+    with _opened(path, "cannot be loaded", **of_hub) as name:
         if (kind := _diffusers_class(name, **of_hub)) is None:
             return _load(config_in(name, **of_hub), name, **options).eval()
         if not kind.startswith("Routed"):
@@ -106,7 +106,7 @@ def load_original(path: str | os.PathLike[str]) -> PreTrainedModel:
     Args:
         path: A directory as transformers saves it, or a name on the Hugging Face hub.
     """
-    with _opened(path, "holds no model that can be converted") as name:
+    with _opened(path, "cannot be converted") as name:
         if (kind := _diffusers_class(name)) is not None:
             raise ValueError(f"{_of_diffusers(kind)} and give the model")
         config = config_in(name)

@@ -20,7 +20,7 @@ from headwise.errors import HeadwiseError, UnreadableError, reading, reason
 
 @contextmanager
 def reading_model(
-    place: Any, otherwise: str = "holds no model that can be loaded"
+    place: Any, otherwise: str = "cannot be loaded"
 ) -> Iterator[None]:
     """While inside, any error is one of reading what is in that place.
 
