@@ -2,7 +2,10 @@
 
 import copy
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import distributed
 from torch.multiprocessing import start_processes
@@ -31,3 +34,11 @@ def _in_process(
         function(rank, *copy.deepcopy(arguments))
     finally:
         distributed.destroy_process_group()
+
+
+def run_python(program: str, cwd: Path | None = None) -> str:
+    """What the program prints; a warning ends it, and its end by an error is the test's."""
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -2,7 +2,6 @@
 
 import pkgutil
 import re
-import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -14,8 +13,10 @@ import pytest
 
 import headwise
 import headwise.parity
-from headwise.cli import _COMMANDS, main
+from headwise.cli import _COMMANDS
 from headwise.recipes import RECIPES
+from processes import run_python
+from tiny import RUN, flags
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,36 +34,6 @@ PUBLIC = {
     "MoHAttention", "MHMoE", "MoE", "MoHConfig", "MHMoEConfig", "MoEConfig", "convert",
     "load", "restore", "load_released", "balance_loss", "router_z_loss", "record_routing", "ops",
 }  # fmt: skip
-TINY = shlex.split(
-    "--data text.txt --dim 32 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 "
-    "--sequence-length 16 --batch-size 2 --steps 2 --warmup-steps 0 --eval-blocks-per-file 1"
-)
-
-
-SMALLER = {
-    "train lm": TINY,
-    "train vit": shlex.split("--steps 2 --warmup-steps 0 --batch-size 8"),
-    # The classifier is what the line before it trained.
-    "train dit": shlex.split(
-        "--steps 2 --warmup-steps 0 --batch-size 8 --samples 1 --sampling-steps 2 "
-        "--classifier runs/vit/models/dense-seed0"
-    ),
-    "write-text": shlex.split("--count 4 --length 16"),
-    "tune": shlex.split(
-        "--data text.txt --routed.steps 1 --routed.warmup-steps 0 --sequence-length 16 "
-        "--batch-size 2 --eval-blocks 2"
-    ),
-}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[list[str]]:
-    """README's calls of `headwise`, without their first word."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("headwise ")]
 
 
 def files() -> list[Path]:
@@ -71,13 +42,6 @@ def files() -> list[Path]:
     printed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = (ROOT / name for name in printed.split("\0") if name)
     return [path for path in paths if path.is_file()]
-
-
-def run_python(program: str, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_import_pulls_in_nothing_heavy():
@@ -105,7 +69,8 @@ def test_works_without_what_only_developers_install(tmp_path):
     # None in sys.modules is how Python says that a module is not there.
     block = f"import sys; sys.modules.update(dict.fromkeys({ONLY_FOR_DEVELOPERS}))\n"
     (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
-    arguments = ["train", "lm", "--models", "moh_mh_moe", "--output", "run", *TINY]
+    tiny = flags(data="text.txt", steps=2, **RUN)
+    arguments = ["train", "lm", "--models", "moh_mh_moe", "--output", "run", *tiny]
     run_python(f"{block}from headwise.cli import main; main({arguments})", cwd=tmp_path)
     assert (tmp_path / "run" / "report.html").exists()
 
@@ -135,21 +100,6 @@ def test_public_names_are_documented():
     assert undocumented == []
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{len(block)} characters")
-def test_readmes_code_runs(block, tmp_path):
-    run_python(block, cwd=tmp_path)
-
-
-@pytest.mark.skipif(not commands(), reason="README.md has no line in a bash block with headwise")
-def test_readmes_commands_run(tmp_path, monkeypatch, capsys, verbosity):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
-    for command in commands():
-        kind = " ".join(command[: 1 + (command[0] == "train")])
-        main([*command, *SMALLER.get(kind, [])])
-        assert capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("name", "table"), TABLES, ids=[name for name, _ in TABLES])
 def test_tables_equal_results(name, table):
     source = MADE["SOURCES"].get(name, name)
@@ -157,11 +107,6 @@ def test_tables_equal_results(name, table):
         pytest.skip(f"results/{source}.csv is not measured yet")
     rows = MADE["rows_of"](source)
     assert table.strip() == MADE["TABLES"][name](rows).markdown().strip()
-
-
-def test_readmes_links_lead_to_files():
-    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README)
-    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_import_contracts_hold():

@@ -59,6 +59,7 @@ def _uv():
         pytest.skip("no uv beside this Python")
 
 
+@pytest.mark.long
 def test_the_newest_can_be_installed():
     assert all("torch" in versions for versions in resolve_all(EVERYWHERE))
 

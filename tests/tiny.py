@@ -19,6 +19,12 @@ RUN = {
 ONE_STEP = {"steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1}
 
 
+def flags(**fields: object) -> list[str]:
+    """Fields of a run, as the command takes them."""
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in fields.items())
+    return [word for pair in pairs for word in pair]
+
+
 def llama(**changes: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES | changes))

@@ -61,6 +61,7 @@ def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, 
     assert rows(run) == rows(whole)
 
 
+@pytest.mark.long
 def test_a_killed_worker_ends_the_study_and_it_goes_on(commands, arguments, whole, tmp_path):
     run = tmp_path / "killed"
     process = commands.start(arguments(run))

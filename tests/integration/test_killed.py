@@ -11,6 +11,8 @@ from outcomes import rows_but
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.long
+
 rows = partial(rows_but, measured=("per_second", "tokens_per_second"))
 TRAINING = "--steps 5 --save-every 2 --eval-every 4 --log-every 1 --warmup-steps 1 --batch-size 2"
 TEXT = f"{TRAINING} --dim 16 --num-heads 4 --num-layers 2 --mlp-dim 24 --vocab-size 300 " + (
@@ -41,7 +43,6 @@ def test_training_on_text(commands, tmp_path, name):
     kill_and_compare([*shlex.split(COMMANDS[name]), *data, "--output"], tmp_path)
 
 
-@pytest.mark.long
 def test_training_on_images(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     vit = shlex.split(f"train vit {TRAINING} --eval-images 10")
@@ -53,7 +54,6 @@ def test_training_on_images(tmp_path):
         kill_and_compare(dit, tmp_path / "drawing", every=16)
 
 
-@pytest.mark.long
 def test_a_worker_that_trains_on_images(commands, tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -19,9 +19,7 @@ from headwise.errors import HeadwiseError, UnreadableError, reading, reason
 
 
 @contextmanager
-def reading_model(
-    place: Any, otherwise: str = "cannot be loaded"
-) -> Iterator[None]:
+def reading_model(place: Any, otherwise: str = "cannot be loaded") -> Iterator[None]:
     """While inside, any error is one of reading what is in that place.
 
     transformers checks little of what it reads: damaged files end in every kind of error.
