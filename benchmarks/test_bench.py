@@ -7,6 +7,7 @@ import pytest
 
 from headwise.bench import BENCHMARKS, BenchRun, bench
 from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, Rival, measure
+from headwise.hf.batching import IS_SUPPORTED
 from headwise.training.timing import interleaved
 
 # Whole models take minutes, as small as they are.
@@ -15,6 +16,8 @@ WHICH = [pytest.param(x, marks=pytest.mark.long if x == "model" else ()) for x i
 
 @pytest.mark.parametrize("which", WHICH)
 def test_every_comparison_is_correct(which, tmp_path):
+    if which == "serve" and not IS_SUPPORTED:
+        pytest.skip("transformers is too old for continuous batching of routed heads")
     rows = bench(BenchRun(which=which, device="cpu", rounds=1, output=tmp_path), toy=True)
     assert rows
     assert {row["rival"] for row in rows if not row["correct"]} == set()

@@ -135,5 +135,7 @@ def test_an_absent_tokenizer_is_none(directory):
 
 def test_a_config_that_no_class_can_be_made_of_is_named(directory):
     in_config(model_type="none such")(directory)
-    with pytest.raises(ValueError, match=f"{re.escape(str(directory))} holds no model.*none such"):
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(directory))} cannot be loaded: .*none such"
+    ):
         load_config(directory)

@@ -236,7 +236,7 @@ def test_what_it_refuses(original, tmp_path, fails):
     assert "its tokenizer does not match it" in refusal(small, "--calibrate", text)
     (small / "tokenizer.json").rename(original / "tokenizer.json")
     (small / "model.safetensors").unlink()
-    assert "holds no model" in refusal(small)
+    assert "small cannot be loaded: Error no file named model.safetensors" in refusal(small)
     assert not new.exists()
     main(["convert", str(original), "-o", str(new)])
     assert "converted already" in refusal(new, output=tmp_path / "twice")

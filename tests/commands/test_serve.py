@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headwise import MoHConfig, cli, convert, load
+from headwise.hf.batching import IS_SUPPORTED
 from tiny import LINES, llama, tokenizer
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
@@ -81,6 +82,7 @@ THEIRS = (
 )
 
 
+@pytest.mark.skipif(not IS_SUPPORTED, reason="transformers is too old")
 @pytest.mark.works_with("openai", "a client of `headwise serve` and `transformers serve`")
 @pytest.mark.parametrize("command", [OURS, THEIRS], ids=["headwise", "transformers"])
 def test_a_client_of_openai_gets_what_generate_writes(directory, command):

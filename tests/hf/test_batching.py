@@ -6,14 +6,13 @@ import pytest
 import torch
 from conversions import GROUPS, LEARNED, MH_MOE, QUERY_NORM, TWO_STAGE
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from headwise import convert
+from headwise.hf.batching import IS_SUPPORTED
 from headwise.ops.attention import pages
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"),
-    reason="transformers is too old for continuous batching of routed heads",
+    not IS_SUPPORTED, reason="transformers is too old for continuous batching of routed heads"
 )
 CONVERSIONS = {
     "two_stage": {"attention": TWO_STAGE},

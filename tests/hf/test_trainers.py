@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from headwise import add_balance_loss, convert, load, record_routing
+from headwise.hf.batching import IS_SUPPORTED
 from tiny import LINES, SIZES, tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -256,6 +257,7 @@ def test_what_is_no_trainer_of_a_converted_model_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.works_with("TRL", "GRPO writes by continuous batching")
+@pytest.mark.skipif(not IS_SUPPORTED, reason="transformers is too old")
 def test_grpo_writes_by_continuous_batching(words, tmp_path):
     # Otherwise the cache takes most of the memory.
     pages = {"num_blocks": 16}

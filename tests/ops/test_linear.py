@@ -30,7 +30,9 @@ def operands(shape=ENOUGH, outputs=170, *, bias=True, learn=False, dtype=torch.f
 
 def names(run):
     """Operators of torch that ran, backward included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profiler:
         run()
     return {event.key for event in profiler.key_averages()}
 

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 import headwise
 from headwise.bench.comparison import Builder, Comparison, Effort, Rival
 from headwise.bench.model import THREE_QUARTERS, Kind
+from headwise.hf.batching import check_supported
 from headwise.training.speed import logits_thrice
 
 _LAYERS, _VOCABULARY = 4, 512
@@ -44,6 +45,7 @@ def compare(
     transformers gives torch's attention a mask of all requests by all keys; ours keeps requests
     apart without. What that is worth alone says our attention with every head on.
     """
+    check_supported()
     routed = headwise.MoHConfig(router="query_norm", shared=kind.shared, active=kind.active)
     all_on = headwise.MoHConfig(router="query_norm", shared=kind.heads, active=kind.heads)
     dense = _model(effort, dtype, kind)

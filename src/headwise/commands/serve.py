@@ -9,6 +9,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
 from headwise.commands.generate import tokenizer_beside
+from headwise.hf.batching import check_supported
 from headwise.loading import load_config
 from headwise.ops.fields import Count, check
 from headwise.parsing import called
@@ -43,7 +44,7 @@ def serve(
 
     Raises:
         ValueError: If the directory holds no language model, or no tokenizer, or what serves is
-            not installed.
+            not installed or too old.
     """
     check("port", port, Count)
     if port > _PORTS:
@@ -55,6 +56,7 @@ def serve(
             "what serves models is not installed; the extra serve has it: "
             "`pip install 'headwise[serve]'`"
         )
+    check_supported()
     from transformers.cli.serve import Serve
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())

@@ -21,6 +21,19 @@ _PADDING = (
 )  # fmt: skip
 
 
+# Before, pages had attention functions of their own.
+IS_SUPPORTED = hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn")
+
+
+def check_supported() -> None:
+    """Raises: ValueError: If transformers is too old."""
+    if not IS_SUPPORTED:
+        raise ValueError(
+            f"transformers is {transformers.__version__}, whose continuous batching cannot use "
+            "routed heads; 5.23 can: `pip install -U transformers`"
+        )
+
+
 class RoutedBatchingManager(ContinuousBatchingManager):
     """transformers' own, which takes attention functions by name only, and not ours."""
 
@@ -37,14 +50,10 @@ def init_continuous_batching(
     """What transformers' method of this name does, with our manager.
 
     Raises:
-        ValueError: If transformers is too old: then pages had attention functions of their own. Or
-            if a step is to be compiled or captured, for which transformers pads the row of tokens.
+        ValueError: If transformers is too old, or a step is to be compiled or captured, for which
+            transformers pads the row of tokens.
     """
-    if not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
-        raise ValueError(
-            f"transformers is {transformers.__version__}, whose continuous batching cannot use "
-            "routed heads; 5.23 can: `pip install -U transformers`"
-        )
+    check_supported()
     kept: Any = getattr(model, "_cached_continuous_batching_manager", None)
     if kept is not None:
         return kept
