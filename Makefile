@@ -8,9 +8,6 @@ OLDEST := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\).*/\1/p' pyproject.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Of what pip says: the downloads that take long, and when the last step begins.
 BRIEFLY := awk '/Downloading .* [MG]B/; /^Installing collected/ {print "  unpacking"} {fflush()}'
-# Kernels in C++ make it faster; where they cannot be built, a line says why.
-KERNELS := $(BIN)/headwise compile || true
-
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 
@@ -19,17 +16,16 @@ STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoin
 help:
 	@sed -n 's/^\([a-z][a-z ]*\):.*  ## /make \1: /p' Makefile
 
+# Kernels in C++ make it faster; where they cannot be built, a line says why.
 demo: $(VENV)/core  ## train five small models on real text, compare them, draw a report
-	@$(KERNELS)
+	@$(BIN)/headwise compile || true
 	$(BIN)/headwise train lm --output runs/demo $(if $(STOPPED),--resume,--overwrite)
 
 test: $(VENV)/dev  ## the tests, all but the long ones
-	@$(KERNELS)
 	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
 # torchao, beside the others, would write to stderr wherever transformers is imported.
 long: $(VENV)/dev  ## what `make test` leaves out, and torchao
-	@$(KERNELS)
 	$(BIN)/python -m pytest -m long -n logical --maxprocesses 4 --dist loadfile
 	$(PIP) --quiet --no-deps -c constraints.txt --target build/torchao --upgrade torchao
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest tests/hf/test_quantized.py

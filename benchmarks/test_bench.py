@@ -10,8 +10,9 @@ from headwise.bench.comparison import LARGEST_ERROR_RATIO, Comparison, Effort, R
 from headwise.hf.batching import IS_SUPPORTED
 from headwise.training.timing import interleaved
 
-# Whole models take minutes, as small as they are.
-WHICH = [pytest.param(x, marks=pytest.mark.long if x == "model" else ()) for x in BENCHMARKS]
+# As small as they are, whole models take minutes, and experts half of one.
+LONG = ("model", "experts")
+WHICH = [pytest.param(x, marks=pytest.mark.long if x in LONG else ()) for x in BENCHMARKS]
 
 
 @pytest.mark.parametrize("which", WHICH)

@@ -56,16 +56,20 @@ def test_this_python_is_new_enough(checkout):
     assert "Installing" in done.stdout
 
 
-@pytest.mark.parametrize(("target", "then"), [("demo", "headwise train"), ("test", "python -m")])
-def test_kernels_are_built_first_and_are_no_condition(checkout, target, then):
+@pytest.mark.parametrize(
+    ("target", "ran"),
+    # Tests build kernels of their own.
+    [("demo", ["headwise compile", "headwise train"]), ("test", ["python -m"])],
+)
+def test_a_demo_builds_kernels_first_and_they_are_no_condition(checkout, target, ran):
     for name in ("headwise", "python"):
         script(checkout / ".venv/bin" / name, f'echo "ran {name} $1"; [ "$1" != compile ]')
     for stamp in ("core", "dev"):
         (checkout / ".venv" / stamp).touch()
     done = make(checkout, target)
     assert (done.returncode, done.stderr) == (0, "")
-    ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["ran headwise compile", f"ran {then}"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert lines == [f"ran {what}" for what in ran]
 
 
 def test_a_demo_that_was_stopped_goes_on_and_one_that_ended_is_made_anew(checkout):

@@ -51,6 +51,7 @@ def test_one_by_one_equals_side_by_side(commands, arguments, whole, tmp_path):
     assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.long
 def test_killed_and_started_again_ends_with_the_same_table(commands, arguments, whole, tmp_path):
     run = tmp_path / "killed"
     process = commands.start(arguments(run))

@@ -51,8 +51,8 @@ def run_of(output, pictures, classifier, **changes):
 def finished(tmp_path_factory, pictures, classifier):
     output = tmp_path_factory.mktemp("runs") / "dit"
     run = run_of(
-        output, pictures, classifier, models=("moh_75",), steps=700, batch_size=16,
-        eval_every=700, save_every=700, sampling_steps=20, averaging=0.9, learning_rate=3e-3,
+        output, pictures, classifier, models=("moh_75",), steps=400, batch_size=16,
+        eval_every=400, save_every=400, sampling_steps=20, averaging=0.9, learning_rate=3e-3,
         warmup_steps=10,
     )  # fmt: skip
     train(run)
@@ -78,7 +78,7 @@ def test_it_draws_bright_and_dark(finished):
 
 def test_what_is_saved_is_the_average(finished, drawer):
     saved = DiT.from_pretrained(drawer).state_dict()
-    checkpoint = finished.output / "checkpoints" / "moh_75-seed0" / "checkpoint-700"
+    checkpoint = finished.output / "checkpoints" / "moh_75-seed0" / "checkpoint-400"
     trained = DiT.from_pretrained(checkpoint).state_dict()
     assert not torch.equal(saved["final_layer.linear.weight"], trained["final_layer.linear.weight"])
     assert torch.equal(saved["positions"], trained["positions"])
