@@ -99,6 +99,22 @@ def test_a_client_of_openai_gets_what_generate_writes(directory, command):
         assert client.models.list().object == "list"
 
 
+@pytest.mark.skipif(not IS_SUPPORTED, reason="transformers is too old")
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_a_model_that_cannot_chat_says_so_as_it_starts(
+    directory, tmp_path, monkeypatch, capsys, template
+):
+    from transformers.cli import serve
+
+    words = tokenizer(LINES)
+    words.chat_template = template
+    load(directory).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    monkeypatch.setattr(serve, "Serve", lambda **_: None)  # which would not end
+    cli.main(["serve", str(tmp_path)])
+    assert ("no chat template" in capsys.readouterr().out) == (template is None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,7 +50,7 @@ def serve(
     if port > _PORTS:
         raise ValueError(f"port is {port}; it must be at most {_PORTS}")
     load_config(directory, "language model")
-    tokenizer_beside(directory)
+    tokenizer = tokenizer_beside(directory)
     if not is_serve_available():
         raise ValueError(
             "what serves models is not installed; the extra serve has it: "
@@ -65,6 +65,10 @@ def serve(
     print(
         f"http://{host}:{port}/v1 serves the model {str(directory)!r}; Ctrl-C ends it", flush=True
     )
+    if tokenizer.chat_template is None:
+        print(
+            "its tokenizer has no chat template: it answers /v1/completions, no chats", flush=True
+        )
     Serve(
         force_model=str(directory),
         continuous_batching=True,
