@@ -8,6 +8,7 @@ OLDEST := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\).*/\1/p' pyproject.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Of what pip says: the downloads that take long, and when the last step begins.
 BRIEFLY := awk '/Downloading .* [MG]B/; /^Installing collected/ {print "  unpacking"} {fflush()}'
+
 # A demo that was stopped goes on; one that ended is made anew.
 STOPPED = $(if $(wildcard runs/demo/report.html),,$(wildcard runs/demo/checkpoints))
 

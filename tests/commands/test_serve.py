@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headwise import MoHConfig, cli, convert, load
+from headwise.hf import batching
 from headwise.hf.batching import IS_SUPPORTED
 from tiny import LINES, llama, tokenizer
 
@@ -113,6 +114,11 @@ def test_a_model_that_cannot_chat_says_so_as_it_starts(
     monkeypatch.setattr(serve, "Serve", lambda **_: None)  # which would not end
     cli.main(["serve", str(tmp_path)])
     assert ("no chat template" in capsys.readouterr().out) == (template is None)
+
+
+def test_transformers_that_cannot_batch_routed_heads_is_refused(directory, monkeypatch, fails):
+    monkeypatch.setattr(batching, "IS_SUPPORTED", False)
+    assert "continuous batching cannot use routed heads; 5.23 can" in fails(2, "serve", directory)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,12 @@ _PADDING = (
     "use_cuda_graph", "q_padding_interval_size", "kv_padding_interval_size",
     "varlen_compile_config", "decode_compile_config", "default_compile_level",
 )  # fmt: skip
-
-
 # Before, pages had attention functions of their own.
 IS_SUPPORTED = hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn")
 
 
 def check_supported() -> None:
-    """Raises: ValueError: If transformers is too old."""
+    """Refuse a transformers that is too old."""
     if not IS_SUPPORTED:
         raise ValueError(
             f"transformers is {transformers.__version__}, whose continuous batching cannot use "
