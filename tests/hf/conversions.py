@@ -16,6 +16,9 @@ EXPERTS = {"num_experts": 7, "top_k": 2, "expert_dim": 11}
 MOE = MoEConfig(**EXPERTS)
 MH_MOE = MHMoEConfig(num_heads=3, **EXPERTS)
 
+# What a call of a class of transformers may name, and would get a dense model if it could.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
 TEXT = SIZES | {
     "vocab_size": 31, "intermediate_size": 29, "max_position_embeddings": 64, "bos_token_id": 1,

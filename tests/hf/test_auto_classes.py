@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conversions import MH_MOE, QUERY_NORM, TWO_STAGE
+from conversions import EAGER, MH_MOE, QUERY_NORM, TWO_STAGE
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +25,6 @@ from transformers import (
 from damage import edit_json, edit_weights
 from headwise import convert, hf, load, record_routing
 from headwise.hf import RoutedLlamaForCausalLM
-from headwise.hf.auto import IMPLEMENTATIONS
 from tiny import LINES, SIZES, llama, tokenizer
 
 BOTH = {"attention": TWO_STAGE, "mlp": MH_MOE}
@@ -78,13 +77,15 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 
 
 @pytest.mark.parametrize("conversion", [{"attention": QUERY_NORM}, {"mlp": MH_MOE}])
-@pytest.mark.parametrize("options", [{}, {"attn_implementation": "sdpa"}])
+@pytest.mark.parametrize("options", [{}, EAGER, EAGER | {"dtype": "float32"}])
 def test_a_class_of_transformers_does_not_load_it_as_a_dense_model(
     tiny, tmp_path, conversion, options
 ):
     convert(tiny(), **conversion).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"load it by headwise\.load, or an Auto class with trust"):
+    with pytest.raises(Exception, match=r"load it by headwise\.load, or an Auto class with trust"):
         LlamaForCausalLM.from_pretrained(tmp_path, **options)
+    with pytest.raises(Exception, match=r"load it by headwise\.load"):
+        LlamaConfig.from_pretrained(tmp_path)
 
 
 def test_the_class_can_be_named(directory, ids):
@@ -104,7 +105,7 @@ def test_a_directory_of_an_older_version_loads_and_is_saved_as_of_this(directory
     before = load(directory)(ids).logits
     edit_json(
         directory / "config.json",
-        lambda fields: [fields.pop(name) for name in ("auto_map", *IMPLEMENTATIONS)],
+        lambda fields: [fields.pop(name) for name in ("auto_map", "layer_types")],
     )
     (directory / "modeling_headwise.py").unlink()
     model = load(directory)

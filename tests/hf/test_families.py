@@ -5,11 +5,11 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from conversions import ALL_ON, FAMILIES, MH_MOE, QUERY_NORM
+from conversions import ALL_ON, EAGER, FAMILIES, MH_MOE, QUERY_NORM
 from torch.testing import assert_close
 
 from gradients import assert_checkpointing_changes_none
-from headwise import MoHConfig, convert, fit, record_routing
+from headwise import MoHConfig, convert, fit, load, record_routing
 
 GENERATING = tuple(name for name, (_, model, _) in FAMILIES.items() if "LM" in model)[:-1]
 ROUTERS = {
@@ -93,6 +93,14 @@ def test_experts_take_the_place_of_the_mlp(family):
     with record_routing(model) as routings:
         model(**inputs(family)).loss.backward()
     assert len(routings) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_originals_class_does_not_load_it(family, tmp_path):
+    converted(family, "query_norm").save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"load it by headwise\.load"):
+        type(tiny(family)).from_pretrained(tmp_path, **EAGER)
+    load(tmp_path)
 
 
 def unlabelled(family):

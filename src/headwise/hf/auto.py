@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -41,10 +42,9 @@ _MODELING = '''"""The classes of this model, which headwise makes of those of tr
 
 from headwise.hf import __getattr__
 '''
-# No class of transformers has such an attention, nor such experts where a user names the attention,
-# so none loads a converted model as a dense one.
-IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_LOADED_BY = "headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"
+# Written for `layer_types`: config classes of transformers refuse and show one that they do not
+# know, so none loads a converted model as a dense one. The model's own stand beside it.
+_LOADED_BY = ["headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"]
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
 
@@ -155,11 +155,35 @@ class _OfRouted(DefaultTargets):
     """Mixed into the class of a converted model's config."""
 
     def __post_init__(self, **fields: Any) -> None:
-        for name in IMPLEMENTATIONS:
-            if fields.get(name) == _LOADED_BY:
-                del fields[name]
         super().__post_init__(**fields)  # type: ignore[misc]
         describe(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' own, of what `to_json_file` writes."""
+        fields = copy.deepcopy(config_dict)
+        for part in cls._parts(fields):
+            if part.get("layer_types") == _LOADED_BY:
+                del part["layer_types"]
+            if "base_layer_types" in part:
+                part["layer_types"] = part.pop("base_layer_types")
+        return super().from_dict(fields, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """transformers' own, but what the layers are stands under `base_layer_types`."""
+        fields = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
+        for part in self._parts(fields):
+            if "layer_types" in part:
+                part["base_layer_types"] = part["layer_types"]
+            part["layer_types"] = _LOADED_BY
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        Path(json_file_path).write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def _parts(cls, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """The fields of the config and of the configs in it."""
+        inner = (fields.get(name) for name in cls.sub_configs)  # type: ignore[attr-defined]
+        return [fields, *(part for part in inner if isinstance(part, dict))]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """transformers' own, and beside it the module that `auto_map` names."""
@@ -171,17 +195,14 @@ class _OfRouted(DefaultTargets):
 def describe(config: Any) -> None:
     """Say in the config of a converted model what tools that do not know headwise look for.
 
-    `auto_map` names the classes, for tools that trust code beside the weights; a class of
-    transformers, which would load a dense model, stops at `IMPLEMENTATIONS` that it does not
-    know. By `router_aux_loss_coef` trainers tell that there is a loss to balance routers, which is
-    weighted already; that of a model that had experts before stays.
+    `auto_map` names the classes, for tools that trust code beside the weights. By
+    `router_aux_loss_coef` trainers tell that there is a loss to balance routers, which is weighted
+    already; that of a model that had experts before stays.
     """
     base = type(config).__bases__[-1]
     classes = {auto.__name__: _classes_of(auto, base)[0].__name__ for auto in _autos_of(base)}
     names = {"AutoConfig": "Config"} | classes
     config.auto_map = {auto: f"{_MODULE}.{_PREFIX}{name}" for auto, name in names.items()}
-    for name in IMPLEMENTATIONS:
-        setattr(config, name, _LOADED_BY)
     text = config.get_text_config()
     if hasattr(config, "headwise") and not hasattr(text, "router_aux_loss_coef"):
         balances = Conversion.from_dict(config.headwise).balances_load

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headwise.hf.attention import NAME
-from headwise.hf.auto import IMPLEMENTATIONS, describe, routed_classes
+from headwise.hf.auto import describe, routed_classes
 from headwise.hf.conversion import Conversion, Converted, is_of_diffusers
 from headwise.hf.expert_configs import FittedExperts, MoEConfig
 from headwise.hf.head_configs import FittedHeads, MoHConfig
@@ -171,7 +171,7 @@ def restore(model: Any) -> Any:
     if isinstance(routed, PreTrainedModel):
         original_class = routed.original_class
         fields = routed.config.to_dict()
-        for field in ("headwise", "auto_map", *IMPLEMENTATIONS):
+        for field in ("headwise", "auto_map"):
             del fields[field]
         if not hasattr(type(routed.config.get_text_config()), "router_aux_loss_coef"):
             for part in (fields, *(fields.get(name, {}) for name in routed.config.sub_configs)):
