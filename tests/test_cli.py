@@ -88,7 +88,7 @@ def test_help_of_a_command(capsys, command):
         (["train", "lm", "--shared-heads", "9"], "headwise: shared_heads is 9; it must"),
         (
             ["convert", "a", "-o", "b", "--active", "1.5"],
-            "headwise: active is 1.5; it must be an int of at least 0 or a number in 0..1",
+            "headwise: active is 1.5; it must be an int of at least 1 or a number above 0",
         ),
         (["tune", "a", "-o", "b", "--schedule", "papr"], "unknown schedule 'papr'; did you mean"),
         (["tune", "a", "-o", "b", "--distill", "-1"], "headwise: distill is -1.0; it must"),

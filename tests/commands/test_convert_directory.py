@@ -215,7 +215,7 @@ def test_what_it_refuses(original, tmp_path, fails):
         (("--calibrate", tmp_path), "a directory; it must be text files"),
         (("--allocate", "alike"), "allocate is 'alike', and no router is fitted"),
         (("--by", "loss"), "by is 'loss', and no shared heads are chosen"),
-        (("--active", 1), "so shared must be less than 1 (by default shared is 0.5)"),
+        (("--active", 1), "lower shared or raise active (by default shared is 0.5)"),
     ):
         assert message in refusal(original, *options)
     for content, message in (

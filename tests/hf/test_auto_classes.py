@@ -105,8 +105,9 @@ def test_a_directory_of_an_older_version_loads_and_is_saved_as_of_this(directory
     before = load(directory)(ids).logits
     edit_json(
         directory / "config.json",
-        lambda fields: [fields.pop(name) for name in ("auto_map", "layer_types")],
+        lambda fields: fields.update(initializer_range=fields.pop("base_initializer_range")),
     )
+    edit_json(directory / "config.json", lambda fields: fields.pop("auto_map"))
     (directory / "modeling_headwise.py").unlink()
     model = load(directory)
     assert torch.equal(model(ids).logits, before)

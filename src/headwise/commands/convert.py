@@ -20,7 +20,7 @@ from headwise.hf.fitting.heads import Allocation
 from headwise.hf.head_configs import RouterName
 from headwise.hf.loading import load_original
 from headwise.loading import described, kind_of, load_tokenizer, longest_sequence
-from headwise.nn import Budget
+from headwise.nn import ActiveBudget, Budget
 from headwise.ops.fields import check_fields
 from headwise.parsing import parsed
 from headwise.progress import plain_console
@@ -66,7 +66,7 @@ class ConversionRun:
     path: Annotated[str, tyro.conf.Positional]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     shared: Budget | None = None
-    active: Budget = 0.75
+    active: ActiveBudget = 0.75
     router: RouterName | None = None
     allocate: Allocation = "loss"
     route_groups: bool = False

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -42,9 +42,11 @@ _MODELING = '''"""The classes of this model, which headwise makes of those of tr
 
 from headwise.hf import __getattr__
 '''
-# Written for `layer_types`: config classes of transformers refuse and show one that they do not
-# know, so none loads a converted model as a dense one. The model's own stand beside it.
-_LOADED_BY = ["headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"]
+# Written in the place of a number that weights which are read do not need: a config class that
+# declares it refuses the sentence and shows it, so none loads a converted model as a dense one.
+# Those that only look whether there is a config, as transformers' Trainer, read on.
+_LOADED_BY = "headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"
+_STOPS = ("initializer_range", "init_std", "initializer_factor", "attention_dropout")
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
 
@@ -154,6 +156,8 @@ class Routed(Converted, PreTrainedModel):
 class _OfRouted(DefaultTargets):
     """Mixed into the class of a converted model's config."""
 
+    sub_configs: ClassVar[dict[str, Any]]  # transformers' own: the classes of the configs inside
+
     def __post_init__(self, **fields: Any) -> None:
         super().__post_init__(**fields)  # type: ignore[misc]
         describe(self)
@@ -162,28 +166,24 @@ class _OfRouted(DefaultTargets):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """transformers' own, of what `to_json_file` writes."""
         fields = copy.deepcopy(config_dict)
-        for part in cls._parts(fields):
-            if part.get("layer_types") == _LOADED_BY:
-                del part["layer_types"]
-            if "base_layer_types" in part:
-                part["layer_types"] = part.pop("base_layer_types")
+        inner = (fields.get(name) for name in cls.sub_configs)
+        for part in (fields, *(part for part in inner if isinstance(part, dict))):
+            for name in _STOPS:
+                if part.get(name) == _LOADED_BY:
+                    part[name] = part.pop(f"base_{name}")
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """transformers' own, but what the layers are stands under `base_layer_types`."""
+        """transformers' own, with a sentence for the first of `_STOPS` in each part."""
         fields = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
-        for part in self._parts(fields):
-            if "layer_types" in part:
-                part["base_layer_types"] = part["layer_types"]
-            part["layer_types"] = _LOADED_BY
+        inner = ((getattr(self, name), fields.get(name)) for name in self.sub_configs)
+        for part, written in ((self, fields), *inner):
+            for name in _STOPS:
+                if part is not None and hasattr(part, name):
+                    written |= {name: _LOADED_BY, f"base_{name}": getattr(part, name)}
+                    break
         text = json.dumps(fields, indent=2, sort_keys=True)
         Path(json_file_path).write_text(f"{text}\n", encoding="utf-8")
-
-    @classmethod
-    def _parts(cls, fields: dict[str, Any]) -> list[dict[str, Any]]:
-        """The fields of the config and of the configs in it."""
-        inner = (fields.get(name) for name in cls.sub_configs)  # type: ignore[attr-defined]
-        return [fields, *(part for part in inner if isinstance(part, dict))]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """transformers' own, and beside it the module that `auto_map` names."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
-from headwise.nn import Budget, FittedRouter, HeadBudget, HeadRouter, OutputGateRouter
+from headwise.nn import ActiveBudget, Budget, FittedRouter, HeadBudget, HeadRouter, OutputGateRouter
 from headwise.nn.moh import HeadRouterName, check_head_router, head_router
 from headwise.ops.fields import Index, Weight, check_fields
 from headwise.ops.routing import HeadMode
@@ -56,7 +56,7 @@ class MoHConfig:
     """
 
     shared: Budget | Sequence[Budget | Sequence[Index]] | OfDepth | None = None
-    active: Budget | Sequence[Budget] | OfDepth = 0.75
+    active: ActiveBudget | Sequence[ActiveBudget] | OfDepth = 0.75
     router: RouterName = "query_norm"
     mode: HeadMode = "released"
     balance_coefficient: Weight = 0.01
@@ -78,8 +78,8 @@ class MoHConfig:
         shared, active = cast(tuple[Any, Any], (self.shared, self.active))
         if type(shared) is type(active) in (int, float) and shared > active:
             raise ValueError(
-                f"shared is {shared}, more than active = {active}; active counts shared heads too, "
-                f"so shared must be less than {active}"
+                f"shared is {shared}, more than active = {active}, which counts shared heads too; "
+                f"lower shared or raise active{self._where_from(shared)}"
             )
         check_head_router(self.router, scores=self.scores)
 
@@ -118,8 +118,7 @@ class MoHConfig:
                 names=("shared", "active"),
             )
         except ValueError as error:
-            default = _default_shared(self.router)
-            hint = f" (by default shared is {default})" if shared == default != 0 else ""
+            hint = self._where_from(shared) if str(error).startswith("shared") else ""
             raise ValueError(f"layer {layer}: {error}{hint}") from None
         if build := _OF_MODELS.get(self.router):
             return build(dim, budget)
@@ -131,6 +130,10 @@ class MoHConfig:
             scores=self.scores,
             std=self.router_std,
         )
+
+    def _where_from(self, shared: Any) -> str:
+        default = _default_shared(self.router)
+        return f" (by default shared is {default})" if shared == default != 0 else ""
 
     @staticmethod
     def _of_layer(budget: Any, layer: int) -> Any:

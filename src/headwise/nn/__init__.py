@@ -1,6 +1,6 @@
 """Layers: parameters around ops. Each returns (y, routing)."""
 
-from headwise.nn.budget import Budget, HeadBudget
+from headwise.nn.budget import ActiveBudget, Budget, HeadBudget
 from headwise.nn.expert_routers import (
     CosineRouter,
     ExpertRouter,
@@ -22,6 +22,7 @@ from headwise.nn.routers import (
 )
 
 __all__ = [
+    "ActiveBudget",
     "Budget",
     "CosineRouter",
     "ExpertRouter",

@@ -7,6 +7,7 @@ from typing import Annotated
 from headwise.ops.fields import Count, Index, Range, check, check_fields
 
 Budget = Annotated[int, Range(0)] | Annotated[float, Range(0, 1)]
+ActiveBudget = Annotated[int, Range(1)] | Annotated[float, Range(above=0, most=1)]
 # Which heads are shared, instead of how many of the first ones.
 Heads = tuple[Index, ...]
 
@@ -59,7 +60,7 @@ class HeadBudget:
         num_heads: int,
         *,
         shared: Budget | Heads,
-        active: Budget,
+        active: ActiveBudget,
         num_groups: int | None = None,
         names: tuple[str, str] = ("shared_heads", "active_heads"),
     ) -> "HeadBudget":
@@ -82,7 +83,7 @@ class HeadBudget:
         check("num_heads", num_heads, Count)
         check("num_groups", num_groups, Count | None)
         check(of_shared, shared, Budget | Heads)
-        check(of_active, active, Budget)
+        check(of_active, active, ActiveBudget)
         num_groups = num_heads if num_groups is None else num_groups
         if num_heads % num_groups:
             raise ValueError(f"num_groups is {num_groups}; it must divide num_heads = {num_heads}")
@@ -99,8 +100,8 @@ class HeadBudget:
             )
         if shared_heads > active_heads:
             raise ValueError(
-                f"{of_shared} is {shared_heads}, more than {of_active} = {active_heads}; "
-                f"active counts shared heads too, so shared must be less than {active_heads}"
+                f"{of_shared} is {shared_heads}, more than {of_active} = {active_heads}, which "
+                f"counts shared heads too; lower {of_shared} or raise {of_active}"
             )
         if shared_heads == active_heads < num_heads:
             raise ValueError(

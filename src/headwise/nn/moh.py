@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from headwise.nn.budget import Budget, HeadBudget
+from headwise.nn.budget import ActiveBudget, Budget, HeadBudget
 from headwise.nn.kv_cache import Keys, KeyValueCache, cache_of, extended, kept_keys
 from headwise.nn.linear import is_plain
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
@@ -111,7 +111,7 @@ class MoHAttention(nn.Module):
         *,
         num_heads: Count,
         shared_heads: Budget,
-        active_heads: Budget,
+        active_heads: ActiveBudget,
         num_kv_heads: Count | None = None,
         head_dim: Count | None = None,
         context_dim: Count | None = None,

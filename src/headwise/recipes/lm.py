@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from headwise.hf import MoHConfig
-from headwise.nn import Budget, HeadBudget
+from headwise.nn import ActiveBudget, Budget, HeadBudget
 from headwise.recipes.layered import mh_moe, sparse_moe
 from headwise.recipes.text import TextRun, read
 from headwise.training.comparison import Variant
@@ -25,7 +25,7 @@ class LanguageModelRun(TextRun):
     """
 
     shared_heads: Budget = 0.4
-    active_heads: Budget = 0.75
+    active_heads: ActiveBudget = 0.75
     mh_heads: int = 2
     mh_top_k: int = 2
     speed_contexts: tuple[int, ...] = (4096, 16384)

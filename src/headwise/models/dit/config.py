@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from headwise.models.own import OwnConfig
-from headwise.nn import Budget, HeadBudget
+from headwise.nn import ActiveBudget, Budget, HeadBudget
 from headwise.ops.fields import Count, Positive, Range, Weight, check_fields
 
 # Layers, width, heads of the dense models: DiT, arXiv 2212.09748, Table 1.
@@ -93,7 +93,7 @@ class DiTConfig(OwnConfig):
     class_dropout: Annotated[float, Range(0, below=1)] = 0.1
     learn_sigma: bool = True
     shared_heads: Budget | list[Budget] | tuple[Budget, ...] | None = None
-    active_heads: Budget | list[Budget] | tuple[Budget, ...] | None = None
+    active_heads: ActiveBudget | list[ActiveBudget] | tuple[ActiveBudget, ...] | None = None
     balance_coefficient: Weight = 0.01
 
     def __post_init__(self, **kwargs: Any) -> None:
