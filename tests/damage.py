@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import sha256
+from itertools import compress, cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def wrong_values(file: Path) -> Iterator[Damage]:
         yield file.name, f"without {name}", write(json.dumps(without))
         for value in WRONG:
             yield file.name, f"{name} {value!r}", write(json.dumps(fields | {name: value}))
+
+
+def two_fifths(cases: Iterable[Damage]) -> Iterator[Damage]:
+    """Some of what is done to each file or field, others to the next: all kinds come up."""
+    return compress(cases, cycle((True, False, True, False, False)))
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -66,6 +66,7 @@ def whole(commands, converted, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.long
 def test_killed_and_resumed_equals_never_killed(commands, converted, tmp_path, whole):
     run = tmp_path / "killed"
     process = commands.start(tune(commands, converted, run))
