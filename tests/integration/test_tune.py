@@ -77,6 +77,7 @@ def test_killed_and_resumed_equals_never_killed(commands, converted, tmp_path, w
     assert_close(weights(run, NAME), weights(whole, NAME), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_two_processes(commands, converted, tmp_path, whole):
     printed = commands.run(
         tune(commands, converted, tmp_path / "two", "--device-batch-size", "1"),
