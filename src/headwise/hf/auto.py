@@ -178,10 +178,8 @@ class _OfRouted(DefaultTargets):
         fields = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
         inner = ((getattr(self, name), fields.get(name)) for name in self.sub_configs)
         for part, written in ((self, fields), *inner):
-            for name in _STOPS:
-                if part is not None and hasattr(part, name):
-                    written |= {name: _LOADED_BY, f"base_{name}": getattr(part, name)}
-                    break
+            if name := next((name for name in _STOPS if hasattr(part, name)), None):
+                written |= {name: _LOADED_BY, f"base_{name}": getattr(part, name)}
         text = json.dumps(fields, indent=2, sort_keys=True)
         Path(json_file_path).write_text(f"{text}\n", encoding="utf-8")
 
