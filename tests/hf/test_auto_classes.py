@@ -86,6 +86,13 @@ def test_a_class_of_transformers_does_not_load_it_as_a_dense_model(
         LlamaForCausalLM.from_pretrained(tmp_path, **options)
     with pytest.raises(Exception, match=r"load it by headwise\.load"):
         LlamaConfig.from_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"load it by headwise\.load"):
+        LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match=r"load it by headwise\.load"):
+        LlamaForCausalLM(config)
+    given = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    assert type(given) is type(load(tmp_path))
 
 
 def test_the_class_can_be_named(directory, ids):

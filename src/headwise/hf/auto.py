@@ -45,7 +45,10 @@ from headwise.hf import __getattr__
 # Written in the place of a number that weights which are read do not need: a config class that
 # declares it refuses the sentence and shows it, so none loads a converted model as a dense one.
 # Those that only look whether there is a config, as transformers' Trainer, read on.
-_LOADED_BY = "headwise: load it by headwise.load, or an Auto class with trust_remote_code=True"
+_LOADED_BY = (
+    "what it holds is routed: load it by headwise.load, or an Auto class with "
+    "trust_remote_code=True"
+)
 _STOPS = ("initializer_range", "init_std", "initializer_factor", "attention_dropout")
 # As they are in a router of any dtype; transformers would load them in the model's.
 _FLOAT32_BUFFERS = ("mlp.layer.router.bias", "mlp.layer.router.load")
@@ -56,9 +59,12 @@ class Routed(Converted, PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         conversion = Conversion.from_dict(config.headwise)
+        parts = (config, *(getattr(config, name) for name in config.sub_configs))
+        found = [part for part in parts if part is not None]
+        for part in found:
+            if part._attn_implementation == _LOADED_BY:
+                part._attn_implementation_internal = None
         if conversion.attention is not None:
-            parts = (config, *(getattr(config, name) for name in config.sub_configs))
-            found = [part for part in parts if part is not None]
             config._attn_implementation = attention_for(found, conversion)
         super().__init__(config, *args, **kwargs)
         # A head may have made the model inside by AutoModel, of the same config.
@@ -156,10 +162,15 @@ class Routed(Converted, PreTrainedModel):
 class _OfRouted(DefaultTargets):
     """Mixed into the class of a converted model's config."""
 
-    sub_configs: ClassVar[dict[str, Any]]  # transformers' own: the classes of the configs inside
+    # transformers' own: the classes of the configs inside, and the name of an attention.
+    sub_configs: ClassVar[dict[str, Any]]
+    _attn_implementation: str | None
 
     def __post_init__(self, **fields: Any) -> None:
         super().__post_init__(**fields)  # type: ignore[misc]
+        if self._attn_implementation is None:
+            # A class of transformers that is given this config knows no such attention.
+            self._attn_implementation = _LOADED_BY
         describe(self)
 
     @classmethod
