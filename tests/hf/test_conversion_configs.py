@@ -97,7 +97,11 @@ def test_configs_build_what_they_name():
         (MoHConfig, {"shared": True}, "shared is True"),
         (MoHConfig, {"active": "all"}, "active is 'all'"),
         (MoHConfig, {"shared": -1}, "shared is -1"),
-        (MoHConfig, {"active": 1.5}, r"active is 1\.5.* at least 1 "),
+        (
+            MoHConfig,
+            {"active": 1.5},
+            r"active is 1\.5; .* int of at least 1 or a number above 0 and at most 1 or",
+        ),
         (MoHConfig, {"shared": 0.8, "active": 0.5}, r"shared is 0\.8, more than active = 0\.5"),
         (
             MoHConfig,

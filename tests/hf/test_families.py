@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conversions import ALL_ON, EAGER, FAMILIES, MH_MOE, QUERY_NORM
+from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
 
 from gradients import assert_checkpointing_changes_none
@@ -98,9 +99,9 @@ def test_experts_take_the_place_of_the_mlp(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_originals_class_does_not_load_it(family, tmp_path):
     converted(family, "query_norm").save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"load it by headwise\.load"):
+    with pytest.raises(StrictDataclassError, match=r"load it by headwise\.load"):
         type(tiny(family)).from_pretrained(tmp_path, **EAGER)
-    load(tmp_path)
+    assert isinstance(load(tmp_path), type(tiny(family)))
 
 
 def unlabelled(family):

@@ -58,7 +58,7 @@ def test_what_was_rounded_is_said():
         (7, 1, False, "active_heads is False"),
         (7, "2", 3, "shared_heads is '2'"),
         (7, 1, None, "active_heads is None"),
-        (7, 0, 0, "active_heads is 0; .* at least 1 "),
+        (7, 0, 0, "active_heads is 0; .* int of at least 1 or a number above 0 and at most 1$"),
         (7, 0, 0.01, r"active_heads is 0\.01"),
         (7, 5, 3, "shared_heads is 5, more than active_heads = 3"),
         (7, 3, 3, "shared_heads equals active_heads = 3.* 4 of the 7"),

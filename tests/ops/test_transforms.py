@@ -6,6 +6,7 @@ torch takes the forward gradient of an operator without a formula for 0, without
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from headwise import MHMoE, MoHAttention
@@ -74,6 +75,21 @@ def test_forward_gradients_of_experts_are_right(impl):
     want = slope(exact, X, dx).float()
     assert_close(forward(experts(impl), X, dx), want, rtol=1e-4, atol=1e-4)
     assert_close(torch.func.jvp(experts(impl), (X,), (dx,))[1], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+def test_forward_gradients_of_heads_are_right_by_torchs_plain_backend(impl):
+    dx = torch.randn_like(X)
+    keys = torch.randn(1, 6, 2, 4)
+    gate = torch.tensor([1.0, 0.0]).expand(1, 6, 2)
+
+    def compute(x, impl=impl):
+        k, g = keys.to(x.dtype), gate.to(x.dtype)
+        return head_attention(x.view(1, 6, 2, 4), k, k, g, impl=impl)
+
+    want = slope(lambda x: compute(x, "reference"), X, dx).float()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(torch.func.jvp(compute, (X,), (dx,))[1], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("op", [attention, experts])
