@@ -5,8 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from headwise.hf import MHMoEConfig, MoEConfig, convert
 from headwise.memory import check_memory
+from headwise.nn import MHMoE
 from headwise.parity import match_sparse_moe
 from headwise.training.comparison import ComparisonRun, Variant
 from headwise.training.fields import check_at_least
@@ -26,6 +30,9 @@ class LayeredRun(ComparisonRun):
         mlp_dim: Hidden width of the dense model's MLPs, and of a sparse MoE's experts.
         initializer_range: Deviation with which weights start; None is sqrt(2 / (5 · dim))
             (arXiv 1910.05895), 0.02 at the width of 1000.
+        residual_scale: Factor on the starting weights of what is added to the residual stream:
+            attention's o_proj, the last matrix of MLPs and experts, MH-MoE's merge layer; None is
+            1/√(2 · num_layers), as in GPT-2.
         num_experts: Experts of the sparse MoE; MH-MoE's number follows from equal parameters.
         top_k: Experts that a token of the sparse MoE goes to.
         every: Experts replace the MLP of each n-th layer.
@@ -36,6 +43,7 @@ class LayeredRun(ComparisonRun):
     num_heads: int = 8
     mlp_dim: int = 344
     initializer_range: float | None = None
+    residual_scale: float | None = None
     num_experts: int = 8
     top_k: int = 1
     every: int = 2
@@ -45,10 +53,9 @@ class LayeredRun(ComparisonRun):
             check_at_least(1, name, getattr(self, name))
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide dim = {self.dim}")
-        if self.initializer_range is not None and not 0 < self.initializer_range <= 1:
-            raise ValueError(
-                f"initializer_range is {self.initializer_range}; it must lie in 0..1, above 0"
-            )
+        for name in ("initializer_range", "residual_scale"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}; it must lie in 0..1, above 0")
         self._check_weights()
         super().__post_init__()
         self._check_experts()
@@ -173,10 +180,30 @@ def equal_width(run: LayeredRun, variant: Variant, flops: Callable[[Variant, int
 
 
 def convert_variant(run: LayeredRun, variant: Variant, model: Any) -> Any:
-    """The dense model, made what the variant says."""
+    """The dense model, made what the variant says; what its branches add starts scaled by depth."""
     changes: dict[str, Any] = {
         "attention": variant.attention,
         "mlp": variant.mlp,
         "ternary": variant.ternary,
     }
-    return convert(model, every=run.every, **changes) if any(changes.values()) else model
+    model = convert(model, every=run.every, **changes) if any(changes.values()) else model
+    scale = (2 * run.num_layers) ** -0.5 if run.residual_scale is None else run.residual_scale
+    _scale_last_maps(model, scale)
+    return model
+
+
+# Of attention, of Llama's MLPs and of experts, of MH-MoE, of ViT's MLPs.
+_LAST_MAPS = ("o_proj.weight", "down_proj.weight", "down_proj", "merge_proj.weight", "fc2.weight")
+
+
+@torch.no_grad()
+def _scale_last_maps(model: nn.Module, scale: float) -> None:
+    """Scale what the branches of a model add to its residual stream."""
+    before_merge = {
+        f"{name}.experts.down_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, MHMoE) and module.merge_proj is not None
+    }
+    for name, weight in model.named_parameters():
+        if name.endswith(_LAST_MAPS) and name not in before_merge:
+            weight.mul_(scale)

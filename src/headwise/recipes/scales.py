@@ -13,7 +13,7 @@ from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.studies import STUDIES, Study
 from headwise.recipes.text import TextRun
 from headwise.recipes.vit import VisionRun
-from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.comparison import ComparisonRun, Protocol, Task, Variant
 
 Scale = Literal["tiny", "small", "paper"]
 
@@ -27,6 +27,7 @@ class StudyRun(ComparisonRun):
         scale: The one whose sizes and steps the fields had, before any was given.
     """
 
+    protocol: Protocol = "fair"
     study: Annotated[str, tyro.conf.Suppress]
     scale: Annotated[Scale, tyro.conf.Suppress] = "tiny"
 
@@ -100,8 +101,11 @@ _TINY: dict[str, dict[str, Any]] = {
         "mlp_dim": 256,
         "vocab_size": 2048,
         "sequence_length": 128,
-        "steps": 500,
-        "warmup_steps": 50,
+        "steps": 1200,
+        "learning_rate": 6e-3,
+        "warmup_steps": 100,
+        "eval_every": 200,
+        "save_every": 200,
     },
     "vit": vars(VisionRun()),
     "dit": vars(DiffusionRun()),

@@ -1,6 +1,6 @@
 """Language models of Llama's layout on text: what recipes and studies of text share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from headwise.parity import count_flops
 from headwise.progress import followed
 from headwise.recipes.layered import LayeredRun, convert_variant, equal_width
 from headwise.training.comparison import Examples, Sample, Scores, Task, Variant
-from headwise.training.directory import RunDirectory, fingerprint
+from headwise.training.directory import fingerprint
 from headwise.training.evaluation import RoutingStatistics, file_losses, perplexity, routed_text
 from headwise.training.fields import check_at_least, check_text
 from headwise.training.generation import continue_text
@@ -264,15 +264,14 @@ class TextTask(Task):
             "Held-out files": ", ".join(f"{n} {len(f)}" for n, f in self.validation.items()),
         }
 
-    def speed(self, directory: RunDirectory) -> Timed | None:
-        variants, seed = self.run.selected(), self.run.seeds[0]
-        alike = [v for v in variants if v.mlp is None and not v.ternary]
+    def speed(self, models: Mapping[str, Path]) -> Timed | None:
+        alike = [v for v in self.run.selected() if v.mlp is None and not v.ternary]
         dense = next((v for v in alike if v.attention is None), None)
         routed = next((v for v in alike if v.attention is not None), None)
         if dense is None or routed is None or not self.run.speed_contexts:
             return None
-        models = [load_causal_lm(directory.model(v.name, seed)).eval() for v in (dense, routed)]
-        timed = time_models(*models, contexts=self.run.speed_contexts)
+        loaded = [load_causal_lm(models[v.name]).eval() for v in (dense, routed)]
+        timed = time_models(*loaded, contexts=self.run.speed_contexts)
         return timed._replace(note=f"{timed.note} {_EQUAL_COST}") if timed.speeds else timed
 
     def sample(self, directory: Path) -> Sample:

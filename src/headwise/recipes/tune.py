@@ -189,7 +189,7 @@ def tune(run: TuningRun) -> None:
         points = _train_stages(setting, dense, dense_blocks, model, routed_blocks)
         if main:
             stages = dict.fromkeys(point.stage for point in points)
-            models = {stage: directory.model(stage, run.seed) for stage in stages}
+            models = {stage: directory.model(_name(stage, run)) for stage in stages}
             recovery.report(_rows(run, points), run.output, models)
 
 
@@ -201,10 +201,15 @@ def _train_stages(
         points += _train(setting, "dense", run.dense, dense, dense_blocks)
     if isinstance(model, Routed) and run.routed.steps:
         if run.dense.steps:
-            adapted = _load(setting.directory.model("dense", run.seed))
+            adapted = _load(setting.directory.model(_name("dense", run)))
             model.load_state_dict(adapted.state_dict(), strict=False)  # all but the routers
         points += _train(setting, "routed", run.routed, model, routed_blocks)
     return points
+
+
+def _name(stage: str, run: TuningRun) -> str:
+    """Of a stage's files."""
+    return f"{stage}-seed{run.seed}"
 
 
 def _load(path: str | Path) -> Any:
@@ -233,7 +238,7 @@ def _original(run: TuningRun, model: Any, tokenizer: PreTrainedTokenizerBase | N
 def _train(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dataset) -> list[Point]:
     """Train a stage and save its model; when it is finished already, read what it came to."""
     run, state = setting.run, setting.state
-    finished = setting.directory.model(name, run.seed)
+    finished = setting.directory.model(_name(name, run))
     if finished.exists():
         file = finished / _POINTS_FILE
         with reading(file, hint=f"delete {finished} to train that stage again"):
@@ -300,7 +305,7 @@ def _trainer(setting: _Setting, name: str, stage: Stage, model: Any, blocks: Dat
         model=model,
         args=training_arguments(
             run, stage, seed=run.seed, state=setting.state,
-            checkpoints=directory.checkpoints(name, run.seed), name=f"{run.output.name}-{name}",
+            checkpoints=directory.checkpoints(_name(name, run)), name=f"{run.output.name}-{name}",
             eval_on_start=True, activation_checkpointing=run.activation_checkpointing,
         ),
         train_dataset=blocks,

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,10 +17,11 @@ from headwise.analysis.image_records import RoutedImage, SampleGrid
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
 from headwise.hf import MoEConfig, MoHConfig
 from headwise.memory import check_memory
-from headwise.training.directory import RunDirectory
+from headwise.ops.choice import check_choice
 from headwise.training.fields import Stage, TrainingRun, check_at_least, check_seed
 from headwise.training.speed import Timed
 
+Protocol = Literal["fair", "plain"]
 _OF_A_PROCESS = 2**27  # bytes: torch alone needs more
 
 
@@ -47,13 +48,43 @@ class Variant:
     position: float | None = None
 
 
+class Training(NamedTuple):
+    """One training of a comparison.
+
+    Attributes:
+        variant: The model.
+        seed: Of its weights and of the order of the data.
+        rate: Peak of the learning rate, where that is the model's own; None is the run's.
+    """
+
+    variant: Variant
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        own = "" if self.rate is None else f"-lr{self.rate:g}"
+        return f"{self.variant.name}-seed{self.seed}{own}"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        own = "" if self.rate is None else f", learning rate {self.rate:g}"
+        return f"{self.variant.label}, seed {self.seed}{own}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRun(TrainingRun):
     """Models that are trained on the same data in the same way, and compared.
 
     Attributes:
+        protocol: "fair" trains each model at the learning rate that is best for it, of a grid
+            around learning_rate that widens until the best one is inside, and scores it after a
+            third of its steps as well; "plain" trains all at learning_rate.
         models: Which of the models to train, by name; all of them if empty.
-        seeds: Each model is trained once with each.
+        seeds: Each model is trained once with each; with the first one learning rates are tried.
+        expected: What is expected to come out, written before; it stands on the page.
         workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
             on its share of the processor's cores.
         balance_coefficient: Factor of the balance losses.
@@ -63,12 +94,14 @@ class ComparisonRun(TrainingRun):
     """
 
     everyday: ClassVar[tuple[str, ...]] = (
-        "output", "data", "models", "seeds", "workers", "steps", "batch_size", "learning_rate",
-        "resume", "overwrite",
+        "output", "data", "protocol", "models", "seeds", "workers", "steps", "batch_size",
+        "learning_rate", "resume", "overwrite",
     )  # fmt: skip
 
+    protocol: Protocol = "plain"
     models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    expected: str = ""
     workers: int = 1
     balance_coefficient: float = 0.01
     steps: int = 400
@@ -77,6 +110,7 @@ class ComparisonRun(TrainingRun):
     warmup_steps: int = 40
 
     def __post_init__(self) -> None:
+        check_choice("protocol", self.protocol, Protocol)
         if not self.seeds:
             raise ValueError("seeds must hold at least one entry")
         for field_name in ("models", "seeds"):
@@ -102,6 +136,11 @@ class ComparisonRun(TrainingRun):
     def final_learning_rate(self) -> float:
         """At the last step."""
         return self.learning_rate / 10
+
+    @property
+    def early_steps(self) -> int | None:
+        """Steps after which a model is scored for the first time; None scores it at its end."""
+        return self.steps // 3 or None if self.protocol == "fair" else None
 
     @property
     def stage(self) -> Stage:
@@ -242,8 +281,11 @@ class Task(ABC):
 
         return SafeTrainer(**arguments)
 
-    def speed(self, directory: RunDirectory) -> Timed | None:
-        """Dense against routed heads, of the saved models; None where there is nothing to time."""
+    def speed(self, models: Mapping[str, Path]) -> Timed | None:
+        """Dense against routed heads; None where there is nothing to time.
+
+        `models` are the saved ones of one seed, by the names of their variants.
+        """
         return None
 
     def sample(self, directory: Path) -> Sample | None:

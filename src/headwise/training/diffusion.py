@@ -1,5 +1,7 @@
 """Training a diffusion model: its loss, and the running average of its weights that is kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,14 @@ class DiffusionTrainer(SafeTrainer):
         output = super().train(resume_from_checkpoint=resume_from_checkpoint)
         self.average.copy_to(self.model.parameters())
         return output
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """The averaged ones."""
+        self.average.store(self.model.parameters())
+        self.average.copy_to(self.model.parameters())
+        yield
+        self.average.restore(self.model.parameters())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -27,30 +27,31 @@ class RunDirectory:
     """Layout of a run.
 
     run.json                  the resolved configuration and a fingerprint of the text
-    models/NAME-seedS/        finished models and tokenizer, as AutoModel takes them
-    checkpoints/NAME-seedS/   Trainer's checkpoints
-    logs/NAME-seedS.log       what a model printed that was trained in a process of its own
+    models/NAME/              finished models and tokenizer, as AutoModel takes them
+    checkpoints/NAME/         Trainer's checkpoints
+    logs/NAME.log             what a model printed that was trained in a process of its own
     pictures/                 of image models: maps of their heads, what they drew
-    results.csv experts.csv figure.png record.json report.html
+    results.csv search.csv experts.csv figure.png record.json report.html
     .lock                     number of the process that works in it, or of the last one
 
-    Each model and each checkpoint has a manifest.json, the sums of its files.
+    NAME is a model's, with its seed, and with its learning rate where that is not the run's:
+    moh_75-seed0-lr0.006. Each model and each checkpoint has a manifest.json, the sums of its files.
     """
 
     def __init__(self, root: Path):
         self.root = root
 
-    def model(self, name: str, seed: int) -> Path:
+    def model(self, name: str) -> Path:
         """Where a finished model lies."""
-        return self.root / MODELS / f"{name}-seed{seed}"
+        return self.root / MODELS / name
 
-    def checkpoints(self, name: str, seed: int) -> Path:
+    def checkpoints(self, name: str) -> Path:
         """Where Trainer keeps checkpoints of a model."""
-        return self.root / "checkpoints" / f"{name}-seed{seed}"
+        return self.root / "checkpoints" / name
 
-    def log(self, name: str, seed: int) -> Path:
+    def log(self, name: str) -> Path:
         """What a process of its own printed while it trained a model."""
-        return self.root / "logs" / f"{name}-seed{seed}.log"
+        return self.root / "logs" / f"{name}.log"
 
     def check(self, run: TrainingRun) -> None:
         """Whether the run may have the directory; nothing is touched.

@@ -53,6 +53,11 @@ def measures(row: dict[str, Any]) -> list[Measure]:
     return of_text + [measure for measure in _IMAGES if measure.key in row]
 
 
+def early(key: str) -> str:
+    """Of the column that has a measure as it was on the way."""
+    return f"early_{key}"
+
+
 def demerit(row: dict[str, Any]) -> float:
     """Mean logarithm of the measures, turned so that less is better: for choosing the best row."""
     found = measures(row)

@@ -19,9 +19,9 @@ from headwise.results.files import as_object, write_manifest, write_whole
 from headwise.results.rows import Row, environment, write_csv
 from headwise.results.table import Table
 from headwise.training import table
-from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.comparison import ComparisonRun, Task, Training
 from headwise.training.directory import RunDirectory
-from headwise.training.measures import demerit
+from headwise.training.measures import demerit, early, measures
 from headwise.training.speed import Timed
 from headwise.training.trainer import SafeTrainer
 
@@ -35,22 +35,24 @@ class Trained(NamedTuple):
     record: ModelRecord
 
 
-def measure(
-    run: ComparisonRun, task: Task, trainer: SafeTrainer, variant: Variant, seed: int
-) -> Trained:
+def measure(run: ComparisonRun, task: Task, trainer: SafeTrainer, training: Training) -> Trained:
     """Everything that the table and the report say of a model that has just been trained."""
-    model = trainer.model
+    model, (variant, seed, rate) = trainer.model, training
     model.eval()
     scores = task.score(model)
+    history = trainer.state.log_history
     row = {
         "recipe": run.recipe,
         "model": variant.name,
         "label": variant.label,
         "position": variant.position,
         "seed": seed,
+        "learning_rate": run.learning_rate if rate is None else rate,
         **_cost(task, model),
         "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
         **{name: round(value, 3) for name, value in scores.columns.items()},
+        **_early(run, history, scores.columns),
+        "validation_loss": round(trainer.evaluate(metric_key_prefix="last")["last_loss"], 4),
         "unit": task.unit,
         "per_second": trainer.speed.rounded(),
         "workers": run.workers,
@@ -58,7 +60,6 @@ def measure(
         "seen": run.steps * run.batch_size * task.length,
         **environment(run.precision),
     }
-    history = trainer.state.log_history
     record = ModelRecord(
         name=variant.name,
         label=variant.label,
@@ -87,6 +88,17 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
     }
 
 
+def _early(
+    run: ComparisonRun, history: list[dict[str, float]], columns: dict[str, float]
+) -> dict[str, float]:
+    """What the model was worth on its way, where it was scored there."""
+    if run.early_steps is None:
+        return {}
+    keys = [early(measure.key) for measure in measures(columns)]
+    (logged,) = (entry for entry in history if keys[0] in entry)
+    return {"early_steps": run.early_steps, **{key: round(logged[key], 3) for key in keys}}
+
+
 def _curve(history: list[dict[str, float]], key: str) -> Curve:
     points = [(int(x["step"]), x[key]) for x in history if key in x]
     return Curve([step for step, _ in points], [loss for _, loss in points])
@@ -109,24 +121,40 @@ def read_result(directory: Path) -> Trained | None:
         return Trained(as_object(saved["row"]), from_plain(ModelRecord, saved["record"]))
 
 
-def report(run: ComparisonRun, task: Task, directory: RunDirectory, trained: list[Trained]) -> None:
-    """Print the table and the speed; write results.csv, experts.csv, figure.png, pictures,
-    record.json, report.html."""
+def report(
+    run: ComparisonRun,
+    task: Task,
+    directory: RunDirectory,
+    models: dict[str, Trained],
+    tried: list[Trained],
+) -> None:
+    """Print the table and the speed; write results.csv, search.csv, experts.csv, figure.png,
+    pictures, record.json, report.html.
+
+    Args:
+        run, task, directory: What was trained, on what, and where it lies.
+        models: What is compared, by the names of the saved models.
+        tried: All that was trained to find learning rates.
+    """
     # matplotlib is for those who draw: `import headwise` does without.
     from headwise.analysis.report import write_report
     from headwise.training.figure import draw_comparison, draw_pictures
 
+    trained = [*models.values()]
     rows = [result.row for result in trained]
     write_csv(directory.root / "results.csv", rows)
+    if tried:
+        write_csv(directory.root / "search.csv", [result.row for result in tried])
     if of_experts := _expert_rows(trained):
         write_csv(directory.root / "experts.csv", of_experts)
     draw_comparison(rows, directory.root / "figure.png", axis=run.axis)
     compared = table.comparison(rows)
-    best = min(trained, key=lambda result: demerit(result.row)).record
-    sample = task.sample(directory.model(best.name, best.seed))
+    saved = min(models, key=lambda name: demerit(models[name].row))
+    best, sample = models[saved].record, task.sample(directory.model(saved))
     console = plain_console()
     console.print(table.for_terminal(rows, run.title))
-    timed = task.speed(directory)
+    of_first = {x.record.name: n for n, x in models.items() if x.record.seed == run.seeds[0]}
+    timed = task.speed({variant: directory.model(name) for variant, name in of_first.items()})
     record = RunRecord(
         title=f"headwise: {run.title}",
         facts={**task.facts(), **_facts(run, rows[0])},
@@ -194,7 +222,9 @@ def _notes(run: ComparisonRun, compared: Table) -> list[str]:
 
 def _facts(run: ComparisonRun, row: Row) -> dict[str, str]:
     seen = f"{int(row['seen']):,} {row['unit']}s a model"
+    expected = {"Expected before": run.expected} if run.expected else {}
     return {
+        **expected,
         "Training": f"{run.steps} steps of {run.batch_size} examples, {seen}",
         "Seeds": ", ".join(map(str, run.seeds)),
         "Device": f"{row['device']}, {row['threads']} threads, {run.precision}",

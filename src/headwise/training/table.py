@@ -9,7 +9,7 @@ import rich.table
 from headwise.results.published import PUBLISHED
 from headwise.results.rows import Row, measured_on
 from headwise.results.table import Cell, Table, has_spread, mean
-from headwise.training.measures import measures
+from headwise.training.measures import early, measures
 
 _OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
 _OF_DRAWERS = (
@@ -31,6 +31,12 @@ _OVER_SEEDS = "±: deviation over seeds."
 _MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
+_BEST_RATE = (
+    "learning rate: of the model's own grid by factors of 2 the one with the least loss on the "
+    "validation half of what is held out, with the first seed; all else is of the test half."
+)
+_EDGE = " (edge)"
+_AT_THE_EDGE = "(edge): the best of its grid is an end of it; a better one may lie beyond."
 
 
 def comparison(rows: Sequence[Row]) -> Table:
@@ -46,7 +52,9 @@ def comparison(rows: Sequence[Row]) -> Table:
         "MFLOPs",
         "counted",
         "heads on",
+        *(["learning rate"] if _searched(rows) else []),
         *(measure.column for measure in measures(first)),
+        *(column for _, column in _on_the_way(first)),
         *([f"{first['unit']}s/s ↑"] if _alone(rows) else []),
         *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
@@ -61,7 +69,9 @@ def comparison(rows: Sequence[Row]) -> Table:
             _mean(runs, "flops", "{:.2f}", 1e-6),
             _mean(runs, "flops_counted", "{:.2f}", 1e-6),
             _mean(runs, "active_heads", "{:.0f} %", 100),
+            *([_rate(runs[0])] if _searched(rows) else []),
             *(_value(runs, measure.key, quartiles) for measure in measures(first)),
+            *(_value(runs, key, False) for key, _ in _on_the_way(first)),
             *([_mean(runs, "per_second", "{:,.0f}")] if _alone(rows) else []),
             *(published.of(name) if published else ()),
         ])  # fmt: skip
@@ -75,6 +85,7 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     """The comparison, narrow enough for 80 columns: published figures have a †."""
     table = comparison(rows)
     minor = [measure.column for measure in measures(rows[0]) if measure.minor]
+    minor += [column for _, column in _on_the_way(rows[0])]
     crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
     left_out = ["active (M)", "counted", *minor] if crowded else []
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
@@ -101,6 +112,10 @@ def _legend(rows: Sequence[Row], table: Table) -> str:
         sentences.append(_OVER_SEEDS)
     if _alone(rows):
         sentences.append(_SPEED.format(rows[0]["unit"]))
+    if _searched(rows):
+        sentences.append(_BEST_RATE)
+        if any(_EDGE in str(cell) for line in table.rows for cell in line):
+            sentences.append(_AT_THE_EDGE)
     if published := PUBLISHED.get(recipe):
         sentences.append(
             f"{_PUBLISHED.strip()}: {published.what}, by {published.source}; not measured here."
@@ -114,6 +129,27 @@ def _measured(rows: Sequence[Row]) -> str:
         return _MEASURED[recipe]
     quartiles = ", in brackets the quartiles of the files" if _with_quartiles(rows) else ""
     return f"PPL: perplexity of the held-out files, of up to {blocks} blocks of each{quartiles}."
+
+
+def _searched(rows: Sequence[Row]) -> bool:
+    """Whether each model has a learning rate of its own."""
+    return any(row.get("rates_tried") for row in rows)
+
+
+def _rate(row: Row) -> Cell:
+    """A model's learning rate, marked where the grid of those that were tried ends with it."""
+    rate, tried = float(row["learning_rate"]), [float(x) for x in row["rates_tried"].split()]
+    return f"{rate:g}" + ("" if min(tried) < rate < max(tried) else _EDGE)
+
+
+def _on_the_way(row: Row) -> list[tuple[str, str]]:
+    """Keys and columns of the measures after a part of the training, where a row has them."""
+    keys = [(measure, early(measure.key)) for measure in measures(row)]
+    return [
+        (key, f"{measure.column[:-2]} after {row['early_steps']} steps {measure.column[-1]}")
+        for measure, key in keys
+        if row.get(key) not in (None, "")
+    ]
 
 
 def _mean(runs: Sequence[Row], key: str, form: str, scale: float = 1) -> Cell:

@@ -1,21 +1,27 @@
 """Carrying out a comparison: data, models one after another, table, report. All of it resumes."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import default_data_collator
+from transformers import TrainerCallback, TrainerState, default_data_collator
 
+from headwise.errors import DivergedError
 from headwise.results.files import write_whole
 from headwise.training.arguments import prepare, training_arguments
-from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.comparison import ComparisonRun, Task, Training
 from headwise.training.directory import RunDirectory
+from headwise.training.measures import early, measures
+from headwise.training.protocol import Outcome, fair, plain
 from headwise.training.record import Trained, measure, read_result, report, write_result
+from headwise.training.timetable import say_how_long
 from headwise.training.trainer import SafeTrainer
-from headwise.training.workers import side_by_side
+from headwise.training.workers import Result, Train, side_by_side
 
 Run = TypeVar("Run", bound=ComparisonRun)
 
@@ -42,56 +48,100 @@ def train(run: Run, read: Callable[[Run], Task]) -> None:
     main = state.is_main_process
     with directory.held_by(run, task.fingerprint()) if main else nullcontext():
         state.wait_for_everyone()
-        trained = _train_all(run, task)
+        outcome = _carry_out(run, task)
         if main:
-            report(run, task, directory, trained)
+            report(run, task, directory, *outcome)
 
 
-def _train_all(run: ComparisonRun, task: Task) -> list[Trained]:
-    models = [(variant, seed) for variant in run.selected() for seed in run.seeds]
-    if run.workers > 1:
-        return side_by_side(train_one, run, task, models)
-    return [
-        train_one(run, task, variant, seed, count=f"{index}/{len(models)}  ")
-        for index, (variant, seed) in enumerate(models, start=1)
-    ]
+def _carry_out(run: ComparisonRun, task: Task) -> Outcome:
+    train_all = partial(_train_all, run, task, train_one)
+    if run.protocol == "plain":
+        return plain(run, train_all)
+    say_how_long(run, partial(_trainer, run, task))
+    return fair(run, train_all, partial(_train_all, run, task, try_one))
 
 
-def train_one(
-    run: ComparisonRun, task: Task, variant: Variant, seed: int, *, count: str = ""
-) -> Trained:
-    """Train a model of the run, or read what a finished one came to. `count` precedes its name."""
-    state = PartialState()
+def _train_all(
+    run: ComparisonRun, task: Task, train: Train[Result], trainings: Sequence[Training]
+) -> list[Result]:
+    """What each training came to; those that are finished already are read."""
     directory = RunDirectory(run.output)
-    finished = directory.model(variant.name, seed)
-    if (result := read_result(finished)) is not None:
-        return result
-    set_seed(seed)
-    model = task.model(variant, seed)
-    training, validation = task.datasets(variant, seed)
-    trainer = task.trainer(
-        model=model,
-        args=training_arguments(
-            run,
-            run.stage,
-            seed=seed,
-            state=state,
-            checkpoints=directory.checkpoints(variant.name, seed),
-            name=f"{directory.root.name}-{variant.name}-seed{seed}",
-        ),
-        train_dataset=training,
-        eval_dataset=validation,
-        data_collator=default_data_collator,
-        title=f"{count}{variant.label}, seed {seed}",
-        per_step=run.batch_size * task.length,
-        unit=task.unit,
-    )
+    saved = {training.name: read_result(directory.model(training.name)) for training in trainings}
+    left = [training for training in trainings if saved[training.name] is None]
+    if run.workers > 1:
+        new = side_by_side(train, run, task, left)
+    else:
+        new = [
+            train(run, task, training, f"{index}/{len(left)}  ")
+            for index, training in enumerate(left, start=1)
+        ]
+    results: dict[str, Any] = saved | {x.name: result for x, result in zip(left, new, strict=True)}
+    return [results[training.name] for training in trainings]
+
+
+def try_one(run: ComparisonRun, task: Task, training: Training, count: str = "") -> Trained | None:
+    """As `train_one`; None where the learning rate is too high."""
+    try:
+        return train_one(run, task, training, count)
+    except DivergedError as error:
+        print(f"{count}{training.label}: {error}", flush=True)
+        return None
+
+
+def train_one(run: ComparisonRun, task: Task, training: Training, count: str = "") -> Trained:
+    """Train a model of the run, and save it. `count` precedes its name."""
+    state = PartialState()
+    finished = RunDirectory(run.output).model(training.name)
+    trainer = _trainer(run, task, training, count)
+    if run.early_steps is not None:
+        trainer.add_callback(_EarlyScore(trainer, task, run.early_steps))
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
-    trained = measure(run, task, trainer, variant, seed)
+    trained = measure(run, task, trainer, training)
     if state.is_main_process:
         write_whole(finished, lambda partial: _save(partial, task, trainer, trained))
     state.wait_for_everyone()
     return trained
+
+
+def _trainer(run: ComparisonRun, task: Task, training: Training, count: str = "") -> SafeTrainer:
+    """Of a new model, on the data of its seed."""
+    variant, seed, rate = training
+    directory = RunDirectory(run.output)
+    at_rate = run if rate is None else dataclasses.replace(run, learning_rate=rate)
+    set_seed(seed)
+    model = task.model(variant, seed)
+    examples, validation = task.datasets(variant, seed)
+    return task.trainer(
+        model=model,
+        args=training_arguments(
+            run,
+            at_rate.stage,
+            seed=seed,
+            state=PartialState(),
+            checkpoints=directory.checkpoints(training.name),
+            name=f"{directory.root.name}-{training.name}",
+        ),
+        train_dataset=examples,
+        eval_dataset=validation,
+        data_collator=default_data_collator,
+        title=f"{count}{training.label}",
+        per_step=run.batch_size * task.length,
+        unit=task.unit,
+    )
+
+
+class _EarlyScore(TrainerCallback):
+    """Scores a model on its way, into Trainer's history, which its checkpoints have."""
+
+    def __init__(self, trainer: SafeTrainer, task: Task, steps: int):
+        self.trainer, self.task, self.steps = trainer, task, steps
+
+    def on_step_end(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        if state.global_step == self.steps:
+            with self.trainer.kept_weights():
+                columns = self.task.score(self.trainer.model).columns
+            self.trainer.model.train()
+            self.trainer.log({early(x.key): columns[x.key] for x in measures(columns)})
 
 
 def _save(directory: Path, task: Task, trainer: SafeTrainer, trained: Trained) -> None:

@@ -93,6 +93,11 @@ class SafeTrainer(Trainer):
         finally:
             self.progress.stop()
 
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """While it is open, the model has the weights that it would keep if training ended now."""
+        yield
+
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint of the output directory."""
         output = Path(self.args.output_dir)

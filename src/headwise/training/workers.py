@@ -11,34 +11,37 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from rich.progress import TimeElapsedColumn
 
 from headwise.progress import bar, plain_console, text_column
-from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.results.rows import Row
+from headwise.training.comparison import ComparisonRun, Task, Training
 from headwise.training.directory import RunDirectory
 from headwise.training.measures import measures
 from headwise.training.record import Trained
 
-Job = tuple[Variant, int]
-Train = Callable[[ComparisonRun, Task, Variant, int], Trained]
+Result = TypeVar("Result", Trained, Trained | None)
+Train = Callable[..., Result]
 
 
 def side_by_side(
-    train: Train, run: ComparisonRun, task: Task, jobs: Sequence[Job]
-) -> list[Trained]:
-    """`train(run, task, variant, seed)` for each job, as many at a time as the run has workers.
+    train: Train[Result], run: ComparisonRun, task: Task, trainings: Sequence[Training]
+) -> list[Result]:
+    """`train(run, task, training)` for each of them, as many at a time as the run has workers.
 
-    A process has a GPU of its own, or its share of the threads. What it prints goes to
-    `logs/NAME-seedS.log` of the run's directory. It ends with this one, however that ends.
+    A process has a GPU of its own, or its share of the threads. What it prints goes to a file in
+    `logs/` of the run's directory. It ends with this one, however that ends.
 
     Raises:
         FloatingPointError, OSError, ValueError: What the training of a model ended with. Others are
             stopped; their checkpoints and the finished models stay.
     """
+    if not trainings:
+        return []
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(run.workers):
@@ -53,9 +56,9 @@ def side_by_side(
         shared = Path(folder, "task.pickle")
         with shared.open("wb") as file:
             pickle.dump((train, run, task), file)
-        futures = [pool.submit(_work, shared, *job) for job in jobs]
+        futures: list[Any] = [pool.submit(_work, shared, training) for training in trainings]
         try:
-            _follow(futures, [f"{variant.label}, seed {seed}" for variant, seed in jobs])
+            _follow(futures, [training.label for training in trainings])
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -65,7 +68,7 @@ def side_by_side(
     return [future.result() for future in futures]
 
 
-def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
+def _follow(futures: Sequence[Future[Result]], names: Sequence[str]) -> None:
     """A bar, and a line for each model that is finished, until all are."""
     began, total = time.perf_counter(), len(futures)
     console = plain_console()
@@ -74,16 +77,20 @@ def _follow(futures: Sequence[Future[Trained]], names: Sequence[str]) -> None:
         task = shown.add_task("models", total=total, left="")
         for done, future in enumerate(as_completed(futures), start=1):
             name = names[futures.index(future)]
-            row = _result(future, name).row
+            result = _result(future, name)
             minutes = (time.perf_counter() - began) / 60 / done * (total - done)
             left = f"{minutes:.0f} min left" if done < total else ""
-            scores = "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
+            scores = "diverged" if result is None else _scores(result.row)
             shown.update(task, advance=1, left=left)
             line = f"{done}/{total}  {name}  {scores}  {left}"
             console.print(line, soft_wrap=True)
 
 
-def _result(future: Future[Trained], name: str) -> Trained:
+def _scores(row: Row) -> str:
+    return "  ".join(f"{m.column[:-2]} {row[m.key]:.1f}" for m in measures(row))
+
+
+def _result(future: Future[Result], name: str) -> Result:
     """What a model came to, or what its training ended with, naming the model."""
     try:
         return future.result()
@@ -118,18 +125,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(shared: Path, variant: Variant, seed: int) -> Trained:
+def _work(shared: Path, training: Training) -> Trained | None:
     train, run, task = _read(shared)
-    log = RunDirectory(run.output).log(variant.name, seed)
+    log = RunDirectory(run.output).log(training.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    return train(run, task, variant, seed)
+    return train(run, task, training)
 
 
 @cache
-def _read(shared: Path) -> tuple[Train, ComparisonRun, Task]:
+def _read(shared: Path) -> tuple[Train[Trained | None], ComparisonRun, Task]:
     with shared.open("rb") as file:
         train, run, task = pickle.load(file)
     return train, run, task
