@@ -199,7 +199,7 @@ def _child(case: Case, directory: Path) -> None:
 
         headwise.bench.bench = _stop
         if not case.whole:
-            train.train_one = train.side_by_side = tune._train = _stop
+            train.train_one = train.try_one = train.side_by_side = tune._train = _stop
             dit.train_classifier = _stop
         try:
             main(case.arguments)

@@ -13,7 +13,7 @@ from outcomes import losses, rows_but
 SMALL = shlex.split(
     "--dim 24 --num-heads 4 --num-layers 2 --mlp-dim 64 --vocab-size 300 --sequence-length 32 "
     "--batch-size 4 --eval-every 20 --save-every 10 --steps 40 --eval-blocks-per-file 1 "
-    "--warmup-steps 3 --models dense moh_mh_moe --seeds 0 1"
+    "--warmup-steps 3 --models dense moh_mh_moe --seeds 0 1 --protocol plain"
 )
 rows = partial(rows_but, measured=("per_second", "threads", "workers"))
 

@@ -112,6 +112,10 @@ class DiffusionRun(ImageRun):
         """Constant, as in the paper."""
         return self.learning_rate
 
+    def routed(self, active: float, **changes: Any) -> Variant:
+        """Its routers start by Xavier, as in the released code: a deviation of 0 is none here."""
+        return super().routed(active, **{"router_std": 0.0} | changes)
+
     @property
     def recipe(self) -> str:
         return "dit"
@@ -216,6 +220,7 @@ class DiffusionTask(ImageTask):
             changes["shared_heads"] = variant.attention.shared
             changes["active_heads"] = variant.attention.active
             changes["balance_coefficient"] = variant.attention.balance_coefficient
+            changes["router_std"] = variant.attention.router_std or None
         return DiTConfig.preset(self.run.preset, **changes)
 
     def flops(self, model: DiT) -> float:

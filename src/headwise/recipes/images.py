@@ -69,9 +69,10 @@ class ImageRun(ComparisonRun):
         """The model without routers."""
         return Variant(name="dense", label=self.dense_label)
 
-    def routed(self, active: float) -> Variant:
-        """The model with that share of its heads on."""
+    def routed(self, active: float, **changes: Any) -> Variant:
+        """The model with that share of its heads on, and changes of its attention."""
         percent = f"{100 * active:.0f}"
+        fields: dict[str, Any] = {"router": "two_stage", "router_std": 0.02}
         return Variant(
             name=f"moh_{percent}",
             label=f"{self.routed_label}, {percent} %",
@@ -79,8 +80,7 @@ class ImageRun(ComparisonRun):
                 shared=self.shared_heads * active,
                 active=active,
                 balance_coefficient=self.balance_coefficient,
-                router="two_stage",
-                router_std=0.02,
+                **fields | changes,
             ),
             position=100 * active,
         )

@@ -146,6 +146,13 @@ def image_budget(run: ImageRun) -> list[Variant]:
     return [run.dense(), *(run.routed(share) for share in (0.9, 0.75, 0.5))]
 
 
+def dit_budget(run: ImageRun) -> list[Variant]:
+    """The released code's start of routers, and one of them with that of other models of ours."""
+    small = run.routed(0.75, router_std=0.02)
+    name, label = f"{small.name}_small_routers", f"{small.label}, routers from 0.02"
+    return [*image_budget(run), replace(small, name=name, label=label)]
+
+
 def moh_routing(run: TextRun) -> list[Variant]:
     return [
         Variant(
@@ -247,7 +254,7 @@ STUDIES = {
     ),
     "dit-budget": Study(
         "And of a diffusion transformer? (the paper stops at 75 %)",
-        image_budget,
+        dit_budget,
         equal_cost=False,
         axis="heads on (%)",
         subject="dit",

@@ -74,6 +74,7 @@ class DiTConfig(OwnConfig):
         active_heads: Heads that a token switches on, shared ones included. None for the dense
             model. A layer whose heads are all shared routes none, but weighs them.
         balance_coefficient: Weight of the balance losses in `DiT.routing_loss`.
+        router_std: Deviation with which routers start; None is Xavier's, as in the released code.
 
     Raises:
         ValueError: If sizes do not fit, naming the field.
@@ -95,6 +96,7 @@ class DiTConfig(OwnConfig):
     shared_heads: Budget | list[Budget] | tuple[Budget, ...] | None = None
     active_heads: ActiveBudget | list[ActiveBudget] | tuple[ActiveBudget, ...] | None = None
     balance_coefficient: Weight = 0.01
+    router_std: Weight | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # As they come back from JSON.

@@ -248,6 +248,8 @@ class DiT(StrictlyLoaded, BalancesHeads, PreTrainedModel):
                 init.xavier_uniform_(part.weight)
             if isinstance(part, nn.Linear):
                 init.zeros_(part.bias)
+            elif isinstance(part, ScoreMap) and self.config.router_std is not None:
+                init.normal_(part.weight, std=self.config.router_std)
         for block in blocks:
             attention = block.attention
             for part in (attention.q_proj, attention.k_proj, attention.v_proj):
