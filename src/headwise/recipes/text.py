@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -100,6 +102,9 @@ class TextRun(LayeredRun):
         numbers, fields = super().least_numbers()
         length = self.sequence_length
         return length * numbers, {"sequence_length": length, **fields}
+
+    def share_of_heads(self, variant: Variant) -> float:
+        return (variant.num_heads or self.num_heads) / self.num_heads
 
 
 def read(run: TextRun) -> "TextTask":
@@ -266,7 +271,7 @@ class TextTask(Task):
 
     def speed(self, directory: RunDirectory) -> Timed | None:
         variants, seed = self.run.selected(), self.run.seeds[0]
-        alike = [v for v in variants if v.mlp is None and not v.ternary]
+        alike = [v for v in variants if not (v.mlp or v.ternary or v.num_heads)]
         dense = next((v for v in alike if v.attention is None), None)
         routed = next((v for v in alike if v.attention is not None), None)
         if dense is None or routed is None or not self.run.speed_contexts:
@@ -333,20 +338,30 @@ def model_flops(run: TextRun, model: PreTrainedModel) -> float:
 def _assemble(
     run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
 ) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=run.dim,
-        intermediate_size=mlp_dim,
-        num_hidden_layers=run.num_layers,
-        num_attention_heads=run.num_heads,
-        max_position_embeddings=run.sequence_length,
-        initializer_range=run.initial_deviation,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     with torch.device(device):
-        return convert_variant(run, variant, LlamaForCausalLM(config))
+        return convert_variant(run, variant, _dense(run, variant, mlp_dim, vocab_size))
+
+
+def _dense(run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int) -> PreTrainedModel:
+    heads = variant.num_heads or run.num_heads
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": run.dim,
+        "intermediate_size": mlp_dim,
+        "num_hidden_layers": run.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": run.dim // run.num_heads,
+        "max_position_embeddings": run.sequence_length,
+        "initializer_range": run.initial_deviation,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if run.dim % heads:
+        # LlamaConfig refuses such heads; without a window Mistral is the same model.
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def domain_names(data: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from headwise.results.files import as_object, write_manifest, write_whole
 from headwise.results.rows import Row, environment, write_csv
 from headwise.results.table import Table
 from headwise.training import table
-from headwise.training.comparison import ComparisonRun, Task, Variant
+from headwise.training.comparison import ComparisonRun, Scores, Task, Variant
 from headwise.training.directory import RunDirectory
 from headwise.training.measures import demerit
 from headwise.training.speed import Timed
@@ -47,9 +47,10 @@ def measure(
         "model": variant.name,
         "label": variant.label,
         "position": variant.position,
+        "series": variant.series,
         "seed": seed,
         **_cost(task, model),
-        "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
+        "active_heads": round(run.share_of_heads(variant) * _share_on(scores), 4),
         **{name: round(value, 3) for name, value in scores.columns.items()},
         "unit": task.unit,
         "per_second": trainer.speed.rounded(),
@@ -72,6 +73,11 @@ def measure(
         samples=scores.samples,
     )
     return Trained(row, record)
+
+
+def _share_on(scores: Scores) -> float:
+    """Of the heads that the model has."""
+    return 1.0 if scores.heads is None else scores.heads.share_on()
 
 
 def _cost(task: Task, model: Any) -> dict[str, Any]:
