@@ -107,6 +107,14 @@ def test_published_figures_are_of_models_that_the_study_has(study):
     assert {len(row) for row in published.rows.values()} <= {len(published.columns)}
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_noise_scores_mistyped_text_at_every_scale(scale):
+    run = SCALES[scale]("noise")
+    assert run.typos == (0.01, 0.05, 0.1)
+    assert [v.name for v in run.variants()] == ["dense", "moh", "moe", "mh_moe"]
+    assert SCALES[scale]("combined").typos == ()
+
+
 def test_domains_are_trained_on_one_by_one():
     variants = tiny("domains").variants()
     assert {v.train_on for v in variants} == {("code",), ("prose",)}

@@ -195,6 +195,11 @@ def combined(run: TextRun) -> list[Variant]:
     ]
 
 
+def one_at_a_time(run: TextRun) -> list[Variant]:
+    """Dense, and each way to route beside what is dense."""
+    return [v for v in combined(run) if v.name in ("dense", "moh", "moe", "mh_moe")]
+
+
 def domains(run: TextRun) -> list[Variant]:
     names = domain_names(run.data)
     if len(names) < 2:
@@ -202,7 +207,6 @@ def domains(run: TextRun) -> list[Variant]:
             f"data is {run.data!r}, one domain; the study takes a directory with a subdirectory "
             "for each of two or more"
         )
-    models = [v for v in combined(run) if v.name in ("dense", "moh", "moe", "mh_moe")]
     return [
         replace(
             variant,
@@ -211,7 +215,7 @@ def domains(run: TextRun) -> list[Variant]:
             train_on=(name,),
         )
         for name in names
-        for variant in models
+        for variant in one_at_a_time(run)
     ]
 
 
@@ -284,4 +288,5 @@ STUDIES = {
     ),
     "combined": Study("Do MoH and MH-MoE add up in one model?", combined),
     "domains": Study("What does a model know of text of another kind?", domains),
+    "noise": Study("How do routed models take typing errors?", one_at_a_time),
 }

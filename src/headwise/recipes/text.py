@@ -1,6 +1,6 @@
 """Language models of Llama's layout on text: what recipes and studies of text share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from headwise.data.text import (
     train_tokenizer,
 )
 from headwise.data.token_files import Tokens
+from headwise.data.typos import check_typos, mistype_tokens
 from headwise.loading import load_causal_lm
 from headwise.memory import check_memory
 from headwise.parity import count_flops
@@ -67,6 +68,8 @@ class TextRun(LayeredRun):
         sequence_length: Tokens that a model sees at once.
         domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
         eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        typos: Shares of letters mistyped at which the held-out text is scored as well; each above 0
+            and below 1.
         sample_prompt: What the best model continues in the report.
         speed_contexts: Tokens of context at which the dense model and the one with routed heads are
             timed after training, where the run has both; empty leaves it out.
@@ -77,6 +80,7 @@ class TextRun(LayeredRun):
     sequence_length: int = 256
     domain_exponent: float = 0.5
     eval_blocks_per_file: int = 4
+    typos: tuple[float, ...] = ()
     sample_prompt: str = "def "
     speed_contexts: tuple[int, ...] = ()
 
@@ -85,6 +89,7 @@ class TextRun(LayeredRun):
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
         check_exponent("domain_exponent", self.domain_exponent)
+        check_typos("typos", self.typos)
         check_text("sample_prompt", self.sample_prompt)
         for context in self.speed_contexts:
             check_at_least(1, "speed_contexts", context)
@@ -240,7 +245,7 @@ class TextTask(Task):
     def score(self, model: PreTrainedModel) -> Scores:
         statistics = RoutingStatistics(model)
         columns: dict[str, float] = {"eval_blocks_per_file": self.run.eval_blocks_per_file}
-        for domain, files in self.validation.items():
+        for domain, files in self._scored():
             losses = file_losses(
                 model,
                 files,
@@ -259,6 +264,15 @@ class TextTask(Task):
             if heads is not None
         ]
         return Scores(columns, heads, statistics.expert_loads(), texts)
+
+    def _scored(self) -> Iterator[tuple[str, dict[str, Tokens]]]:
+        """The held-out files of each domain, as they are and mistyped ("code_typos_5", in %)."""
+        bpe, end = self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id
+        for domain, files in self.validation.items():
+            yield domain, files
+            for share in self.run.typos:
+                typed = {k: mistype_tokens(bpe, x, share, end=end) for k, x in files.items()}
+                yield f"{domain}_typos_{100 * share:g}", typed
 
     def facts(self) -> dict[str, str]:
         shares = {name: len(tokens) for name, tokens in self.training.items()}

@@ -9,7 +9,7 @@ import rich.table
 from headwise.results.published import PUBLISHED
 from headwise.results.rows import Row, measured_on
 from headwise.results.table import Cell, Table, has_spread, mean
-from headwise.training.measures import measures
+from headwise.training.measures import measures, mistyped
 
 _OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
 _OF_DRAWERS = (
@@ -28,6 +28,10 @@ _MEASURED = {
 _COST = "MFLOPs: of a forward, per {}, by formula, without heads that are off"
 _COUNTED = "; counted: what torch's counter saw run"
 _OVER_SEEDS = "±: deviation over seeds."
+_TYPOS = (
+    "typos: the same files with that share of their letters mistyped; words become more tokens, so "
+    "compare models in such a column, not one column with another."
+)
 _MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
@@ -75,7 +79,8 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     """The comparison, narrow enough for 80 columns: published figures have a †."""
     table = comparison(rows)
     minor = [measure.column for measure in measures(rows[0]) if measure.minor]
-    crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
+    published = any(_PUBLISHED in column for column in table.columns)
+    crowded = bool(minor) or published or len(measures(rows[0])) > _MOST_WITH_QUARTILES
     left_out = ["active (M)", "counted", *minor] if crowded else []
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
     shown = table.without(left_out)
@@ -97,6 +102,8 @@ def _legend(rows: Sequence[Row], table: Table) -> str:
     recipe = rows[0]["recipe"]
     counted = _COUNTED if "counted" in table.columns else ""
     sentences = [_measured(rows), _COST.format(rows[0]["unit"]) + counted + "."]
+    if mistyped(rows[0]):
+        sentences.insert(1, _TYPOS)
     if has_spread(table.rows):
         sentences.append(_OVER_SEEDS)
     if _alone(rows):
