@@ -99,13 +99,16 @@ def test_eight_measures_fit_a_terminal():
     texts = [
         f"{x}{y}" for x in ("code", "prose") for y in ("", "_typos_1", "_typos_5", "_typos_10")
     ]
-    scored = {f"perplexity_{text}": 128.9 for text in texts}
+    scored = {f"perplexity_{text}": 128.9 for text in texts} | {"label": "MoH + sparse MoE"}
     rows = [row("moh", 0, 90.0, **scored), row("moh", 1, 99.0, **scored | {texts[-1]: 99.0})]
     console = Console(width=80, record=True, file=StringIO())
     console.print(for_terminal(rows, ""))
     drawn = console.export_text()
     assert "…" not in drawn
-    assert drawn.count("128.9") == len(texts), "no number is broken"
+    assert drawn.count(" 128.9") + drawn.count(" 113.9") == len(texts), "no number is broken"
+    assert {"code,", "prose,", "typos", "sparse"} <= set(drawn.split()), "nor a word"
+    assert "Not shown here: params (M), active (M), counted, tokens/s ↑;" in " ".join(drawn.split())
+    assert "median step" not in drawn
 
 
 def test_deviations_are_explained_where_there_are_several_seeds():

@@ -51,7 +51,7 @@ def comparison(rows: Sequence[Row]) -> Table:
         "counted",
         "heads on",
         *(measure.column for measure in measures(first)),
-        *([f"{first['unit']}s/s ↑"] if _alone(rows) else []),
+        *([_speed_column(rows)] if _alone(rows) else []),
         *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
     quartiles = _with_quartiles(rows)
@@ -79,9 +79,11 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     """The comparison, narrow enough for 80 columns: published figures have a †."""
     table = comparison(rows)
     minor = [measure.column for measure in measures(rows[0]) if measure.minor]
-    published = any(_PUBLISHED in column for column in table.columns)
-    crowded = bool(minor) or published or len(measures(rows[0])) > _MOST_WITH_QUARTILES
-    left_out = ["active (M)", "counted", *minor] if crowded else []
+    many = len(measures(rows[0])) > _MOST_WITH_QUARTILES
+    crowded = bool(minor) or many or any(_PUBLISHED in column for column in table.columns)
+    spare = ["active (M)", "counted", *minor] if crowded else []
+    spare += ["params (M)", _speed_column(rows)] if many and not minor else []
+    left_out = [column for column in table.columns if column in spare]
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
     shown = table.without(left_out)
     narrow = replace(
@@ -97,6 +99,11 @@ def _alone(rows: Sequence[Row]) -> bool:
     return all(int(row["workers"]) == 1 for row in rows)
 
 
+def _speed_column(rows: Sequence[Row]) -> str:
+    """Head of the column of speeds."""
+    return f"{rows[0]['unit']}s/s ↑"
+
+
 def _legend(rows: Sequence[Row], table: Table) -> str:
     """What the table's columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
@@ -106,7 +113,7 @@ def _legend(rows: Sequence[Row], table: Table) -> str:
         sentences.insert(1, _TYPOS)
     if has_spread(table.rows):
         sentences.append(_OVER_SEEDS)
-    if _alone(rows):
+    if _speed_column(rows) in table.columns:
         sentences.append(_SPEED.format(rows[0]["unit"]))
     if published := PUBLISHED.get(recipe):
         sentences.append(
