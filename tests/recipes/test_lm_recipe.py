@@ -116,6 +116,7 @@ def test_mixtures_have_the_papers_parity():
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0"),
         ({"domain_exponent": 1.5}, "domain_exponent is 1.5; it must lie in 0..1"),
+        ({"typos": (0.1, 1.0)}, "typos is 1.0; it must lie in 0..1, both left out"),
         ({"resume": True, "overwrite": True}, "resume and overwrite are both set"),
         ({"shared_heads": 9}, "shared_heads is 9; it must lie in 0..8"),
         ({"shared_heads": 4, "active_heads": 4}, "shared_heads equals active_heads = 4"),

@@ -83,16 +83,20 @@ def test_models_of_a_study_cost_the_same(study):
 
 def test_mixtures_of_a_study_have_the_same_parameters():
     models = built("mhmoe-main")
-    totals = [count_parameters(models[name])[0] for name in models if name != "dense"]
+    names = [name for name in models if name not in ("dense", "mh_moe_2_static")]
+    totals = [count_parameters(models[name])[0] for name in names]
     # Routers differ, and the dense MLPs that pay for them.
     assert max(totals) / min(totals) < 1.03
 
 
 def test_switching_heads_off_makes_a_model_cheaper():
     run = tiny("moh-budget")
-    costs = [flops(run, model) for name, model in built("moh-budget").items() if name != "dense"]
-    assert costs == sorted(costs, reverse=True)
-    assert [v.position for v in run.variants()] == [None, 100, 87.5, 75, 62.5, 50, 37.5, 25]
+    models = built("moh-budget")
+    for kind in ("moh", "static"):
+        costs = [flops(run, model) for name, model in models.items() if name.startswith(kind)]
+        assert costs == sorted(costs, reverse=True)
+    positions = [100, 87.5, 75, 62.5, 50, 37.5, 25]
+    assert [v.position for v in run.variants()] == [None, *positions, *positions[1:]]
 
 
 def test_shared_shares_are_those_of_the_paper_as_far_as_heads_allow():
@@ -104,6 +108,14 @@ def test_published_figures_are_of_models_that_the_study_has(study):
     published, names = PUBLISHED[study], {v.name for v in tiny(study).variants()}
     assert set(published.rows) <= names
     assert {len(row) for row in published.rows.values()} <= {len(published.columns)}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_noise_scores_mistyped_text_at_every_scale(scale):
+    run = SCALES[scale]("noise")
+    assert run.typos == (0.01, 0.05, 0.1)
+    assert [v.name for v in run.variants()] == ["dense", "moh", "moe", "mh_moe"]
+    assert SCALES[scale]("combined").typos == ()
 
 
 def test_domains_are_trained_on_one_by_one():

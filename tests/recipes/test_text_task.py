@@ -87,6 +87,20 @@ def test_a_variant_draws_only_from_the_domains_that_it_trains_on(tmp_path):
     assert len(curve) == 4  # two files of each are held out
 
 
+def test_text_is_scored_as_it_is_and_mistyped(tmp_path):
+    (tmp_path / "text.txt").write_text(LINES)
+    fields = TINY | {"models": ("dense",), "steps": 60, "eval_blocks_per_file": 20}
+    data = str(tmp_path / "text.txt")
+    run = LanguageModelRun(output=tmp_path / "run", data=data, typos=(0.005, 0.5), **fields)
+    train(run)
+    row = result(run)
+    scored = [key for key in row if key.startswith("perplexity") and not key.endswith(("1", "3"))]
+    assert scored == ["perplexity_text" + typos for typos in ("", "_typos_0.5", "_typos_50")]
+    clean, few, many = (float(row[key]) for key in scored)
+    # Of the four letters in "line" two are wrong, or one in fifty.
+    assert clean < few < many
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [

@@ -1,5 +1,9 @@
 """The comparison table, by hand: means and deviations over seeds, quartiles, Markdown."""
 
+from io import StringIO
+
+from rich.console import Console
+
 from headwise.results.rows import Row, read_csv, write_csv
 from headwise.training.measures import demerit, measures
 from headwise.training.table import comparison, for_terminal
@@ -78,6 +82,33 @@ def test_many_domains_leave_no_room_for_quartiles():
     assert comparison([many]).printed()[0][6:10] == ["30.0", "25.0", "25.0", "25.0"]
     assert "quartiles" not in markdown([many])
     assert "quartiles" in markdown(ROWS)
+
+
+def test_mistyped_text_has_columns_of_its_own():
+    texts = ("code_typos_5", "prose", "prose_typos_0.5", "prose_typos_5")
+    rows = [row("dense", 0, 30.0, **{f"perplexity_{text}": 25.0 for text in texts})]
+    assert [measure.subject for measure in measures(rows[0])] == [
+        "code", "code, 5 % typos", "prose", "prose, 0.5 % typos", "prose, 5 % typos",
+    ]  # fmt: skip
+    assert "PPL code, 5 % typos ↓" in comparison(rows).columns
+    assert "compare models in such a column" in markdown(rows)
+    assert "typos" not in markdown(ROWS)
+
+
+def test_eight_measures_fit_a_terminal():
+    texts = [
+        f"{x}{y}" for x in ("code", "prose") for y in ("", "_typos_1", "_typos_5", "_typos_10")
+    ]
+    scored = {f"perplexity_{text}": 128.9 for text in texts} | {"label": "MoH + sparse MoE"}
+    rows = [row("moh", 0, 90.0, **scored), row("moh", 1, 99.0, **scored | {texts[-1]: 99.0})]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(for_terminal(rows, ""))
+    drawn = console.export_text()
+    assert "…" not in drawn
+    assert drawn.count(" 128.9") + drawn.count(" 113.9") == len(texts), "no number is broken"
+    assert {"code,", "prose,", "typos", "sparse"} <= set(drawn.split()), "nor a word"
+    assert "Not shown here: params (M), active (M), counted, tokens/s ↑;" in " ".join(drawn.split())
+    assert "median step" not in drawn
 
 
 def test_deviations_are_explained_where_there_are_several_seeds():

@@ -110,6 +110,8 @@ _TINY: dict[str, dict[str, Any]] = {
     "vit": vars(VisionRun()),
     "dit": vars(DiffusionRun()),
 }
+# What a study needs beside the models.
+_OF_STUDIES: dict[str, dict[str, Any]] = {"noise": {"typos": (0.01, 0.05, 0.1)}}
 _SMALL: dict[str, dict[str, Any]] = {
     "text": {
         "dim": 384,
@@ -178,7 +180,7 @@ def tiny(study: str) -> StudyRun:
         "seeds": (0, 1, 2),
         "workers": 2,
     }
-    return _RUNS[subject](**_TINY[subject] | fields)
+    return _RUNS[subject](**_TINY[subject] | fields | _OF_STUDIES.get(study, {}))
 
 
 def small(study: str) -> StudyRun:

@@ -52,7 +52,17 @@ def mixtures(run: TextRun, shared_expert_dim: int | None = None) -> list[Variant
 
 
 def mhmoe_main(run: TextRun) -> list[Variant]:
-    return [DENSE, *mixtures(run)]
+    """Each mixture beside the model that has the same experts on for every token.
+
+    The sparse mixture's is dense: one expert, as wide as the dense MLP. That of MH-MoE has as many
+    experts as are chosen, and weighs them for each sub-token as MH-MoE does.
+    """
+    static = Variant(
+        name="mh_moe_2_static",
+        label="MH-MoE, 2 heads, always the same experts",
+        mlp=mh_moe(run, heads=2, top_k=2, num_experts=2),
+    )
+    return [DENSE, *mixtures(run), static]
 
 
 def mhmoe_shared_expert(run: TextRun) -> list[Variant]:
@@ -107,11 +117,12 @@ def moh_components(run: TextRun) -> list[Variant]:
             attention=moh(run, router="one_stage"),
         ),
         Variant(name="two_stage", label="and two-stage routing", attention=moh(run)),
+        static_heads(run, _active(run)),
     ]
 
 
 def moh_shared_share(run: TextRun) -> list[Variant]:
-    active = HeadBudget.resolve(run.num_heads, shared=0, active=0.75).active_heads
+    active = _active(run)
     counts = dict.fromkeys(round(share * active) for share in (0.14, 0.29, 0.44, 0.59, 0.74))
     return [
         Variant(
@@ -136,10 +147,24 @@ def moh_budget(run: TextRun) -> list[Variant]:
                 label=f"MoH, {active} of {heads} heads",
                 attention=moh(run, shared=shared[active], active=active),
                 position=100 * active / heads,
+                series="routed",
             )
             for active in actives
         ),
+        *(static_heads(run, active) for active in actives if active < heads),
     ]
+
+
+def static_heads(run: TextRun, count: int) -> Variant:
+    """The control of a model that has so many heads on: the same ones for every token."""
+    heads = run.num_heads
+    return Variant(
+        name=f"static_{100 * count // heads}",
+        label=f"{count} of {heads} heads, always the same",
+        num_heads=count,
+        position=100 * count / heads,
+        series="always the same",
+    )
 
 
 def image_budget(run: ImageRun) -> list[Variant]:
@@ -177,6 +202,11 @@ def combined(run: TextRun) -> list[Variant]:
     ]
 
 
+def one_at_a_time(run: TextRun) -> list[Variant]:
+    """Dense, and each way to route beside what is dense."""
+    return [v for v in combined(run) if v.name in ("dense", "moh", "moe", "mh_moe")]
+
+
 def domains(run: TextRun) -> list[Variant]:
     names = domain_names(run.data)
     if len(names) < 2:
@@ -184,7 +214,6 @@ def domains(run: TextRun) -> list[Variant]:
             f"data is {run.data!r}, one domain; the study takes a directory with a subdirectory "
             "for each of two or more"
         )
-    models = [v for v in combined(run) if v.name in ("dense", "moh", "moe", "mh_moe")]
     return [
         replace(
             variant,
@@ -193,7 +222,7 @@ def domains(run: TextRun) -> list[Variant]:
             train_on=(name,),
         )
         for name in names
-        for variant in models
+        for variant in one_at_a_time(run)
     ]
 
 
@@ -207,6 +236,11 @@ def moh(run: TextRun, **changes: Any) -> MoHConfig:
         "router_std": 0.02,
     }
     return MoHConfig(**fields | changes)
+
+
+def _active(run: TextRun) -> int:
+    """How many heads `moh` has on."""
+    return HeadBudget.resolve(run.num_heads, shared=0, active=0.75).active_heads
 
 
 def _with_layers(mlp: MoEConfig) -> MHMoEConfig:
@@ -261,4 +295,5 @@ STUDIES = {
     ),
     "combined": Study("Do MoH and MH-MoE add up in one model?", combined),
     "domains": Study("What does a model know of text of another kind?", domains),
+    "noise": Study("How do routed models take typing errors?", one_at_a_time),
 }

@@ -1,6 +1,6 @@
 """Language models of Llama's layout on text: what recipes and studies of text share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +32,7 @@ from headwise.data.text import (
     train_tokenizer,
 )
 from headwise.data.token_files import Tokens
+from headwise.data.typos import check_typos, mistype_tokens
 from headwise.loading import load_causal_lm
 from headwise.memory import check_memory
 from headwise.parity import count_flops
@@ -65,6 +68,8 @@ class TextRun(LayeredRun):
         sequence_length: Tokens that a model sees at once.
         domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
         eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        typos: Shares of letters mistyped at which the held-out text is scored as well; each above 0
+            and below 1.
         sample_prompt: What the best model continues in the report.
         speed_contexts: Tokens of context at which the dense model and the one with routed heads are
             timed after training, where the run has both; empty leaves it out.
@@ -75,6 +80,7 @@ class TextRun(LayeredRun):
     sequence_length: int = 256
     domain_exponent: float = 0.5
     eval_blocks_per_file: int = 4
+    typos: tuple[float, ...] = ()
     sample_prompt: str = "def "
     speed_contexts: tuple[int, ...] = ()
 
@@ -83,6 +89,7 @@ class TextRun(LayeredRun):
         check_at_least(2, "sequence_length", self.sequence_length)
         check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
         check_exponent("domain_exponent", self.domain_exponent)
+        check_typos("typos", self.typos)
         check_text("sample_prompt", self.sample_prompt)
         for context in self.speed_contexts:
             check_at_least(1, "speed_contexts", context)
@@ -100,6 +107,9 @@ class TextRun(LayeredRun):
         numbers, fields = super().least_numbers()
         length = self.sequence_length
         return length * numbers, {"sequence_length": length, **fields}
+
+    def share_of_heads(self, variant: Variant) -> float:
+        return (variant.num_heads or self.num_heads) / self.num_heads
 
 
 def read(run: TextRun) -> "TextTask":
@@ -235,7 +245,7 @@ class TextTask(Task):
     def score(self, model: PreTrainedModel) -> Scores:
         statistics = RoutingStatistics(model)
         columns: dict[str, float] = {"eval_blocks_per_file": self.run.eval_blocks_per_file}
-        for domain, files in self.validation.items():
+        for domain, files in self._scored():
             losses = file_losses(
                 model,
                 files,
@@ -255,6 +265,15 @@ class TextTask(Task):
         ]
         return Scores(columns, heads, statistics.expert_loads(), texts)
 
+    def _scored(self) -> Iterator[tuple[str, dict[str, Tokens]]]:
+        """The held-out files of each domain, as they are and mistyped ("code_typos_5", in %)."""
+        bpe, end = self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id
+        for domain, files in self.validation.items():
+            yield domain, files
+            for share in self.run.typos:
+                typed = {k: mistype_tokens(bpe, x, share, end=end) for k, x in files.items()}
+                yield f"{domain}_typos_{100 * share:g}", typed
+
     def facts(self) -> dict[str, str]:
         shares = {name: len(tokens) for name, tokens in self.training.items()}
         drawn = "Tokens to draw from" if self.mixture is None else "Tokens of the tokenizer's text"
@@ -265,7 +284,8 @@ class TextTask(Task):
         }
 
     def speed(self, models: Mapping[str, Path]) -> Timed | None:
-        alike = [v for v in self.run.selected() if v.mlp is None and not v.ternary]
+        variants = self.run.selected()
+        alike = [v for v in variants if not (v.mlp or v.ternary or v.num_heads)]
         dense = next((v for v in alike if v.attention is None), None)
         routed = next((v for v in alike if v.attention is not None), None)
         if dense is None or routed is None or not self.run.speed_contexts:
@@ -332,20 +352,30 @@ def model_flops(run: TextRun, model: PreTrainedModel) -> float:
 def _assemble(
     run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
 ) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=run.dim,
-        intermediate_size=mlp_dim,
-        num_hidden_layers=run.num_layers,
-        num_attention_heads=run.num_heads,
-        max_position_embeddings=run.sequence_length,
-        initializer_range=run.initial_deviation,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     with torch.device(device):
-        return convert_variant(run, variant, LlamaForCausalLM(config))
+        return convert_variant(run, variant, _dense(run, variant, mlp_dim, vocab_size))
+
+
+def _dense(run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int) -> PreTrainedModel:
+    heads = variant.num_heads or run.num_heads
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": run.dim,
+        "intermediate_size": mlp_dim,
+        "num_hidden_layers": run.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": run.dim // run.num_heads,
+        "max_position_embeddings": run.sequence_length,
+        "initializer_range": run.initial_deviation,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if run.dim % heads:
+        # LlamaConfig refuses such heads; without a window Mistral is the same model.
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def domain_names(data: str | None) -> list[str]:

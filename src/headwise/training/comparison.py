@@ -35,8 +35,11 @@ class Variant:
         attention: What `convert` makes of every attention; None leaves it.
         mlp: What `convert` puts for MLPs; None leaves them.
         ternary: Whether all linear maps of its layers have ternary weights (BitNet b1.58).
+        num_heads: Attention heads of each layer, as wide as those of the run's other models: the
+            same ones for every token, nothing routed. None is the run's number.
         train_on: Domains that it trains on; all of them if empty. It is scored on all.
         position: Where it stands on the axis of a study that has one.
+        series: Which of the lines over that axis it is a point of, where there are several.
     """
 
     name: str
@@ -44,8 +47,10 @@ class Variant:
     attention: MoHConfig | None = None
     mlp: MoEConfig | None = None
     ternary: bool = False
+    num_heads: int | None = None
     train_on: tuple[str, ...] = ()
     position: float | None = None
+    series: str = ""
 
 
 class Training(NamedTuple):
@@ -178,6 +183,10 @@ class ComparisonRun(TrainingRun):
     def cost_of(self) -> Variant | None:
         """The variant whose FLOPs all others are given; None compares unequal costs."""
         return None
+
+    def share_of_heads(self, variant: Variant) -> float:
+        """The attention heads that a layer of the model has, over those of the run's layers."""
+        return 1.0
 
     def selected(self) -> list[Variant]:
         """The variants that `models` names.

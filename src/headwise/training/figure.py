@@ -22,7 +22,7 @@ def draw_comparison(rows: Sequence[Row], path: Path, *, axis: str | None) -> Non
         plots.Panel(
             measure.subject,
             measure.quantity,
-            [(row["label"], _position(row), float(row[measure.key])) for row in rows],
+            [_point(row, measure.key) for row in rows],
         )
         for measure in measures(rows[0])
         if not measure.minor
@@ -72,5 +72,6 @@ def _save(figure: Any, path: Path) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=160))
 
 
-def _position(row: Row) -> float | None:
-    return None if row["position"] in (None, "") else float(row["position"])
+def _point(row: Row, key: str) -> plots.Point:
+    position = None if row["position"] in (None, "") else float(row["position"])
+    return plots.Point(row["label"], position, float(row[key]), row.get("series") or "")

@@ -28,6 +28,7 @@ class Measure(NamedTuple):
 
 
 _PERPLEXITY = "perplexity_"
+_TYPOS = "_typos_"  # between a domain and how many of a hundred of its letters are mistyped
 _QUARTILES = ("_q1", "_q3")
 # Of image models.
 _IMAGES = [
@@ -49,13 +50,26 @@ def measures(row: dict[str, Any]) -> list[Measure]:
         for key in row
         if key.startswith(_PERPLEXITY) and not key.endswith(_QUARTILES)
     ]
-    of_text = [Measure(_PERPLEXITY + x, f"PPL {x} ↓", x, "Perplexity") for x in domains]
+    of_text = [
+        Measure(_PERPLEXITY + x, f"PPL {_text(x)} ↓", _text(x), "Perplexity") for x in domains
+    ]
     return of_text + [measure for measure in _IMAGES if measure.key in row]
 
 
 def early(key: str) -> str:
     """Of the column that has a measure as it was on the way."""
     return f"early_{key}"
+
+
+def mistyped(row: dict[str, Any]) -> bool:
+    """Whether a row has measures of mistyped text."""
+    return any(_TYPOS in measure.key for measure in measures(row))
+
+
+def _text(domain: str) -> str:
+    """A domain as people read it: "code", "code, 5 % typos"."""
+    name, typos, share = domain.partition(_TYPOS)
+    return f"{name}, {share} % typos" if typos else name
 
 
 def demerit(row: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from headwise.results.files import as_object, write_manifest, write_whole
 from headwise.results.rows import Row, environment, write_csv
 from headwise.results.table import Table
 from headwise.training import table
-from headwise.training.comparison import ComparisonRun, Task, Training
+from headwise.training.comparison import ComparisonRun, Scores, Task, Training
 from headwise.training.directory import RunDirectory
 from headwise.training.measures import demerit, early, measures
 from headwise.training.speed import Timed
@@ -46,10 +46,11 @@ def measure(run: ComparisonRun, task: Task, trainer: SafeTrainer, training: Trai
         "model": variant.name,
         "label": variant.label,
         "position": variant.position,
+        "series": variant.series,
         "seed": seed,
         "learning_rate": run.learning_rate if rate is None else rate,
         **_cost(task, model),
-        "active_heads": 1.0 if scores.heads is None else round(scores.heads.share_on(), 4),
+        "active_heads": round(run.share_of_heads(variant) * _share_on(scores), 4),
         **{name: round(value, 3) for name, value in scores.columns.items()},
         **_early(run, history, scores.columns),
         "validation_loss": round(trainer.evaluate(metric_key_prefix="last")["last_loss"], 4),
@@ -73,6 +74,11 @@ def measure(run: ComparisonRun, task: Task, trainer: SafeTrainer, training: Trai
         samples=scores.samples,
     )
     return Trained(row, record)
+
+
+def _share_on(scores: Scores) -> float:
+    """Of the heads that the model has."""
+    return 1.0 if scores.heads is None else scores.heads.share_on()
 
 
 def _cost(task: Task, model: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import rich.table
 from headwise.results.published import PUBLISHED
 from headwise.results.rows import Row, measured_on
 from headwise.results.table import Cell, Table, has_spread, mean
-from headwise.training.measures import early, measures
+from headwise.training.measures import early, measures, mistyped
 
 _OF_CLASSIFIERS = "top-1, top-5: accuracy on the held-out images."
 _OF_DRAWERS = (
@@ -28,6 +28,10 @@ _MEASURED = {
 _COST = "MFLOPs: of a forward, per {}, by formula, without heads that are off"
 _COUNTED = "; counted: what torch's counter saw run"
 _OVER_SEEDS = "±: deviation over seeds."
+_TYPOS = (
+    "typos: the same files with that share of their letters mistyped; words become more tokens, so "
+    "compare models in such a column, not one column with another."
+)
 _MOST_WITH_QUARTILES = 3  # measures
 _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
@@ -55,7 +59,7 @@ def comparison(rows: Sequence[Row]) -> Table:
         *(["learning rate"] if _searched(rows) else []),
         *(measure.column for measure in measures(first)),
         *(column for _, column in _on_the_way(first)),
-        *([f"{first['unit']}s/s ↑"] if _alone(rows) else []),
+        *([_speed_column(rows)] if _alone(rows) else []),
         *(f"{column}{_PUBLISHED}" for column in (published.columns if published else ())),
     ]
     quartiles = _with_quartiles(rows)
@@ -85,9 +89,12 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     """The comparison, narrow enough for 80 columns: published figures have a †."""
     table = comparison(rows)
     minor = [measure.column for measure in measures(rows[0]) if measure.minor]
-    minor += [column for _, column in _on_the_way(rows[0])]
-    crowded = bool(minor) or any(_PUBLISHED in column for column in table.columns)
-    left_out = ["active (M)", "counted", *minor] if crowded else []
+    on_the_way = [column for _, column in _on_the_way(rows[0])]
+    many = len(measures(rows[0])) > _MOST_WITH_QUARTILES
+    crowded = bool(minor or on_the_way) or many or any(_PUBLISHED in x for x in table.columns)
+    spare = ["active (M)", "counted", *minor, *on_the_way] if crowded else []
+    spare += ["params (M)", _speed_column(rows)] if many and not minor else []
+    left_out = [column for column in table.columns if column in spare]
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
     shown = table.without(left_out)
     narrow = replace(
@@ -103,14 +110,21 @@ def _alone(rows: Sequence[Row]) -> bool:
     return all(int(row["workers"]) == 1 for row in rows)
 
 
+def _speed_column(rows: Sequence[Row]) -> str:
+    """Head of the column of speeds."""
+    return f"{rows[0]['unit']}s/s ↑"
+
+
 def _legend(rows: Sequence[Row], table: Table) -> str:
     """What the table's columns are, and where published ones come from."""
     recipe = rows[0]["recipe"]
     counted = _COUNTED if "counted" in table.columns else ""
     sentences = [_measured(rows), _COST.format(rows[0]["unit"]) + counted + "."]
+    if mistyped(rows[0]):
+        sentences.insert(1, _TYPOS)
     if has_spread(table.rows):
         sentences.append(_OVER_SEEDS)
-    if _alone(rows):
+    if _speed_column(rows) in table.columns:
         sentences.append(_SPEED.format(rows[0]["unit"]))
     if _searched(rows):
         sentences.append(_BEST_RATE)

@@ -20,7 +20,7 @@ from headwise.analysis.plots.maps import (
     last_routed_layer,
     patch_maps,
 )
-from headwise.analysis.plots.panels import Panel, comparison
+from headwise.analysis.plots.panels import Panel, Point, comparison
 from headwise.analysis.plots.quality import quality_against_share
 from headwise.analysis.plots.scaling import cost_against_size
 from headwise.analysis.plots.speed import time_against_share
@@ -30,6 +30,7 @@ __all__ = [
     "CROWDED",
     "MANY_DOMAINS",
     "Panel",
+    "Point",
     "comparison",
     "cost_against_size",
     "effective_chart",

@@ -11,14 +11,30 @@ from headwise.analysis.plots.style import (
     INK,
     MARKERS,
     VARIANTS,
-    band,
     cycle,
+    lines_with_bands,
     mean,
     name_rows,
     styled,
 )
 
-Point = tuple[str, float | None, float]
+_IN_A_LINE = 4  # panels
+
+
+class Point(NamedTuple):
+    """What one model and seed came to.
+
+    Attributes:
+        label: The model's.
+        position: Where it stands on the axis; None for a level beside the others.
+        value: Of the measure.
+        series: The line that it is a point of; empty where there is one line only.
+    """
+
+    label: str
+    position: float | None
+    value: float
+    series: str = ""
 
 
 class Panel(NamedTuple):
@@ -27,7 +43,7 @@ class Panel(NamedTuple):
     Attributes:
         title: What was measured on.
         quantity: What was measured.
-        points: (label, position on the axis, value) of each model and seed.
+        points: One of each model and seed.
     """
 
     title: str
@@ -37,12 +53,16 @@ class Panel(NamedTuple):
 
 @styled
 def comparison(panels: Sequence[Panel], *, axis: str | None) -> Figure:
-    """Side by side: against `axis`, what the positions are, if given, else a row a model."""
-    rows = len({label for label, _, _ in panels[0].points})
+    """Side by side, four in a line: against `axis`, what the positions are, else a row a model."""
+    rows = len({point.label for point in panels[0].points})
     height = 3.2 if axis else 1.3 + 0.34 * rows
-    figure = Figure(figsize=(4.4 * len(panels), height), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=axis is None)[0]
-    for axes, panel in zip(all_axes, panels, strict=True):
+    across = min(len(panels), _IN_A_LINE)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.4 * across, height * down), layout="constrained")
+    all_axes = figure.subplots(down, across, squeeze=False, sharey=axis is None).flat
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(all_axes, panels, strict=False):
         axes.set_title(panel.title)
         if axis is None:
             _rows(axes, panel)
@@ -54,8 +74,8 @@ def comparison(panels: Sequence[Panel], *, axis: str | None) -> Figure:
 def _rows(axes: Axes, panel: Panel) -> None:
     """A marker a seed, a bar at the mean; the first model on top."""
     by_label: dict[str, list[float]] = {}
-    for label, _, value in panel.points:
-        by_label.setdefault(label, []).append(value)
+    for point in panel.points:
+        by_label.setdefault(point.label, []).append(point.value)
     for row, values in enumerate(by_label.values()):
         colour, marker = cycle(VARIANTS, row), cycle(MARKERS, row)
         axes.plot(values, [row] * len(values), marker, color=colour, markersize=7, alpha=0.75)
@@ -68,20 +88,18 @@ def _rows(axes: Axes, panel: Panel) -> None:
 
 
 def _line(axes: Axes, panel: Panel, axis: str) -> None:
-    """Means joined, the band is the range over seeds. Models without a position are levels."""
-    by_position: dict[float, list[float]] = {}
+    """Means of each series joined, its range over seeds; models without a position are levels."""
+    lines: dict[str, dict[float, list[float]]] = {}
     levels: dict[str, list[float]] = {}
-    for label, position, value in panel.points:
+    for label, position, value, series in panel.points:
         if position is None:
             levels.setdefault(label, []).append(value)
         else:
-            by_position.setdefault(position, []).append(value)
-    at = sorted(by_position)
+            lines.setdefault(series, {}).setdefault(position, []).append(value)
     for label, values in levels.items():
         axes.axhline(mean(values), color=INK, linewidth=1, linestyle="--", label=label)
         axes.axhspan(min(values), max(values), color=INK, alpha=0.08, linewidth=0)
-    columns = [by_position[x] for x in at]
-    drawn = band(axes, at, columns, color=VARIANTS[1], marker="o", markersize=4.5)
-    drawn.set_label("range over seeds")
+    for drawn in lines_with_bands(axes, lines, markersize=4.5)[-1:]:
+        drawn.set_label("range over seeds")
     axes.set(xlabel=axis, ylabel=panel.quantity)
     axes.legend()

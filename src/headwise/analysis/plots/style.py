@@ -107,11 +107,12 @@ def band(
 
 def lines_with_bands(
     axes: Axes, lines: Mapping[str, Mapping[Any, Sequence[float]]], *, markersize: float
-) -> None:
-    """A line for each label, through the means of its columns, with their range around it."""
+) -> list[Artist]:
+    """A line for each label, through the means of its columns; their ranges, which are returned."""
+    bands = []
     for index, (label, columns) in enumerate(lines.items()):
         at = sorted(columns)
-        band(
+        drawn = band(
             axes,
             at,
             [columns[x] for x in at],
@@ -121,6 +122,8 @@ def lines_with_bands(
             markersize=markersize,
             label=label,
         )
+        bands.append(drawn)
+    return bands
 
 
 def percent(share: float, _: float = 0) -> str:
