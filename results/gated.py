@@ -123,16 +123,10 @@ def _best_rate(base: GatedRun, task: TextTask, variant: Variant) -> float:
 def _perplexities(
     model: Any, task: TextTask, *, chosen_by: bool = False
 ) -> dict[str, tuple[float, int]]:
-    """Perplexity and tokens of each kind of text: of every other file, or of those between."""
+    """Perplexity and tokens of each kind of text: of the test half, or of the validation half."""
     found = {}
-    for kind, files in task.validation.items():
-        names = sorted(files)[int(chosen_by) :: 2]
-        losses = file_losses(
-            model,
-            {name: files[name] for name in names},
-            sequence_length=task.length,
-            max_blocks=4,
-        )
+    for kind, files in (task.validation if chosen_by else task.test).items():
+        losses = file_losses(model, files, sequence_length=task.length, max_blocks=4)
         found[kind] = perplexity(losses).value, sum(loss.tokens for loss in losses)
     return found
 

@@ -154,11 +154,11 @@ def test_first_documents_are_held_out_and_the_next_train_a_tokenizer(tmp_path):
     texts = ["a", " \n", "b", "c", "a", "d", "e", "f"]
     sources = [source(tmp_path / "x.jsonl", texts), source(tmp_path / "y.parquet", texts[::-1])]
     x, y = sample_domains(sources, held_out=2, training=4)
-    assert (x.name, list(x.validation.values())) == ("x", ["a", "b"])
+    assert (x.name, list(x.held_out.values())) == ("x", ["a", "b"])
     assert list(x.training.values()) == ["c", "d", "e"], "a is held out wherever it stands"
-    assert (y.name, list(y.validation.values())) == ("y", ["f", "e"])
+    assert (y.name, list(y.held_out.values())) == ("y", ["f", "e"])
     assert list(y.training.values()) == ["d", "a", "c", "b"]
-    assert not x.training.keys() & x.validation.keys()
+    assert not x.training.keys() & x.held_out.keys()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

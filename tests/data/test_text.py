@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from headwise.data.text import END_OF_TEXT, Domain, load_text, tokenize, train_tokenizer
+from headwise.data.text import (
+    END_OF_TEXT,
+    Domain,
+    halve,
+    load_text,
+    some_blocks,
+    tokenize,
+    train_tokenizer,
+)
 
 
 def names(domains: list[Domain]) -> dict[str, list[str]]:
-    return {d.name: sorted(d.training | d.validation) for d in domains}
+    return {d.name: sorted(d.training | d.held_out) for d in domains}
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +39,60 @@ def test_embedded_text_is_code_and_prose(embedded):
     assert (code.name, prose.name) == ("code", "prose")
     assert 5e6 < sum(map(len, code.training.values())) < 50e6
     assert 2e5 < sum(map(len, prose.training.values())) < 5e6
-    assert "argparse.py" in code.training | code.validation
-    assert "def " in "".join(code.validation.values())
+    assert "argparse.py" in code.training | code.held_out
+    assert "def " in "".join(code.held_out.values())
 
 
 def test_embedded_text_leaves_out_tests_and_installed_packages(embedded):
-    code = embedded[0].training | embedded[0].validation
+    code = embedded[0].training | embedded[0].held_out
     assert not {"test", "tests", "site-packages"} & {
         part for name in code for part in name.split("/")
     }
 
 
-def test_one_document_in_ten_is_held_out_and_never_trained_on(embedded):
-    for domain in embedded:
-        held_out, total = len(domain.validation), len(domain.training | domain.validation)
-        assert held_out == total // 10
-        assert not domain.training.keys() & domain.validation.keys()
+def test_one_document_in_ten_is_held_out_of_prose_in_three_and_never_trained_on(embedded):
+    for domain, one_in in zip(embedded, (10, 3), strict=True):
+        held_out, total = len(domain.held_out), len(domain.training | domain.held_out)
+        assert held_out == total // one_in
+        assert not domain.training.keys() & domain.held_out.keys()
+
+
+def tokens(*sizes: int) -> dict[str, np.ndarray]:
+    """Files of so many tokens, none of which occurs twice."""
+    ends = np.cumsum(sizes)
+    return {f"{n} tokens": np.arange(end - n, end) for n, end in zip(sizes, ends, strict=True)}
+
+
+def test_files_are_halved_whole():
+    files = tokens(3, 13, 5, 7)
+    validation, test = halve(files)
+    # 13 to the test half; 7, then 5, to the other; 3 there, too: 12 are fewer than 13.
+    assert list(validation) == ["3 tokens", "5 tokens", "7 tokens"]
+    assert list(test) == ["13 tokens"]
+    assert all((validation | test)[name] is files[name] for name in files)
+
+
+def test_a_single_file_is_cut_in_its_middle():
+    validation, test = halve(tokens(7))
+    assert [list(half) for half in (validation, test)] == [["7 tokens"]] * 2
+    assert [half["7 tokens"].tolist() for half in (validation, test)] == [[0, 1, 2], [3, 4, 5, 6]]
+
+
+def test_blocks_are_spread_over_the_whole_ones_of_all_files():
+    files = tokens(7, 2, 3, 11).values()  # begin at 0, 7, 9 and 12; have 2, 0, 1 and 3 blocks
+    starts = [block[0] for block in some_blocks(files, 3, most=99)]
+    assert starts == [0, 3, 9, 12, 15, 18]
+    assert [block.tolist() for block in some_blocks(files, 3, most=2)] == [[0, 1, 2], [18, 19, 20]]
+    assert some_blocks(files, 13, most=2) == []
 
 
 def test_split_depends_on_names_alone(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
-    first = load_text(str(tmp_path))[0].validation.keys()
+    first = load_text(str(tmp_path))[0].held_out.keys()
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"another {i}")
-    assert load_text(str(tmp_path))[0].validation.keys() == first
+    assert load_text(str(tmp_path))[0].held_out.keys() == first
 
 
 def test_single_file_becomes_runs_of_whole_lines(tmp_path):
@@ -63,9 +100,9 @@ def test_single_file_becomes_runs_of_whole_lines(tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("".join(lines))
     (domain,) = load_text(str(file))
-    pieces = domain.training | domain.validation
+    pieces = domain.training | domain.held_out
     assert domain.name == "notes"
-    assert (len(pieces), len(domain.validation)) == (40, 4)
+    assert (len(pieces), len(domain.held_out)) == (40, 4)
     assert sorted("".join(pieces.values()).splitlines(keepends=True)) == sorted(lines)
 
 
@@ -160,7 +197,7 @@ def hub(monkeypatch) -> list[tuple]:
 def test_dataset_by_name(hub):
     (domain,) = load_text("owner/rows")
     assert domain.name == "owner/rows"
-    assert sorted((domain.training | domain.validation).values()) == [f"row {i}" for i in range(10)]
+    assert sorted((domain.training | domain.held_out).values()) == [f"row {i}" for i in range(10)]
     load_text("owner/rows:part")
     assert hub == [("owner/rows", None, "train"), ("owner/rows", "part", "train")]
 
@@ -211,4 +248,4 @@ def test_a_subdirectory_with_one_file_is_cut_into_runs_of_lines(tmp_path):
     x, y = load_text(str(tmp_path))
     assert (x.name, y.name) == ("x", "y")
     assert len(y.training) > 20
-    assert y.validation
+    assert y.held_out

@@ -71,7 +71,7 @@ def test_it_draws_bright_and_dark(finished):
     assert float(row["recognised"]) == 100
     assert 0 <= float(row["precision_of_samples"]) <= 1
     assert float(row["fid"]) >= 0
-    assert (row["unit"], row["samples"]) == ("image", "22")
+    assert (row["unit"], row["samples"], row["real_images"]) == ("image", "22", "72")
     assert float(row["active_heads"]) < 1
     assert "Diffusion transformers" in (finished.output / "report.html").read_text()
 
@@ -86,6 +86,10 @@ def test_what_is_saved_is_the_average(finished, drawer):
 
 def test_loads_are_counted_for_each_class(finished, drawer):
     task = read(finished)
+    assert [len(x) for x in task.values] == [72, 4, 4]
+    (_, curve), whole = task.datasets(task.run.variants()[0], 0), task.values[1]
+    assert [x["pixel_values"].tolist() for x in curve] == whole.tolist()
+    assert not {x.tobytes() for x in whole} & {x.tobytes() for x in task.values[2]}
     model = DiT.from_pretrained(drawer).eval()
     loads = task._loads(model).head_loads()
     assert list(loads.by_domain) == ["bright", "dark"]

@@ -88,16 +88,20 @@ def test_the_page_tells_tokens_from_patches(finished):
         assert (model.experts is None) == (model.name == "dense")
         if model.experts:
             assert list(model.experts.by_domain) == ["text", "patches"]
-            # 4 patches, 4 held-out pairs masked 3 times; each goes to one expert, or to 2 twice.
+            # 4 patches, 2 pairs to score masked 3 times; each goes to one expert, or to 2 twice.
             choices = 4 if model.name == "mh_moe" else 1
-            assert model.experts.assignments["patches"] == [48 * choices]
+            assert model.experts.assignments["patches"] == [24 * choices]
 
 
 def test_a_finished_model_is_what_was_measured(finished):
     pairs = read(finished)
-    _, held_out = pairs.datasets(VARIANTS["dense"], seed=1)
-    assert len(held_out) == 4 * 3  # a tenth of forty, three times
+    _, curve = pairs.datasets(VARIANTS["dense"], seed=1)
+    assert len(curve) == 2 * 3  # half of a tenth of forty, three times
+    assert not {x.tobytes() for x in pairs.validation.pixels} & {
+        x.tobytes() for x in pairs.test.pixels
+    }
     for row in rows(finished):
+        assert row["scored_pairs"] == "2"
         directory = finished.output / "models" / f"{row['model']}-seed{row['seed']}"
         model = AutoModel.from_pretrained(directory)
         want = (float(row["perplexity_text"]), float(row["perplexity_patches"]))
@@ -205,7 +209,7 @@ def test_impossible_fields_are_refused(fields, message):
         ({"patch_size": 3}, "patch_size is 3; it must divide the image size, 4"),
         ({"codebook_size": 500}, "codebook_size is 500; it must lie in 2..144"),
         ({"mask_image": 0.1}, "mask_image is 0.1; of 4 patches"),
-        ({"mask_text": 1e-9}, "no token of the 4 held-out captions is masked in 3 tries"),
+        ({"mask_text": 1e-9}, "no token of the 2 captions of half of what is held out"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(

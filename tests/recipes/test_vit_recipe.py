@@ -14,7 +14,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from headwise.analysis.image_records import from_png
 from headwise.analysis.records import from_json
-from headwise.data.images import load_images
+from headwise.data.images import halve_images, load_images
 from headwise.recipes import train
 from headwise.recipes.vit import VisionRun, read
 from headwise.results.rows import read_csv
@@ -47,6 +47,7 @@ def test_both_learn_bright_from_dark(finished):
     assert list(rows) == ["dense", "moh_75"]
     for row in rows.values():
         assert float(row["top1"]) == 100
+        assert row["scored_images"] == "4"  # of 80 a tenth is held out, and half of it scored
         assert (row["unit"], row["seen"]) == ("image", str(40 * 5))
         assert float(row["flops"]) == pytest.approx(float(row["flops_counted"]), rel=0.1)
     assert (rows["dense"]["active_heads"], rows["moh_75"]["active_heads"]) == ("1.0", "0.75")
@@ -85,10 +86,10 @@ def test_pictures_of_heads_by_class_and_patch(finished):
     dense, routed = record.models
     assert dense.images == []
     assert [image.domain for image in routed.images] == ["bright", "dark"]
-    _, validation = load_images(finished.data)
+    _, test = halve_images(load_images(finished.data)[1])
     for label, image in enumerate(routed.images):
-        first = int((validation.labels == label).argmax())
-        assert (from_png(image.png) == np.moveaxis(validation.pixels[first], 0, -1)).all()
+        first = int((test.labels == label).argmax())
+        assert (from_png(image.png) == np.moveaxis(test.pixels[first], 0, -1)).all()
         # The last layer of each stage: 8 × 8 patches, then a quarter of them each.
         assert [(m.layer, m.grid) for m in image.maps] == [(1, [8, 8]), (3, [4, 4]), (5, [2, 2])]
         for patches, shared, active in zip(image.maps, (2, 2, 3), (3, 3, 6), strict=True):
@@ -118,6 +119,23 @@ def test_resumed_is_never_stopped(tmp_path, pictures):
         for run in (whole, halved)
     ]
     assert_close(*states, rtol=0, atol=0)
+
+
+def test_models_are_chosen_by_other_images_than_are_scored(pictures, tmp_path):
+    task = read(run_of(tmp_path, pictures))
+    _, curve = task.datasets(task.run.variants()[0], 0)
+    chosen_by = {x["pixel_values"].numpy().tobytes() for x in curve}
+    scored = {x.tobytes() for x in task.test.pixels}
+    assert (len(chosen_by), len(scored)) == (4, 4)
+    assert not chosen_by & scored
+    assert "held out: 4 for the validation curve, 4 for the scores" in task.facts()["Number"]
+    swapped = dataclasses.replace(task, validation=task.test, test=task.validation)
+    assert swapped.fingerprint() != task.fingerprint()
+
+
+def test_images_of_which_one_is_held_out_are_refused(bright_and_dark, tmp_path):
+    with pytest.raises(ValueError, match=r"data holds out 1 image; .* at least 20 images"):
+        read(run_of(tmp_path / "run", bright_and_dark(7, 8, 8)))
 
 
 def test_patches_follow_the_images(pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from headwise.results.rows import Row, read_csv, write_csv
@@ -109,6 +110,51 @@ def test_eight_measures_fit_a_terminal():
     assert {"code,", "prose,", "typos", "sparse"} <= set(drawn.split()), "nor a word"
     assert "Not shown here: params (M), active (M), counted, tokens/s ↑;" in " ".join(drawn.split())
     assert "median step" not in drawn
+
+
+def test_the_legend_says_how_much_was_scored():
+    amounts = {"scored_files_code": 36, "scored_tokens_code": 106_596}
+    two = amounts | {
+        "perplexity_prose": 25.0, "perplexity_prose_q1": 8.0, "perplexity_prose_q3": 30.0,
+        "scored_files_prose": 9, "scored_tokens_prose": 22_345,
+    }  # fmt: skip
+    assert (
+        "PPL: perplexity of held-out text: code 36 files, 106,596 tokens; prose 9 files, 22,345 "
+        "tokens; of up to 4 blocks of a file, in brackets the quartiles of the files. MFLOPs"
+    ) in markdown([row("dense", 0, 30.0, **two)])
+    assert [m.key for m in measures(two)] == ["perplexity_prose"]
+
+
+def test_the_legend_of_rows_that_do_not_say_how_much_was_scored():
+    assert (
+        "PPL: perplexity of the held-out files, of up to 4 blocks of each, in brackets the "
+        "quartiles of the files. MFLOPs"
+    ) in markdown(ROWS)
+
+
+NEW = ("scored_images", "scored_pairs", "real_images")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "columns", "sentence"),
+    [
+        ("vit", {"top1": 1.0, "scored_images": 2500}, "Scored: 2,500 images."),
+        ("masked", {"perplexity_text": 2.0, "scored_pairs": 89}, "Scored: 89 pairs."),
+        (
+            "dit", {"fid": 2.0, "samples": 300, "real_images": 1618},
+            "Drawn: 300 images, compared with 1,618 that were trained on.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_legend_says_how_many_images_were_scored(recipe, columns, sentence, tmp_path):
+    of_text = {"eval_blocks_per_file", *(key for key in ROWS[0] if "perplexity" in key)}
+    plain = {key: value for key, value in row("dense", 0, 2.0).items() if key not in of_text}
+    new = [plain | {"recipe": recipe} | columns]
+    write_csv(tmp_path / "rows.csv", new)
+    assert f"{sentence} MFLOPs" in markdown(read_csv(tmp_path / "rows.csv"))
+    older = {key: value for key, value in new[0].items() if key not in NEW}
+    assert "Scored" not in markdown([older])
+    assert "Drawn" not in markdown([older])
 
 
 def test_deviations_are_explained_where_there_are_several_seeds():

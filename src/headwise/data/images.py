@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headwise.data.pixels import stacked
+from headwise.data.sampling import halves_of_classes
 from headwise.data.text import held_out, hugging_face_rows, visible_files
 from headwise.errors import reading
 from headwise.memory import check_memory
@@ -66,7 +67,7 @@ def load_images(
             None keeps them as they are.
 
     Returns:
-        Training and validation set, in the order of the data.
+        Images to train on and those held out, in the order of the data.
 
     Raises:
         ValueError: If there are no images, or they are broken or of several sizes.
@@ -75,11 +76,29 @@ def load_images(
     if len(images) < 2:
         raise ValueError(
             f"data {data!r} has {len(images)} images; it takes at least 2: a tenth of them is held "
-            "out to validate with"
+            "out to measure on"
         )
-    validation = sorted(map(int, held_out(map(str, range(len(images))))))
-    training = sorted(set(range(len(images))).difference(validation))
-    return images.take(training), images.take(validation)
+    left_out = sorted(map(int, held_out(map(str, range(len(images))))))
+    training = sorted(set(range(len(images))).difference(left_out))
+    return images.take(training), images.take(left_out)
+
+
+def halve_images(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Held-out images in two halves: to choose models by, and to report.
+
+    Every second image of each class is in each; of images without classes, every second one.
+
+    Raises:
+        ValueError: If there are fewer than 2.
+    """
+    if len(images) < 2:
+        raise ValueError(
+            f"data holds out {len(images)} image; it takes 2, to choose by and to report, so there "
+            "must be at least 20 images"
+        )
+    classes = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    first, second = halves_of_classes(classes)
+    return images.take(first.tolist()), images.take(second.tolist())
 
 
 def load_all_images(

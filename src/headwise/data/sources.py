@@ -43,7 +43,7 @@ class Source:
 
 
 def sample_domains(sources: Sequence[Source], *, held_out: int, training: int) -> list[Domain]:
-    """The first documents of every source: some to validate with, some to train a tokenizer on.
+    """The first documents of every source: some to measure on, some to train a tokenizer on.
 
     Args:
         sources: The mixture.
@@ -63,15 +63,15 @@ def sample_domains(sources: Sequence[Source], *, held_out: int, training: int) -
     domains = []
     for source in sources:
         texts = list(islice(read_texts(open_rows(source), source), held_out + training))
-        validation = {str(i): text for i, text in enumerate(texts[:held_out])}
-        left_out = set(validation.values())
+        first = {str(i): text for i, text in enumerate(texts[:held_out])}
+        left_out = set(first.values())
         rest = {str(i): t for i, t in enumerate(texts) if i >= held_out and t not in left_out}
         if not rest:
             raise ValueError(
                 f"source {source.name!r} has {len(texts)} documents with text; held_out = "
                 f"{held_out} leaves none to train on"
             )
-        domains.append(Domain(source.name, training=rest, validation=validation))
+        domains.append(Domain(source.name, training=rest, held_out=first))
     return domains
 
 

@@ -29,6 +29,8 @@ def is_token_file(data: str | None) -> TypeGuard[str]:
 def load_tokens(data: str | None, tokenizer: Any, sequence_length: int) -> SplitTokens:
     """The tokens of a text, or of a file of tokens; about a tenth is held out.
 
+    Of the embedded prose, it is a third.
+
     Args:
         data: Text as `load_text` takes it, or a file that `headwise write-text` wrote.
         tokenizer: Of transformers, for a text.
@@ -43,7 +45,7 @@ def load_tokens(data: str | None, tokenizer: Any, sequence_length: int) -> Split
     fast, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     return SplitTokens(
         training={d.name: tokenize(fast, d.training.values(), end=end) for d in domains},
-        held_out={d.name: tokenize(fast, d.validation.values(), end=end) for d in domains},
+        held_out={d.name: tokenize(fast, d.held_out.values(), end=end) for d in domains},
     )
 
 

@@ -55,7 +55,7 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
         sequence_length: Tokens of a block.
         seed: Of the mixture, of the order of a source's files, and of the shuffling.
         end: Token that follows every document, if any.
-        held_out: Documents in the validation part of these, and any equal to one, are left out.
+        held_out: Documents that these hold out, and any equal to one, are left out.
         buffer: Blocks of a source that are read, and shuffled, at a time.
 
     Raises:
@@ -77,7 +77,7 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         check_names(sources)
-        left_out = frozenset(_digest(t) for domain in held_out for t in domain.validation.values())
+        left_out = frozenset(_digest(t) for domain in held_out for t in domain.held_out.values())
         self._packed = [
             _Packed(source, number, tokenizer, sequence_length, seed, end, left_out, buffer)
             for number, source in enumerate(sources)

@@ -17,20 +17,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from headwise.data.sampling import draw
+from headwise.data.sampling import draw, halves, spread
+from headwise.data.token_files import Tokens
 from headwise.errors import UnreadableError, in_a_line, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _HELD_OUT_ONE_IN = 10
+# Of the embedded prose, which is short: a tenth would be seven documents.
+_PROSE_ONE_IN = 3
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Documents of one kind, by name; those held out for validation are never trained on."""
+    """Documents of one kind, by name; those held out are never trained on."""
 
     name: str
     training: dict[str, str]
-    validation: dict[str, str]
+    held_out: dict[str, str]
 
 
 def load_text(data: str | None = None) -> list[Domain]:
@@ -66,7 +69,8 @@ def embedded_text() -> list[Domain]:
     """Two domains that every Python carries: its library's source, and its reference in prose.
 
     "code" is the standard library without tests (about 12 MB), "prose" the topics of `help()`
-    (about 0.75 MB of English). Both differ a little between Python versions.
+    (about 0.75 MB of English), of which a third is held out. Both differ a little between Python
+    versions.
     """
     from pydoc_data.topics import topics
 
@@ -75,7 +79,8 @@ def embedded_text() -> list[Domain]:
     files = (p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts))
     # A handful of the files are test data in other encodings.
     code = {str(p.relative_to(root)): p.read_bytes().decode("utf-8", "replace") for p in files}
-    return [_split("code", code, str(root)), _split("prose", dict(topics), "pydoc_data")]
+    prose = _split("prose", dict(topics), "pydoc_data", one_in=_PROSE_ONE_IN)
+    return [_split("code", code, str(root)), prose]
 
 
 def train_tokenizer(
@@ -112,6 +117,16 @@ def tokenize(
         for encoding in tokenizer.encode_batch_fast(batch)
     ]
     return np.concatenate(rows)
+
+
+def some_blocks(files: Iterable[Tokens], length: int, *, most: int) -> list[Tokens]:
+    """At most so many blocks of `length` tokens, spread over all whole ones of the files."""
+    blocks = [
+        tokens[start : start + length]
+        for tokens in files
+        for start in range(0, len(tokens) - length + 1, length)
+    ]
+    return [blocks[i] for i in spread(len(blocks), most)]
 
 
 class MixedBlocks(Dataset[dict[str, Tensor]]):
@@ -182,27 +197,43 @@ def check_exponent(field: str, value: float) -> None:
         raise ValueError(f"{field} is {value}; it must lie in 0..1")
 
 
-def _split(name: str, documents: dict[str, str], source: str) -> Domain:
-    """Hold out one document in ten, chosen by its name: the same ones everywhere, always."""
+def halve(files: dict[str, Tokens]) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
+    """Held-out files in two halves of about as many tokens: to choose models by, and to report.
+
+    A single file is cut in its middle, so that it is in both.
+    """
+    if len(files) == 1:
+        ((name, tokens),) = files.items()
+        middle = len(tokens) // 2
+        return {name: tokens[:middle]}, {name: tokens[middle:]}
+    names = list(files)
+    first, second = halves([len(tokens) for tokens in files.values()])
+    return {names[i]: files[names[i]] for i in first}, {names[i]: files[names[i]] for i in second}
+
+
+def _split(
+    name: str, documents: dict[str, str], source: str, *, one_in: int = _HELD_OUT_ONE_IN
+) -> Domain:
+    """Hold out one document in so many, chosen by its name: the same ones everywhere, always."""
     documents = {key: text for key, text in documents.items() if text.strip()}
     if len(documents) < 2:
         raise ValueError(
             f"data is {source}, which holds {'only one' if documents else 'no'} document with "
             "text; it takes at least 2 files, or one file of at least 2 lines: a tenth of them is "
-            "held out to validate with"
+            "held out to measure on"
         )
-    validation = held_out(documents)
+    left_out = held_out(documents, one_in=one_in)
     return Domain(
         name,
-        training={key: text for key, text in documents.items() if key not in validation},
-        validation={key: text for key, text in documents.items() if key in validation},
+        training={key: text for key, text in documents.items() if key not in left_out},
+        held_out={key: text for key, text in documents.items() if key in left_out},
     )
 
 
-def held_out(names: Iterable[str]) -> set[str]:
-    """One in ten, at least one, chosen by a hash of the name."""
+def held_out(names: Iterable[str], *, one_in: int = _HELD_OUT_ONE_IN) -> set[str]:
+    """One in so many, at least one, chosen by a hash of the name."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    return set(ranked[: max(1, len(ranked) // _HELD_OUT_ONE_IN)])
+    return set(ranked[: max(1, len(ranked) // one_in)])
 
 
 def _domains_of_directory(path: Path) -> list[Domain]:

@@ -23,7 +23,7 @@ def train_classifier(images: ImageSet, *, steps: int = _STEPS) -> TransNeXtForIm
     from transformers import TrainingArguments
 
     run = VisionRun(steps=steps, cutmix=0.0, smoothing=0.0)
-    task = VisionTask(run, images, images)
+    task = VisionTask(run, images, images, images)
     model = task.model(run.variants()[0], seed=0)
     order = draw(len(images), steps * _BATCH, np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as directory:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from headwise.analysis.image_records import RoutedImage
-from headwise.data.images import ImageSet, load_images
+from headwise.data.images import ImageSet, halve_images, load_images
 from headwise.data.patches import in_floats
 from headwise.hf import record_routing
 from headwise.memory import check_memory
@@ -134,21 +134,23 @@ def read(run: DiffusionRun) -> "DiffusionTask":
         ValueError: If images, VAE or classifier cannot be used, or the sizes do not fit them.
     """
     check_steps("sampling_steps", run.sampling_steps)
-    training, validation = load_images(run.data, image_size=run.image_size)
+    training, held_out = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
     _check_measurable(run, training)
     check_batch_size(run.batch_size, len(training))
+    parts: tuple[ImageSet, ...] = (training, *halve_images(held_out))
     vae = None
     if run.vae is not None:
         vae = load_vae(run.vae)
-        training, validation = (images_for(vae, run.vae, x) for x in (training, validation))
+        parts = tuple(images_for(vae, run.vae, images) for images in parts)
+    training, validation, test = parts
     classifier = None if run.classifier is None else load_classifier(run.classifier, training)
     of_one = (encoded(vae, training.take([0])),)
-    task = DiffusionTask(run, training, validation, of_one, vae, classifier)
+    task = DiffusionTask(run, training, validation, test, of_one, vae, classifier)
     task.check()
     return replace(
         task,
-        values=tuple(encoded(vae, images) for images in (training, validation)),
+        values=tuple(encoded(vae, images) for images in parts),
         classifier=train_classifier(training) if classifier is None else classifier,
     )
 
@@ -176,7 +178,7 @@ class DiffusionTask(ImageTask):
     """Images to learn to draw.
 
     Attributes:
-        values: What the models learn to draw, of both: pixels in -1..1, or latents.
+        values: What the models learn to draw, of all three: pixels in -1..1, or latents.
         vae: Which made these latents, and makes images of them.
         classifier: Of the images.
     """
@@ -233,7 +235,7 @@ class DiffusionTask(ImageTask):
         return {"x": x, "t": zero, "y": zero}
 
     def seen(self) -> Sequence[NDArray[Any]]:
-        return self.values
+        return self.values[:2]
 
     def trainer(self, **arguments: Any) -> Any:
         # diffusers is for those who draw.
@@ -245,7 +247,7 @@ class DiffusionTask(ImageTask):
         )
 
     def score(self, model: Any) -> Scores:
-        """Images of each class, drawn and compared with real ones by the classifier."""
+        """Images of each class, drawn and compared by the classifier with those trained on."""
         from headwise.quality.metrics import sample_quality
 
         model.eval()
@@ -265,6 +267,7 @@ class DiffusionTask(ImageTask):
             "precision_of_samples": quality.precision,
             "recall_of_samples": quality.recall,
             "samples": quality.num_generated,
+            "real_images": quality.num_real,
         }
         names = self.training.classes[:_ROWS]
         return Scores(
@@ -294,11 +297,9 @@ class DiffusionTask(ImageTask):
 
     @torch.no_grad()
     def _loads(self, model: DiT) -> RoutingStatistics:
-        """Who works for which class, on held-out images made noisy."""
+        """Who works for which class, on images of the test half made noisy."""
         statistics, generator = RoutingStatistics(model), torch.Generator().manual_seed(0)
-        everything = LabelledImages(
-            self.values[1], labels_of(self.validation), np.arange(len(self.validation))
-        )
+        everything = LabelledImages(self.values[2], labels_of(self.test), np.arange(len(self.test)))
         with record_routing(model) as routings:
             for batch in DataLoader(everything, batch_size=_AT_A_TIME):
                 x, y = batch["pixel_values"], batch["labels"]
@@ -310,14 +311,14 @@ class DiffusionTask(ImageTask):
         return statistics
 
     def _images(self, model: DiT) -> list[RoutedImage]:
-        """Held-out images, of which the model sees what is left late in sampling."""
-        labels = labels_of(self.validation)
+        """Images of the test half, of which the model sees what is left late in sampling."""
+        labels = labels_of(self.test)
 
         def see(picks: list[int]) -> None:
-            x, y = (torch.from_numpy(values[picks]) for values in (self.values[1], labels))
+            x, y = (torch.from_numpy(values[picks]) for values in (self.values[2], labels))
             _see(model, x, y, _TIMES[-1], torch.Generator().manual_seed(0))
 
-        return routed_images(model, self.validation, labels, see)
+        return routed_images(model, self.test, labels, see)
 
     def facts(self) -> dict[str, str]:
         size = self.training.pixels.shape[-1]
@@ -325,9 +326,10 @@ class DiffusionTask(ImageTask):
         return {
             "Images": self.run.data or "scikit-learn's handwritten digits",
             "Of": f"{len(self.training.classes)} classes, {size} × {size} {of}",
-            "Number": f"{len(self.training)} to train on",
+            "Number": f"{len(self.training)} to train on; held out: {len(self.validation)} for the "
+            f"validation curve, {len(self.test)} for the heads",
             "Samples": f"{self.run.samples} of each class, DDIM in {self.run.sampling_steps} "
-            f"steps, guidance {self.run.guidance_scale:g}",
+            f"steps, guidance {self.run.guidance_scale:g}, compared with the images to train on",
             "Heads": f"on held-out images at t = {', '.join(map(str, _TIMES))}; maps of patches at "
             f"t = {_TIMES[-1]}",
         }

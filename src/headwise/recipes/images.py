@@ -97,14 +97,17 @@ class ImageTask(Task):
 
     Attributes:
         run: Whose data they are.
-        training, validation: Images with labels.
+        training: Images with labels.
+        validation: Half of the held-out ones, to choose models by.
+        test: The other half, which is scored.
     """
 
     run: ImageRun
     training: ImageSet
     validation: ImageSet
+    test: ImageSet
     unit = "image"
-    # Of the held-out images, those that the validation curve is measured on.
+    # Of the validation half, those that the validation curve is measured on, at most.
     curve_images: ClassVar[int]
 
     @property
@@ -112,15 +115,15 @@ class ImageTask(Task):
         return 1
 
     def fingerprint(self) -> dict[str, str]:
-        parts = {"training": self.training, "validation": self.validation}
+        parts = {"training": self.training, "validation": self.validation, "test": self.test}
         return fingerprint({name: [x.pixels, labels_of(x)] for name, x in parts.items()})
 
     def seen(self) -> Sequence[NDArray[Any]]:
-        """What a model is given of the images to train on and of those held out."""
+        """What a model is given of the images to train on and of those to validate on."""
         return self.training.pixels, self.validation.pixels
 
     def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """Images to train on, each once before one comes again; some of the held-out ones."""
+        """Images to train on, each once before one comes again; some to validate on."""
         count, (training, validation) = self.run.steps * self.run.batch_size, self.seen()
         order = draw(len(self.training), count, np.random.default_rng(seed))
         curve = spread(len(self.validation), self.curve_images)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from headwise.data.images import load_images
+from headwise.data.images import halve_images, load_images
 from headwise.data.masked_pairs import IGNORED, CaptionedPatches, MaskedPairs
 from headwise.data.patches import fit_codebook, in_floats, patches_of, visual_tokens
 from headwise.data.sampling import draw, spread
@@ -61,8 +61,9 @@ class MaskedRun(LayeredRun):
         mask_image: Share of an image's patches that is masked.
         mh_heads: MH-MoE: sub-tokens of a token.
         mh_top_k: MH-MoE: experts that a sub-token goes to.
-        eval_pairs: Held-out pairs that count, at most.
-        eval_masks: How often each of them is masked and counted at the end.
+        eval_pairs: Pairs that are scored, at most, of half of those held out; of the other half as
+            many are for the validation curve.
+        eval_masks: How often each of them is masked and counted.
     """
 
     output: Path = Path("runs/masked")
@@ -134,9 +135,10 @@ def read(run: MaskedRun) -> "MaskedTask":
     Raises:
         ValueError: If the data cannot be used, or patch_size or codebook_size does not fit them.
     """
-    training, validation = load_images(run.data, image_size=run.image_size)
+    training, held_out = load_images(run.data, image_size=run.image_size)
     # Spread over the held-out images, which may come class by class.
-    validation = validation.take(spread(len(validation), run.eval_pairs).tolist())
+    halves = (x.take(spread(len(x), run.eval_pairs).tolist()) for x in halve_images(held_out))
+    parts = (training, *halves)
     size = training.pixels.shape[-1]
     if size % run.patch_size:
         raise ValueError(f"patch_size is {run.patch_size}; it must divide the image size, {size}")
@@ -147,7 +149,7 @@ def read(run: MaskedRun) -> "MaskedTask":
     captions = {str(i): caption for i, caption in enumerate(training.captions)}
     # The mask token is one more entry.
     bpe = train_tokenizer([Domain("captions", captions, {})], vocab_size=run.vocab_size - 1)
-    tokens = [[bpe.encode(caption).ids for caption in s.captions] for s in (training, validation)]
+    tokens = [[bpe.encode(caption).ids for caption in s.captions] for s in parts]
     text_length = min(run.text_length, max(map(len, tokens[0])))
     patches = patches_of(in_floats(training.pixels), run.patch_size).flatten(0, 1).numpy()
     codebook = fit_codebook(patches, run.codebook_size, seed=_CODEBOOK_SEED)
@@ -164,7 +166,7 @@ def read(run: MaskedRun) -> "MaskedTask":
                 _visual(images.pixels, run.patch_size, torch.from_numpy(codebook)),
                 text_length=text_length,
             )
-            for images, ids in zip((training, validation), tokens, strict=True)
+            for images, ids in zip(parts, tokens, strict=True)
         ),
     )
 
@@ -177,7 +179,9 @@ class MaskedTask(Task):
         run: Whose data they are.
         tokenizer: Of the captions; its last entry is the mask token.
         codebook: The patches that visual tokens stand for, [codebook, patch].
-        training, validation: Images and captions.
+        training: Images and captions.
+        validation: Of half of those held out, to choose models by.
+        test: Of the other half, which is scored.
     """
 
     run: MaskedRun
@@ -185,6 +189,7 @@ class MaskedTask(Task):
     codebook: Tensor
     training: CaptionedPatches
     validation: CaptionedPatches
+    test: CaptionedPatches
 
     @property
     def processor(self) -> PreTrainedTokenizerFast:
@@ -195,7 +200,7 @@ class MaskedTask(Task):
         return self.training.visual.shape[1] + self.training.tokens.shape[1]
 
     def fingerprint(self) -> dict[str, str]:
-        parts = {"training": self.training, "validation": self.validation}
+        parts = {"training": self.training, "validation": self.validation, "test": self.test}
         return fingerprint({
             name: [part.pixels, part.tokens, part.lengths, part.visual]
             for name, part in parts.items()
@@ -204,14 +209,15 @@ class MaskedTask(Task):
     def check(self) -> None:
         for variant in self.run.selected():
             self._assemble(variant, self._width(variant), "meta")
-        held_out, patches = self._held_out(), self.validation.visual.shape[1]
-        labels = (held_out[i]["labels"][patches:] for i in range(len(held_out)))
-        if all((row == IGNORED).all() for row in labels):
-            raise ValueError(
-                f"mask_text is {self.run.mask_text}, with which no token of the "
-                f"{len(self.validation)} held-out captions is masked in {self.run.eval_masks} "
-                "tries; it or eval_masks must be more"
-            )
+        for half in (self.validation, self.test):
+            pairs, patches = self._held_out(half), half.visual.shape[1]
+            labels = (pairs[i]["labels"][patches:] for i in range(len(pairs)))
+            if all((row == IGNORED).all() for row in labels):
+                raise ValueError(
+                    f"mask_text is {self.run.mask_text}, with which no token of the {len(half)} "
+                    f"captions of half of what is held out is masked in {self.run.eval_masks} "
+                    "tries; it or eval_masks must be more"
+                )
 
     def model(self, variant: Variant, seed: int) -> MaskedModel:
         """With the dense model's FLOPs per token, and the codebook in its buffer."""
@@ -252,17 +258,17 @@ class MaskedTask(Task):
         return sum(cost * shares.get(name, 1) for name, cost in flops.items())
 
     def example(self, model: MaskedModel) -> dict[str, Tensor]:
-        return {name: x[None].to(model.device) for name, x in self._held_out()[0].items()}
+        return {name: x[None].to(model.device) for name, x in self._held_out(self.test)[0].items()}
 
     def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """Pairs to train on, and every held-out pair `eval_masks` times, masked alike always."""
+        """Pairs to train on; every pair to validate on `eval_masks` times, masked alike always."""
         generator = np.random.default_rng(seed)
         order = draw(len(self.training), self.run.steps * self.run.batch_size, generator)
-        return self._masked(self.training, order, seed), self._held_out()
+        return self._masked(self.training, order, seed), self._held_out(self.validation)
 
-    def _held_out(self) -> MaskedPairs:
-        order = np.tile(np.arange(len(self.validation)), self.run.eval_masks)
-        return self._masked(self.validation, order, _EVALUATION_SEED)
+    def _held_out(self, half: CaptionedPatches) -> MaskedPairs:
+        order = np.tile(np.arange(len(half)), self.run.eval_masks)
+        return self._masked(half, order, _EVALUATION_SEED)
 
     def _masked(self, pairs: CaptionedPatches, order: NDArray[np.int64], seed: int) -> MaskedPairs:
         return MaskedPairs(
@@ -276,7 +282,7 @@ class MaskedTask(Task):
 
     @torch.no_grad()
     def score(self, model: Any) -> Scores:
-        """Perplexity of the masked text tokens and of the masked patches, over all held-out pairs.
+        """Perplexity of masked text tokens and of masked patches, over all pairs of the test half.
 
         What experts do is counted for tokens and for patches apart.
         """
@@ -285,7 +291,7 @@ class MaskedTask(Task):
         statistics = RoutingStatistics(model)
         nats = {name: torch.zeros(2, dtype=torch.float64) for name in ("text", "patches")}
         with record_routing(model) as routings:
-            for batch in DataLoader(self._held_out(), batch_size=self.run.batch_size):
+            for batch in DataLoader(self._held_out(self.test), batch_size=self.run.batch_size):
                 batch = {name: x.to(model.device) for name, x in batch.items()}
                 labels = batch.pop("labels")
                 output = model(**batch)
@@ -298,15 +304,17 @@ class MaskedTask(Task):
                     nats[name] += torch.stack(summed_nats(logits, wanted)).cpu()
                     statistics.add(name, {n: _only(r, part) for n, r in routings.items()})
         columns = {f"perplexity_{name}": (x[0] / x[1]).exp().item() for name, x in nats.items()}
+        columns["scored_pairs"] = len(self.test)
         return Scores(columns, statistics.head_loads(), statistics.expert_loads(), texts=[])
 
     def facts(self) -> dict[str, str]:
-        tokens = self.validation.tokens
-        real = tokens[np.arange(tokens.shape[1]) < self.validation.lengths[:, None]]
-        guesses = (_of_the_best_guess(x) for x in (real, self.validation.visual))
+        tokens = self.test.tokens
+        real = tokens[np.arange(tokens.shape[1]) < self.test.lengths[:, None]]
+        guesses = (_of_the_best_guess(x) for x in (real, self.test.visual))
         return {
             "Images": self.run.data or "scikit-learn's handwritten digits",
-            "Pairs": f"{len(self.training)} to train on, {len(self.validation)} held out",
+            "Pairs": f"{len(self.training)} to train on; held out: {len(self.validation)} for the "
+            f"validation curve, {len(self.test)} for the scores",
             "Perplexity of guesses by frequency": "text {:.1f}, patches {:.1f}".format(*guesses),
         }
 

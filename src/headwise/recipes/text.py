@@ -26,7 +26,9 @@ from headwise.data.text import (
     Domain,
     MixedBlocks,
     check_exponent,
+    halve,
     load_text,
+    some_blocks,
     subdirectories,
     tokenize,
     train_tokenizer,
@@ -45,7 +47,7 @@ from headwise.training.fields import check_at_least, check_text
 from headwise.training.generation import continue_text
 from headwise.training.speed import Timed, time_models
 
-_CURVE_FILES = 16  # of each domain
+_CURVE_BLOCKS = 64  # of each domain
 _PASSAGE_TOKENS = 160
 _NEW_TOKENS = 160
 _EQUAL_COST = (
@@ -67,7 +69,7 @@ class TextRun(LayeredRun):
         vocab_size: Entries of the tokenizer that is trained on the text.
         sequence_length: Tokens that a model sees at once.
         domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
-        eval_blocks_per_file: Blocks of a held-out file that count, spread over it.
+        eval_blocks_per_file: Blocks of a file that is scored, spread over it, at most.
         typos: Shares of letters mistyped at which the held-out text is scored as well; each above 0
             and below 1.
         sample_prompt: What the best model continues in the report.
@@ -79,7 +81,7 @@ class TextRun(LayeredRun):
     vocab_size: int = 4096
     sequence_length: int = 256
     domain_exponent: float = 0.5
-    eval_blocks_per_file: int = 4
+    eval_blocks_per_file: int = 64
     typos: tuple[float, ...] = ()
     sample_prompt: str = "def "
     speed_contexts: tuple[int, ...] = ()
@@ -136,14 +138,16 @@ def read(run: TextRun) -> "TextTask":
         title, shown = f"Tokens of {domain.name}", state.is_local_main_process
         return followed(files, title, total=len(files), shown=shown)
 
+    parts = {
+        d.name: halve({name: tokenize(bpe, [x], end=end) for name, x in d.held_out.items()})
+        for d in domains
+    }
     return TextTask(
         run,
         PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT),
         training={d.name: tokenize(bpe, shown(d), end=end) for d in domains},
-        validation={
-            d.name: {file: tokenize(bpe, [text], end=end) for file, text in d.validation.items()}
-            for d in domains
-        },
+        validation={name: validation for name, (validation, _) in parts.items()},
+        test={name: test for name, (_, test) in parts.items()},
         mixture=None if sources is None else (sources, domains),
     )
 
@@ -156,7 +160,8 @@ class TextTask(Task):
         run: Whose text it is.
         tokenizer: Trained on it.
         training: A stream of tokens to train on; of a mixture, what the tokenizer was trained on.
-        validation: The held-out files.
+        validation: Half of the held-out files, to choose models by.
+        test: The other half, which is scored.
         mixture: Where the text is streamed from, and its held-out documents; None where all of it
             is in `training`.
     """
@@ -165,6 +170,7 @@ class TextTask(Task):
     tokenizer: PreTrainedTokenizerFast
     training: dict[str, Tokens]
     validation: dict[str, dict[str, Tokens]]
+    test: dict[str, dict[str, Tokens]]
     mixture: tuple[Sequence[Source], list[Domain]] | None = None
 
     @property
@@ -177,7 +183,7 @@ class TextTask(Task):
 
     def fingerprint(self) -> dict[str, str]:
         tokens = fingerprint({
-            domain: [stream, *self.validation[domain].values()]
+            domain: [stream, *self.validation[domain].values(), *self.test[domain].values()]
             for domain, stream in self.training.items()
         })  # fmt: skip
         return tokens | ({} if self.mixture is None else {"mixture": repr(self.mixture[0])})
@@ -188,7 +194,8 @@ class TextTask(Task):
             model_width(self.run, variant, vocab_size=len(self.tokenizer))
         for variant in {variant.train_on: variant for variant in variants}.values():
             self._training(variant, self.run.seeds[0])
-        self._validation()
+        self._curve()
+        self._check_test()
         self._prompt()
 
     def model(self, variant: Variant, seed: int) -> PreTrainedModel:
@@ -201,12 +208,13 @@ class TextTask(Task):
         return {"input_ids": torch.zeros(1, self.length, dtype=torch.long, device=model.device)}
 
     def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """Blocks of tokens, and the first block of some held-out files of each domain.
+        """Blocks of tokens, and of each domain some of its validation half.
 
         Raises:
-            ValueError: If a domain has fewer tokens than one block, or no file has as many.
+            ValueError: If a domain has fewer tokens than one block, or no file of the validation
+                half has as many.
         """
-        return self._training(variant, seed), self._validation()
+        return self._training(variant, seed), self._curve()
 
     def _training(self, variant: Variant, seed: int) -> Examples:
         run, names = self.run, variant.train_on or tuple(self.training)
@@ -228,19 +236,29 @@ class TextTask(Task):
             seed=seed,
         )
 
-    def _validation(self) -> list[dict[str, Tensor]]:
+    def _curve(self) -> list[dict[str, Tensor]]:
+        """Full blocks of the validation half, spread over all of each domain."""
         blocks = [
-            torch.from_numpy(tokens[: self.length].astype(np.int64))
+            torch.from_numpy(block.astype(np.int64))
             for files in self.validation.values()
-            for tokens in [x for x in files.values() if len(x) >= self.length][:_CURVE_FILES]
+            for block in some_blocks(files.values(), self.length, most=_CURVE_BLOCKS)
         ]
         if not blocks:
             lengths = [len(x) for files in self.validation.values() for x in files.values()]
             raise ValueError(
-                f"sequence_length is {self.length}, longer than every held-out file; the longest "
-                f"has {max(lengths, default=0)} tokens"
+                f"sequence_length is {self.length}, longer than every file to validate on; the "
+                f"longest has {max(lengths, default=0)} tokens"
             )
         return [{"input_ids": block, "labels": block} for block in blocks]
+
+    def _check_test(self) -> None:
+        """Raises ValueError if there is nothing to score of a domain."""
+        for domain, files in self.test.items():
+            if max(map(len, files.values())) < 2:
+                raise ValueError(
+                    f"data holds out too little of domain {domain!r}: one file of 2 tokens; to "
+                    "validate and to score, it takes 3 or more"
+                )
 
     def score(self, model: PreTrainedModel) -> Scores:
         statistics = RoutingStatistics(model)
@@ -257,18 +275,20 @@ class TextTask(Task):
             columns[f"perplexity_{domain}"] = value
             columns[f"perplexity_{domain}_q1"] = low
             columns[f"perplexity_{domain}_q3"] = high
+            columns[f"scored_files_{domain}"] = len(losses)
+            columns[f"scored_tokens_{domain}"] = sum(loss.tokens for loss in losses)
         heads = statistics.head_loads()
         texts = [
             routed_text(model, self.tokenizer, domain, _passage(files))
-            for domain, files in self.validation.items()
+            for domain, files in self.test.items()
             if heads is not None
         ]
         return Scores(columns, heads, statistics.expert_loads(), texts)
 
     def _scored(self) -> Iterator[tuple[str, dict[str, Tokens]]]:
-        """The held-out files of each domain, as they are and mistyped ("code_typos_5", in %)."""
+        """The scored files of each domain, as they are and mistyped ("code_typos_5", in %)."""
         bpe, end = self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id
-        for domain, files in self.validation.items():
+        for domain, files in self.test.items():
             yield domain, files
             for share in self.run.typos:
                 typed = {k: mistype_tokens(bpe, x, share, end=end) for k, x in files.items()}
@@ -280,7 +300,8 @@ class TextTask(Task):
         return {
             "Text": self.run.data or "Python's library (code) and its reference (prose)",
             drawn: ", ".join(f"{name} {n:,}" for name, n in shares.items()),
-            "Held-out files": ", ".join(f"{n} {len(f)}" for n, f in self.validation.items()),
+            "Held out, for the validation curve": _amounts(self.validation),
+            "Held out, for the scores": _amounts(self.test),
         }
 
     def speed(self, models: Mapping[str, Path]) -> Timed | None:
@@ -390,8 +411,15 @@ def domain_names(data: str | None) -> list[str]:
     return [p.name for p in subdirectories(path)] or [path.name]
 
 
+def _amounts(domains: dict[str, dict[str, Tokens]]) -> str:
+    return "; ".join(
+        f"{domain} {len(files)} files, {sum(map(len, files.values())):,} tokens"
+        for domain, files in domains.items()
+    )
+
+
 def _passage(files: dict[str, Tokens]) -> Tokens:
-    """From the middle of the longest held-out file."""
+    """From the middle of the longest file."""
     longest = max(files.values(), key=len)
     start = max(0, len(longest) // 2 - _PASSAGE_TOKENS // 2)
     return longest[start : start + _PASSAGE_TOKENS]

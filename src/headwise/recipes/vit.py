@@ -12,7 +12,7 @@ from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPi
 
 from headwise.analysis.image_records import RoutedImage
 from headwise.data.augmentation import Augmentation, check_augmentation, in_model_range
-from headwise.data.images import load_images
+from headwise.data.images import halve_images, load_images
 from headwise.data.sampling import spread
 from headwise.hf import record_routing
 from headwise.models import TransNeXtConfig, TransNeXtForImageClassification
@@ -52,7 +52,7 @@ class VisionRun(ImageRun):
         mixup: Probability that a batch's images are mixed with one another.
         cutmix: Probability that pieces of a batch's images are put into one another.
         smoothing: Label smoothing.
-        eval_images: Held-out images that count, at most.
+        eval_images: Images that are scored, at most: half of those held out.
     """
 
     sizes: ClassVar[dict[str, str]] = {"test": "test"} | {
@@ -105,11 +105,12 @@ def read(run: VisionRun) -> "VisionTask":
     Raises:
         ValueError: If they cannot be used, or have no classes, or a class has no image.
     """
-    training, validation = load_images(run.data, image_size=run.image_size)
+    training, held_out = load_images(run.data, image_size=run.image_size)
     check_classes(run.data, training)
     check_batch_size(run.batch_size, len(training))
-    picks = spread(len(validation), run.eval_images)
-    return VisionTask(run, training, validation.take(picks.tolist()))
+    validation, test = halve_images(held_out)
+    picks = spread(len(test), run.eval_images)
+    return VisionTask(run, training, validation, test.take(picks.tolist()))
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,10 @@ class VisionTask(ImageTask):
 
     @torch.no_grad()
     def score(self, model: Any) -> Scores:
-        """Accuracy on the held-out images, and for which classes heads are on."""
+        """Accuracy on the test half, and for which classes heads are on."""
         model.eval()
         statistics = RoutingStatistics(model)
-        images = self.validation
+        images = self.test
         everything = LabelledImages(images.pixels, labels_of(images), np.arange(len(images)))
         hits = torch.zeros(2, dtype=torch.int64)
         with record_routing(model) as routings:
@@ -202,9 +203,9 @@ class VisionTask(ImageTask):
                 hits += count_hits(logits, labels)
                 for label in labels.unique().tolist():
                     statistics.add(self.training.classes[label], only(routings, labels == label))
-        top1, top5 = (100 * hits / len(self.validation)).tolist()
+        top1, top5 = (100 * hits / len(images)).tolist()
         return Scores(
-            {"top1": top1, "top5": top5},
+            {"top1": top1, "top5": top5, "scored_images": len(images)},
             statistics.head_loads(),
             None,
             texts=[],
@@ -213,10 +214,10 @@ class VisionTask(ImageTask):
 
     def _images(self, model: Any) -> list[RoutedImage]:
         def see(picks: list[int]) -> None:
-            pixels = torch.from_numpy(self.validation.pixels[picks]).to(model.device)
+            pixels = torch.from_numpy(self.test.pixels[picks]).to(model.device)
             model(in_model_range(pixels.float() / 255))
 
-        return routed_images(model, self.validation, labels_of(self.validation), see)
+        return routed_images(model, self.test, labels_of(self.test), see)
 
     def facts(self) -> dict[str, str]:
         _, channels, size, _ = self.training.pixels.shape
@@ -224,5 +225,6 @@ class VisionTask(ImageTask):
             "Images": self.run.data or "scikit-learn's handwritten digits",
             "Of": f"{len(self.training.classes)} classes, {size} × {size} pixels, "
             + ("grey" if channels == 1 else "in colour"),
-            "Number": f"{len(self.training)} to train on, {len(self.validation)} held out",
+            "Number": f"{len(self.training)} to train on; held out: {len(self.validation)} for the "
+            f"validation curve, {len(self.test)} for the scores",
         }

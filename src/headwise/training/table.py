@@ -25,6 +25,13 @@ _MEASURED = {
     "masked": "PPL: perplexity of the masked tokens of held-out captions, and of the masked "
     "patches of held-out images, coded as the nearest of a codebook; the same for all models.",
 }
+# What rows say of how much was scored; older ones do not.
+_SCORED = {
+    "scored_images": "Scored: {scored_images:,} images.",
+    "scored_pairs": "Scored: {scored_pairs:,} pairs.",
+    "real_images": "Drawn: {samples:,} images, compared with {real_images:,} that were trained on.",
+}
+_FILES = "scored_files_"
 _COST = "MFLOPs: of a forward, per {}, by formula, without heads that are off"
 _COUNTED = "; counted: what torch's counter saw run"
 _OVER_SEEDS = "±: deviation over seeds."
@@ -138,11 +145,24 @@ def _legend(rows: Sequence[Row], table: Table) -> str:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    recipe, blocks = rows[0]["recipe"], rows[0].get("eval_blocks_per_file")
+    row = rows[0]
+    recipe, blocks = row["recipe"], row.get("eval_blocks_per_file")
     if recipe in _MEASURED or blocks is None:
-        return _MEASURED[recipe]
+        amounts = [sentence for key, sentence in _SCORED.items() if key in row]
+        counts = {key: int(row[key]) for key in ("samples", *_SCORED) if key in row}
+        return " ".join([_MEASURED[recipe], *(x.format(**counts) for x in amounts)])
     quartiles = ", in brackets the quartiles of the files" if _with_quartiles(rows) else ""
-    return f"PPL: perplexity of the held-out files, of up to {blocks} blocks of each{quartiles}."
+    if domains := [key.removeprefix(_FILES) for key in row if key.startswith(_FILES)]:
+        amounts = [_amount(row, domain) for domain in domains]
+        text = f"held-out text: {'; '.join(amounts)}; of up to {blocks} blocks of a file"
+    else:
+        text = f"the held-out files, of up to {blocks} blocks of each"
+    return f"PPL: perplexity of {text}{quartiles}."
+
+
+def _amount(row: Row, domain: str) -> str:
+    files, tokens = int(row[_FILES + domain]), int(row[f"scored_tokens_{domain}"])
+    return f"{domain} {files:,} files, {tokens:,} tokens"
 
 
 def _searched(rows: Sequence[Row]) -> bool:
