@@ -184,8 +184,8 @@ class TextTask(Task):
     def model(self, variant: Variant, seed: int) -> PreTrainedModel:
         return build_model(self.run, variant, vocab_size=len(self.tokenizer), seed=seed)
 
-    def flops(self, model: PreTrainedModel) -> float:
-        return model_flops(self.run, model)
+    def flops_by_module(self, model: PreTrainedModel) -> dict[str, float]:
+        return count_flops(model, sequence_length=self.length)
 
     def example(self, model: PreTrainedModel) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(1, self.length, dtype=torch.long, device=model.device)}
