@@ -125,9 +125,9 @@ def test_the_page_says_whether_domains_differ_beyond_chance(record, pictures):
         "the variance of loads between documents lies between the domains (0.04 of 0.1), 10.0 % by "
         "chance.",
         "By layer: 0 p = 0.0001, 1 p = 0.0001.",
-        "The experts do not differ between the domains beyond chance, over all layers p = 0.3: "
-        "40.0 % of the variance of loads between documents lies between the domains (0.04 of 0.1), "
-        "10.0 % by chance.",
+        "No difference of the experts between the domains is found beyond chance, over all layers "
+        "p = 0.3: 40.0 % of the variance of loads between documents lies between the domains (0.04 "
+        "of 0.1), 10.0 % by chance.",
         "By layer: 1 p = 0.3.",
     ):
         assert texts.count(sentence) == 1

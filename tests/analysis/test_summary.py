@@ -83,11 +83,12 @@ def test_differences_in_sentences(record):
         "the variance of loads between images lies between the domains (0.04 of 0.1), 10.0 % by "
         "chance.",
         "By layer: 3 p = 0.0001, 5 p = 0.0001.",
-        "By itself, at p ≤ 0.05 corrected for their number: 2 of 8 heads; most head 3 of layer 5, "
-        "whose load differs by 12.5 percentage points.",
+        "Differ by themselves, at p ≤ 0.05 corrected: 2 of 8 heads, most of all head 3 of layer 5, "
+        "by 12.5 percentage points.",
         "Other seeds, over all layers: p = 0.043, p = 0.043.",
         "p: how often chance does as much, by 9,999 permutations of the domains of whole images "
-        "(code 23, prose 7); of layers not corrected for their number.",
+        "(code 23, prose 7); that of a layer is not corrected for the number of layers, that of "
+        "one head is for the number of heads.",
     ]
     assert differences([], [3, 5], candidate="head", unit="image") == []
 
@@ -95,7 +96,7 @@ def test_differences_in_sentences(record):
 def test_differences_that_are_none(record):
     experts = record.models[3].experts.difference
     found = differences([experts], [1], candidate="expert", unit="document")
-    assert "The experts do not differ" in found[0]
+    assert found[0].startswith("No difference of the experts between the domains is found")
     assert found[2].endswith(": 0 of 5 experts.")
     fixed = replace(experts, over_all=replace(experts.over_all, statistic=0.0, total=0.0))
     found = differences([fixed], [1], candidate="expert", unit="document")

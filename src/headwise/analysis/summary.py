@@ -117,18 +117,21 @@ def differences(
     of_layers = zip(layers, first.layers, strict=True)
     documents = ", ".join(f"{name} {count:,}" for name, count in first.documents.items())
     return [
-        f"The {candidate}s {_differ(first.over_all)} between the domains beyond chance, over all "
-        f"layers {_p(first.over_all)}: {_of_variance(first.over_all, unit)}.",
+        f"{_verdict(first.over_all, candidate)}, over all layers {_p(first.over_all)}: "
+        f"{_of_variance(first.over_all, unit)}.",
         f"By layer: {', '.join(f'{layer} {_p(found)}' for layer, found in of_layers)}.",
         _alone(first, layers, candidate),
         *([f"Other seeds, over all layers: {others_p}."] if others else []),
         f"p: how often chance does as much, by {first.permutations:,} permutations of the domains "
-        f"of whole {unit}s ({documents}); of layers not corrected for their number.",
+        f"of whole {unit}s ({documents}); that of a layer is not corrected for the number of "
+        f"layers, that of one {candidate} is for the number of {candidate}s.",
     ]
 
 
-def _differ(found: Difference) -> str:
-    return "differ" if found.p_value <= _SMALL_P else "do not differ"
+def _verdict(found: Difference, candidate: str) -> str:
+    if found.p_value <= _SMALL_P:
+        return f"The {candidate}s differ between the domains beyond chance"
+    return f"No difference of the {candidate}s between the domains is found beyond chance"
 
 
 def _p(found: Difference) -> str:
@@ -159,13 +162,13 @@ def _alone(found: GroupDifference, layers: Sequence[int], candidate: str) -> str
         reverse=True,
     )
     every = _count(sum(found.candidates()), candidate)
-    text = f"By itself, at p ≤ {_SMALL_P} corrected for their number: {len(ranked)} of {every}"
+    text = f"Differ by themselves, at p ≤ {_SMALL_P} corrected: {len(ranked)} of {every}"
     if not ranked:
         return f"{text}."
     effect, layer, head = ranked[0]
     return (
-        f"{text}; most {candidate} {head} of layer {layer}, whose load differs by {effect:.1f} "
-        "percentage points."
+        f"{text}, most of all {candidate} {head} of layer {layer}, by {effect:.1f} percentage "
+        "points."
     )
 
 
