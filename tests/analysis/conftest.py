@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from headwise.analysis.image_records import PatchMap, RoutedImage, SampleGrid, to_png
+from headwise.analysis.permutation import Difference, GroupDifference, LayerDifference
 from headwise.analysis.records import (
     Curve,
     ExpertLoads,
@@ -16,6 +17,17 @@ from headwise.analysis.records import (
 from headwise.results.table import Number, mean
 
 HOSTILE = "<script>alert('&')</script>"
+
+
+def different(groups, candidates, p_value):
+    """A difference in which the last candidate of each layer stands out."""
+    layers = [
+        LayerDifference(
+            0.02, 0.005, 0.05, p_value, [0.0] * (n - 1) + [12.5], [1.0] * (n - 1) + [p_value]
+        )
+        for n in candidates
+    ]
+    return GroupDifference(groups, 9999, Difference(0.04, 0.01, 0.1, p_value), layers)
 
 
 def curve(end, steps=(10, 20, 30)):
@@ -31,6 +43,7 @@ def record():
             "code": [[1.0, 0.5, 0.25, 0.25], [1.0, 0.0, 0.5, 0.5]],
             "prose": [[1.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.5, 0.5]],
         },
+        different({"code": 23, "prose": 7}, [4, 4], 0.0001),
     )
     experts = ExpertLoads(
         [1],
@@ -38,6 +51,7 @@ def record():
         top_k=2,
         assignments={"code": [24], "prose": [12]},
         overlap={"code": [0.25], "prose": [0.75]},
+        difference=different({"code": 23, "prose": 7}, [5], 0.3),
     )
     texts = [
         RoutedText("code", ["\t", HOSTILE, "x", "\n\n  "], [[[0, 1], [0, 2], [0, 3], [0, 2]]] * 2),

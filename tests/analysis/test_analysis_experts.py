@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,10 +10,12 @@ from headwise.analysis.experts import (
     count_overlap,
     effective_experts,
     expert_use,
+    overlap_by_chance,
     specialisation,
     specialisation_by_chance,
 )
-from headwise.analysis.measure import LoadMeter, load_entropy
+from headwise.analysis.measure import LoadMeter, count_experts, load_entropy
+from headwise.analysis.permutation import permutation_test
 from headwise.analysis.records import ExpertLoads
 from headwise.ops import ExpertRouting, route_tokens
 
@@ -64,6 +67,21 @@ def test_overlap_is_that_of_sets():
 def test_overlap_at_random_is_k_of_e():
     routing = route_tokens(torch.randn(1, 5000, 3, 13), top_k=2)
     assert count_overlap(routing).share() == pytest.approx(2 / 13, abs=0.005)
+
+
+def test_overlap_by_chance_by_hand():
+    assert overlap_by_chance([0.5, 0.25, 0.25, 0], 2) == pytest.approx(3 / 4)
+    assert overlap_by_chance([7] * 13, 2) == pytest.approx(2 / 13)
+    assert overlap_by_chance([0, 3, 3], 2) == 1
+
+
+def test_overlap_at_random_at_uneven_loads():
+    """Sub-tokens that do not know of each other, with experts of which some are favoured."""
+    favoured = torch.linspace(0, 2, 13)
+    routing = route_tokens(torch.randn(1, 5000, 3, 13) + favoured, top_k=2)
+    chance = overlap_by_chance(count_experts(routing).load(), 2)
+    assert count_overlap(routing).share() == pytest.approx(chance, abs=0.005)
+    assert chance > 2 / 13 + 0.03
 
 
 def test_overlap_of_many_forwards_is_that_of_one():
@@ -118,10 +136,15 @@ def test_use_of_each_layer_and_domain():
     uses = {(use.layer, use.domain): use for use in expert_use(experts)}
     assert list(uses) == [(1, "code"), (1, "prose"), (3, "code"), (3, "prose")]
     first, last = uses[1, "prose"], uses[3, "prose"]
-    assert first[2:6] == (4, 2, pytest.approx(2), pytest.approx(0.5))
-    assert (first.overlap, first.overlap_by_chance) == (0, 1 / 4)
+    assert first[2:7] == (4, 2, pytest.approx(2), pytest.approx(0.5), 0.5)
+    assert (first.overlap, first.overlap_by_chance) == (0, 1 / 2)
     assert (last.overlap, last.overlap_by_chance) == (None, None)
     assert last.specialisation == pytest.approx(1)
     # (2 - 1) / 2 · 1/4 · (1/100 + 1/50) / ln 2, with two experts used; three in the other layer.
     assert first.specialisation_by_chance == pytest.approx(0.00375 / math.log(2))
     assert last.specialisation_by_chance == pytest.approx(2 * first.specialisation_by_chance)
+    assert first.p_value is None
+    found = permutation_test([np.eye(4)] * 2, ["code"] * 2 + ["prose"] * 2, permutations=99)
+    found = replace(found, layers=[replace(found.layers[0], p_value=p) for p in (0.25, 0.5)])
+    tested = expert_use(replace(experts, difference=found))
+    assert [use.p_value for use in tested] == [0.25, 0.25, 0.5, 0.5]

@@ -136,6 +136,26 @@ def test_records_of_earlier_versions_count_the_first_heads(record):
     assert from_json(json.dumps(raw)) == record
 
 
+def test_records_of_earlier_versions_compare_no_domains(record):
+    raw = json.loads(to_json(record))
+    for model, part in ((2, "heads"), (3, "experts")):
+        assert raw["models"][model][part].pop("difference")
+    read = from_json(json.dumps(raw))
+    assert read.models[2].heads == replace(record.models[2].heads, difference=None)
+    assert read.models[3].experts == replace(record.models[3].experts, difference=None)
+
+
+def test_differences_that_do_not_fit_are_refused(record):
+    heads = record.models[2].heads
+    found = heads.difference
+    with pytest.raises(ValueError, match=r"groups \['code'\]; by_domain has \['code', 'prose'\]"):
+        replace(heads, difference=replace(found, documents={"code": 3}))
+    with pytest.raises(ValueError, match=r"\[4\] candidates by layer; by_domain has \[4, 4\]"):
+        replace(heads, difference=replace(found, layers=found.layers[:1]))
+    with pytest.raises(ValueError, match="effects has 4 entries, p_values 1"):
+        replace(found.layers[0], p_values=[0.5])
+
+
 def test_numbers_of_earlier_versions_are_text(record):
     raw = json.loads(to_json(record))
     cells = [["2 heads", "−0.5", "1,200 ± 30"], ["moh", "1.49 (1–{2)", "900 a day"]]

@@ -110,12 +110,29 @@ def test_the_page_has_its_sections(text):
 def test_the_use_of_the_experts_is_a_row_a_model(text):
     part = text[text.index("How the experts are used") : text.index("Load of the experts")]
     # Two of five experts in each domain, equally busy; the domains share one of three. By chance
-    # (3 - 1) / 2 · 1/4 · (1/24 + 1/12) / ln 2.
-    cells = ["5", "40.0", "40.0", "50.0", "40.0", "50.00", "4.51"]
+    # (3 - 1) / 2 · 1/4 · (1/24 + 1/12) / ln 2; sub-tokens that go to two of two experts overlap.
+    cells = ["5", "40.0", "40.0", "50.0", "50.0", "100.0", "50.00", "4.51"]
     row = '<tr><th scope="row">MoE</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     assert row in part
     assert part.count("<tr>") == 2
     assert part.count("<svg") == 1
+
+
+def test_the_page_says_whether_domains_differ_beyond_chance(record, pictures):
+    texts = Page(render_report(record)).texts
+    for sentence in (
+        "The heads differ between the domains beyond chance, over all layers p = 0.0001: 40.0 % of "
+        "the variance of loads between documents lies between the domains (0.04 of 0.1), 10.0 % by "
+        "chance.",
+        "By layer: 0 p = 0.0001, 1 p = 0.0001.",
+        "No difference of the experts between the domains is found beyond chance, over all layers "
+        "p = 0.3: 40.0 % of the variance of loads between documents lies between the domains (0.04 "
+        "of 0.1), 10.0 % by chance.",
+        "By layer: 1 p = 0.3.",
+    ):
+        assert texts.count(sentence) == 1
+    # Where it was not tested, nothing is said.
+    assert not any("beyond chance" in text for text in Page(render_report(pictures)).texts)
 
 
 def test_the_same_record_gives_the_same_page(record, text):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from headwise.analysis.records import Curve, HeadLoads, ModelRecord, RunRecord
-from headwise.analysis.summary import head_distance, headline, tiles
+from headwise.analysis.summary import differences, head_distance, headline, tiles
 
 
 def run(name, seed, loss):
@@ -72,3 +72,32 @@ def test_heads_need_two_domains_to_differ():
 
 def test_facts_of_other_units(record):
     assert "nats per image" in headline(replace(record, loss_unit="nats per image"))
+
+
+def test_differences_in_sentences(record):
+    heads = record.models[2].heads.difference
+    other = replace(heads, over_all=replace(heads.over_all, p_value=0.04321))
+    found = differences([heads, other, other], [3, 5], candidate="head", unit="image")
+    assert found == [
+        "The heads differ between the domains beyond chance, over all layers p = 0.0001: 40.0 % of "
+        "the variance of loads between images lies between the domains (0.04 of 0.1), 10.0 % by "
+        "chance.",
+        "By layer: 3 p = 0.0001, 5 p = 0.0001.",
+        "Differ by themselves, at p ≤ 0.05 corrected: 2 of 8 heads, most of all head 3 of layer 5, "
+        "by 12.5 percentage points.",
+        "Other seeds, over all layers: p = 0.043, p = 0.043.",
+        "p: how often chance does as much, by 9,999 permutations of the domains of whole images "
+        "(code 23, prose 7); that of a layer is not corrected for the number of layers, that of "
+        "one head is for the number of heads.",
+    ]
+    assert differences([], [3, 5], candidate="head", unit="image") == []
+
+
+def test_differences_that_are_none(record):
+    experts = record.models[3].experts.difference
+    found = differences([experts], [1], candidate="expert", unit="document")
+    assert found[0].startswith("No difference of the experts between the domains is found")
+    assert found[2].endswith(": 0 of 5 experts.")
+    fixed = replace(experts, over_all=replace(experts.over_all, statistic=0.0, total=0.0))
+    found = differences([fixed], [1], candidate="expert", unit="document")
+    assert found[0].endswith(": their loads are the same in all documents.")

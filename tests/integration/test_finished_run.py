@@ -36,8 +36,8 @@ def model(run: Path, name: str = "moh_mh_moe"):
 
 def test_directory_holds_the_run_and_nothing_half_written(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        ".lock", "checkpoints", "experts.csv", "figure.png", "models", "record.json", "report.html",
-        "results.csv", "run.json",
+        ".lock", "checkpoints", "experts.csv", "figure.png", "heads.csv", "models", "record.json",
+        "report.html", "results.csv", "run.json",
     ]  # fmt: skip
     assert not list(run.rglob("*.partial"))
 
@@ -66,6 +66,8 @@ def test_a_row_for_each_model(run):
         assert float(row["perplexity_library_q1"]) < float(row["perplexity_library_q3"])
         assert float(row["per_second"]) > 0
     assert [row["active_heads"] for row in rows.values()] == ["1.0", "0.75"]
+    dense, routed = (float(row["router_flops"]) for row in rows.values())
+    assert dense == 0 < routed < 0.05
     dense, routed = (float(row["flops"]) for row in rows.values())
     assert routed == pytest.approx(dense, rel=0.05)  # this small, 8 columns of an MLP are 2 %
 
@@ -88,8 +90,23 @@ def test_a_row_for_each_layer_with_experts(run):
     assert [row[key] for key in where] == ["moh_mh_moe", "0", "1", "library", str(experts)]
     assert 1 <= float(row["effective"]) <= int(row["used"]) <= experts
     assert 0 <= float(row["overlap"]) <= 1
-    assert float(row["overlap_by_chance"]) == pytest.approx(2 / experts, abs=1e-6)
+    assert 1 / experts <= float(row["largest"]) <= 1 / 2  # of experts that a sub-token has two of
+    assert 2 / experts <= float(row["overlap_by_chance"]) <= 1
     assert row["specialisation"] == row["specialisation_by_chance"] == ""  # a single domain
+    assert row["p_value"] == ""
+
+
+def test_a_row_for_each_head(run):
+    rows = read_csv(run / "heads.csv")
+    assert [(row["model"], row["layer"], row["head"]) for row in rows] == [
+        ("moh_mh_moe", layer, head) for layer in "01" for head in "0123"
+    ]
+    loads = {"True": [], "False": []}
+    for row in rows:
+        loads[row["shared"]].append(float(row["load_library"]))
+    assert set(loads["True"]) == {1}
+    assert sum(loads["True"] + loads["False"]) == pytest.approx(3 * 2, abs=1e-4)
+    assert {row["p_value"] for row in rows} == {""}  # a single domain
 
 
 def test_saved_model_is_ours_and_generates(run):

@@ -23,7 +23,7 @@ from headwise import (
     fit,
     fit_experts,
 )
-from headwise.parity import count_flops, measure_flops
+from headwise.parity import count_flops, measure_flops, router_share
 
 B, T = 2, 48
 EXPERTS = {"num_experts": 5, "top_k": 2, "expert_dim": 56}
@@ -181,3 +181,28 @@ def test_what_has_no_formula_is_refused_by_name(module, message):
 def test_a_window_longer_than_the_sequence_is_none():
     local = of_kind("LocalAttention", **WINDOW)
     assert count_flops(local, sequence_length=5) == {"": 4 * 2 * 4 * 5}
+
+
+def test_share_of_the_routers_by_hand():
+    """Two layers of 6 heads of 8 channels: routers are linear maps of 48 columns."""
+    attention = MoHConfig(shared=2, active=4, router="two_stage")
+    mlp = MoEConfig(**EXPERTS)
+    mh_moe = MHMoEConfig(num_heads=3, **EXPERTS)
+    heads = 2 * 48 * (2 + 4 + 2)  # scores of shared heads, of routed heads, of the two stages
+    for changes, spent in (
+        ({}, 0),
+        ({"attention": attention}, 2 * heads),
+        ({"mlp": mlp}, 2 * 2 * 48 * 5),
+        ({"mlp": mh_moe}, 2 * 3 * 2 * 16 * 5),  # three sub-tokens of 16 columns
+        ({"attention": attention, "mlp": mlp}, 2 * heads + 2 * 2 * 48 * 5),
+        ({"attention": MoHConfig(shared=2, active=4, router="query_norm")}, 0),
+    ):
+        model = convert(llama(), **changes) if changes else llama()
+        flops = count_flops(model, sequence_length=T)
+        assert router_share(model, flops) == pytest.approx(spent / sum(flops.values()))
+
+
+def test_a_router_by_itself():
+    for name, module in convert(llama(), attention=MoHConfig(router="two_stage")).named_modules():
+        if name.endswith("router"):
+            assert router_share(module, count_flops(module, sequence_length=T)) == 1

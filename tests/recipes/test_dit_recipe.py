@@ -93,6 +93,9 @@ def test_loads_are_counted_for_each_class(finished, drawer):
     model = DiT.from_pretrained(drawer).eval()
     loads = task._loads(model).head_loads()
     assert list(loads.by_domain) == ["bright", "dark"]
+    # An image is one document, however many times it is seen.
+    documents = np.bincount(task.validation.labels).tolist()
+    assert list(loads.difference.documents.values()) == documents
     active = [b.active_heads for b in model.config.budgets]
     for layers in loads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx(active)

@@ -10,9 +10,9 @@ from headwise.analysis.records import from_json
 from headwise.hf.auto import Routed
 from headwise.parity import count_flops
 from headwise.recipes import RECIPES, recipe_run, train
+from headwise.recipes.decoders import TextRun, build_model
 from headwise.recipes.lm import LanguageModelRun
 from headwise.recipes.multilingual import MultilingualRun, read
-from headwise.recipes.text import TextRun, build_model
 from headwise.results.rows import read_csv
 from tiny import ONE_STEP, RUN
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from headwise.recipes.decoders import build_model
 from headwise.recipes.lm import LanguageModelRun
 from headwise.recipes.studies import mh_moe
-from headwise.recipes.text import build_model
 from headwise.training.comparison import Variant
 
 RUN = LanguageModelRun(dim=24, num_heads=4, num_layers=3, mlp_dim=40, vocab_size=300, every=2)

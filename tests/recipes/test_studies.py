@@ -11,10 +11,11 @@ from headwise.data.images import halve_images, load_images
 from headwise.data.text import load_text
 from headwise.parity import count_flops, count_parameters
 from headwise.recipes import train
+from headwise.recipes.decoders import build_model
 from headwise.recipes.dit import DiffusionTask
 from headwise.recipes.scales import SCALES, StudyRun, TextStudyRun, tiny
 from headwise.recipes.studies import STUDIES
-from headwise.recipes.text import build_model, domain_names
+from headwise.recipes.text import domain_names
 from headwise.recipes.vit import VisionTask
 from headwise.results.published import PUBLISHED
 from tiny import LINES

@@ -11,9 +11,9 @@ from headwise import balance_loss, record_routing
 from headwise.loading import load_causal_lm
 from headwise.parity import count_flops, count_parameters, measure_flops
 from headwise.recipes import train
+from headwise.recipes.decoders import build_model
 from headwise.recipes.layered import mh_moe
 from headwise.recipes.scales import small, tiny
-from headwise.recipes.text import build_model
 from headwise.results.rows import read_csv
 from headwise.training.comparison import Variant
 from tiny import ONE_STEP, RUN

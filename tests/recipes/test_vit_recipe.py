@@ -79,6 +79,17 @@ def test_loads_are_counted_for_each_class(finished, directory):
     assert list(map(len, heads.shared_heads)) == [2, 2, 2, 2, 3, 3]
     for layers in heads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx([3, 3, 3, 3, 6, 6])
+    # An image is a document, of the batches of five each has both classes.
+    held_out = np.bincount(task.validation.labels).tolist()
+    assert list(heads.difference.documents.values()) == held_out
+    for layer, tested in enumerate(heads.difference.layers):
+        by_class = np.array([layers[layer] for layers in heads.by_domain.values()])
+        assert tested.effects == pytest.approx(100 * np.ptp(by_class, axis=0))
+    page = (finished.output / "report.html").read_text()
+    assert "permutations of the domains of whole images (bright" in page
+    rows = read_csv(finished.output / "heads.csv")
+    assert len(rows) == 4 * 4 + 2 * 8
+    assert all(0 < float(row["p_value"]) <= 1 for row in rows)
 
 
 def test_pictures_of_heads_by_class_and_patch(finished):

@@ -1,6 +1,7 @@
 """Perplexity file by file, worked out another way."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_loads_count_real_tokens_only(model, files):
         statistics = RoutingStatistics(model)
         file_losses(
             model, files, sequence_length=T, max_blocks=99, batch_size=batch_size,
-            observe=lambda routings, seen=statistics: seen.add("text", routings),
+            observe=partial(statistics.add, "text"),
         )  # fmt: skip
         loads.append(np.array(statistics.head_loads().by_domain["text"]))
         assert statistics.expert_loads() is None
@@ -85,7 +86,7 @@ def head_loads(files, attention, *, num_kv_heads):
     statistics = RoutingStatistics(model)
     file_losses(
         model, files, sequence_length=T, max_blocks=99,
-        observe=lambda routings: statistics.add("text", routings),
+        observe=partial(statistics.add, "text"),
     )  # fmt: skip
     return statistics.head_loads()
 
@@ -118,7 +119,7 @@ def test_experts_are_counted_over_all_forwards(files, sub_tokens):
     statistics = RoutingStatistics(model)
     file_losses(
         model, files, sequence_length=T, max_blocks=99, batch_size=5,
-        observe=lambda routings: statistics.add("text", routings),
+        observe=partial(statistics.add, "text"),
     )  # fmt: skip
     experts = statistics.expert_loads()
     assert (experts.layers, experts.top_k) == ([1], 2)
@@ -131,6 +132,52 @@ def test_experts_are_counted_over_all_forwards(files, sub_tokens):
     else:
         assert overlap * 116 * 3 * 2 == pytest.approx(round(overlap * 116 * 3 * 2))
         assert 0 < overlap < 1
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_domains_are_compared_by_file(batch_size):
+    """Blocks of several files share a batch; a file weighs what it has tokens."""
+    attention = MoHConfig(shared=2, active=4, router="two_stage", router_std=0.02)
+    mlp = MoEConfig(num_experts=7, top_k=2, expert_dim=5)
+    model = convert(llama(num_hidden_layers=3), attention=attention, mlp=mlp, every=2).eval()
+    generator = np.random.default_rng(0)
+    # Files of the same names in both domains; of one word each, so that they differ.
+    domains = {
+        domain: {f"{i}": np.full(n, token, dtype=np.int32) for i, n in enumerate(sizes)}
+        for domain, token, sizes in (("ones", 1, [11, 5, 1, 23]), ("twos", 2, [7, 13, 29, 3]))
+    }
+    domains["mixed"] = {"0": generator.integers(0, 31, 17), "1": generator.integers(0, 31, 19)}
+    statistics = RoutingStatistics(model)
+    for domain, files in domains.items():
+        file_losses(
+            model, files, sequence_length=T, max_blocks=99, batch_size=batch_size,
+            observe=partial(statistics.add, domain),
+        )  # fmt: skip
+    heads, experts = statistics.head_loads(), statistics.expert_loads()
+    for loads, layers, width in ((heads, 3, 6), (experts, 1, 7)):
+        found = loads.difference
+        # A file of one token has no block.
+        assert found.documents == {"mixed": 2, "ones": 3, "twos": 4}
+        assert found.candidates() == [width] * layers
+        for layer, tested in enumerate(found.layers):
+            by_domain = np.array([x[layer] for x in loads.by_domain.values()])
+            assert tested.effects == pytest.approx(100 * np.ptp(by_domain, axis=0))
+    assert all(layer.p_values[:2] == [1, 1] for layer in heads.difference.layers)  # shared
+
+
+def test_domains_that_cannot_be_compared_are_not(model, files):
+    def difference(*domains):
+        statistics = RoutingStatistics(model)
+        for domain, some in domains:
+            file_losses(
+                model, some, sequence_length=T, max_blocks=9,
+                observe=partial(statistics.add, domain),
+            )  # fmt: skip
+        return statistics.head_loads().difference
+
+    assert difference(("text", files)) is None
+    assert difference(("text", files), ("one file", {"long": files["long"]})) is None
+    assert difference(("text", files), ("again", files)).over_all.p_value == 1
 
 
 def test_routed_text_names_the_heads_of_every_token(model):

@@ -75,6 +75,26 @@ def effective_experts(load: Load) -> float:
     return float(torch.special.entr(as_distribution(load)).sum().exp())
 
 
+def overlap_by_chance(load: Load, top_k: int) -> float:
+    """What `count_overlap` comes to where sub-tokens choose at random, at the same load.
+
+        sum over e of (K·p_e)² / K,   K·p_e: probability that a sub-token goes to expert e
+
+    K / E where all experts are equally busy, 1 where K experts do all the work.
+
+    Args:
+        load: [E], not negative.
+        top_k: K, experts that a sub-token goes to.
+
+    Raises:
+        ValueError: If the load sums to 0.
+
+    Example (worked by hand): p = [1/2, 1/4, 1/4, 0] and K = 2: the first expert is always chosen,
+    the next two half the time each: (1 + 1/4 + 1/4) / 2 = 3/4.
+    """
+    return float(top_k * as_distribution(load).square().sum())
+
+
 def specialisation(loads: Sequence[Load]) -> float | None:
     """How much the expert tells of the domain: their mutual information over its maximum.
 
@@ -134,10 +154,13 @@ class ExpertUse(NamedTuple):
         used: Those with at least one assignment.
         effective: `effective_experts`, 1..E.
         entropy: `load_entropy`, 0..1.
+        largest: Share of the assignments that the busiest expert has.
         overlap: Of sub-tokens, see `count_overlap`; None where tokens are not split.
-        overlap_by_chance: K / E; None where tokens are not split.
+        overlap_by_chance: See `overlap_by_chance`; None where tokens are not split.
         specialisation: Of the layer, the same for all its domains; None where there is but one.
         specialisation_by_chance: Likewise.
+        p_value: Of the layer: how probable chance makes loads that differ as much between the
+            domains, see `permutation_test`; None where that was not tested.
     """
 
     layer: int
@@ -146,10 +169,12 @@ class ExpertUse(NamedTuple):
     used: int
     effective: float
     entropy: float
+    largest: float
     overlap: float | None
     overlap_by_chance: float | None
     specialisation: float | None
     specialisation_by_chance: float | None
+    p_value: float | None
 
 
 def expert_use(experts: ExpertLoads) -> list[ExpertUse]:
@@ -159,6 +184,7 @@ def expert_use(experts: ExpertLoads) -> list[ExpertUse]:
         loads = {domain: layers[position] for domain, layers in experts.by_domain.items()}
         used_by_any = sum(any(values) for values in zip(*loads.values(), strict=True))
         counted = [layers[position] for layers in experts.assignments.values()]
+        tested = experts.difference and experts.difference.layers[position]
         for domain, load in loads.items():
             overlap = experts.overlap[domain][position]
             uses.append(
@@ -169,10 +195,14 @@ def expert_use(experts: ExpertLoads) -> list[ExpertUse]:
                     used=sum(share > 0 for share in load),
                     effective=effective_experts(load),
                     entropy=load_entropy(load),
+                    largest=max(as_distribution(load).tolist()),
                     overlap=overlap,
-                    overlap_by_chance=None if overlap is None else experts.top_k / len(load),
+                    overlap_by_chance=(
+                        None if overlap is None else overlap_by_chance(load, experts.top_k)
+                    ),
                     specialisation=specialisation(list(loads.values())),
                     specialisation_by_chance=specialisation_by_chance(used_by_any, counted),
+                    p_value=tested.p_value if tested else None,
                 )
             )
     return uses

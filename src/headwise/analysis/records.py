@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headwise.analysis.image_records import RoutedImage, SampleGrid
+from headwise.analysis.permutation import GroupDifference
 from headwise.analysis.plain_data import from_plain
 from headwise.results.table import Cell
 
@@ -33,13 +34,17 @@ class HeadLoads:
     Attributes:
         shared_heads: Of each layer, which heads are always on, ascending.
         by_domain: For each domain [layer][head], share of the tokens in 0..1.
+        difference: Whether the domains differ beyond chance, with all heads of each layer; None
+            where that was not tested.
     """
 
     shared_heads: list[list[int]]
     by_domain: dict[str, Layers]
+    difference: GroupDifference | None = None
 
     def __post_init__(self) -> None:
         _check_same_shape("by_domain", self.by_domain)
+        _check_difference(self.difference, self.by_domain)
         for layers in self.by_domain.values():
             if len(layers) != len(self.shared_heads):
                 raise ValueError(
@@ -89,6 +94,7 @@ class ExpertLoads:
         assignments: For each domain [layer with experts], how many were counted.
         overlap: For each domain [layer with experts], see `count_overlap`; None where tokens are
             not split.
+        difference: Whether the domains differ beyond chance; None where that was not tested.
     """
 
     layers: list[int]
@@ -96,9 +102,11 @@ class ExpertLoads:
     top_k: int
     assignments: dict[str, list[int]]
     overlap: dict[str, list[float | None]]
+    difference: GroupDifference | None = None
 
     def __post_init__(self) -> None:
         _check_same_shape("by_domain", self.by_domain)
+        _check_difference(self.difference, self.by_domain)
         for name in ("by_domain", "assignments", "overlap"):
             values: dict[str, list] = getattr(self, name)
             if values.keys() != self.by_domain.keys():
@@ -299,3 +307,19 @@ def _check_same_shape(name: str, by_domain: dict[str, Layers]) -> None:
     shapes = {tuple(len(layer) for layer in layers) for layers in by_domain.values()}
     if len(shapes) > 1:
         raise ValueError(f"the domains of {name} differ in layers or candidates: {shapes}")
+
+
+def _check_difference(difference: GroupDifference | None, by_domain: dict[str, Layers]) -> None:
+    if difference is None:
+        return
+    if difference.documents.keys() != by_domain.keys():
+        raise ValueError(
+            f"difference has the groups {list(difference.documents)}; by_domain has "
+            f"{list(by_domain)}"
+        )
+    (layers, *_) = by_domain.values()
+    if difference.candidates() != [len(layer) for layer in layers]:
+        raise ValueError(
+            f"difference has {difference.candidates()} candidates by layer; by_domain has "
+            f"{[len(layer) for layer in layers]}"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 from headwise.analysis import plots
 from headwise.analysis.records import ModelRecord, RunRecord
-from headwise.analysis.summary import headline, representatives, tiles
+from headwise.analysis.summary import differences, headline, representatives, tiles
 from headwise.analysis.tables import EXPERT_LEGEND, expert_table, speed_table, verdict
 from headwise.results.files import write_whole
 from headwise.results.html import escaped, printable, table
@@ -147,17 +147,34 @@ def _head_loads(record: RunRecord) -> str:
         if model.images or len(heads.by_domain) > plots.MANY_DOMAINS:
             if (last := plots.last_routed_layer(heads)) is not None:
                 maps = [plots.head_load_map(heads, layer) for layer in (last, None)]
-                groups.append(_heading(model) + _charts(name, maps, "wide"))
+                found = _heads_differ(record, model)
+                groups.append(_heading(model) + found + _charts(name, maps, "wide"))
             continue
         loads = next(iter(heads.by_domain.values()))
         drawn = [plots.head_load_chart(heads, layer) for layer in range(len(loads))]
-        groups.append(_load_charts(name, model, drawn, loads))
+        found = _heads_differ(record, model)
+        groups.append(_load_charts(name, model, found, drawn, loads))
     intro = (
         "How often each routed head is on, over whole evaluation sets. The more the marks of a "
         "head, or the colours of its column, differ, the more it depends on the domain, or the "
         "class. Shared heads are always on and left out."
     )
     return _section("Load of the routed heads", intro, "".join(groups)) if groups else ""
+
+
+def _heads_differ(record: RunRecord, model: ModelRecord) -> str:
+    """Whether the heads of a variant work for other domains, or classes, beyond chance."""
+    loads = [run.heads for run in record.variants()[model.name] if run.heads]
+    tested = [heads.difference for heads in loads if heads.difference]
+    unit = "image" if model.images else "document"
+    layers = range(len(loads[0].shared_heads))
+    return _sentences(differences(tested, layers, candidate="head", unit=unit))
+
+
+def _experts_differ(record: RunRecord, model: ModelRecord) -> str:
+    loads = [run.experts for run in record.variants()[model.name] if run.experts]
+    tested = [experts.difference for experts in loads if experts.difference]
+    return _sentences(differences(tested, loads[0].layers, candidate="expert", unit="document"))
 
 
 def _patch_maps(record: RunRecord) -> str:
@@ -198,7 +215,8 @@ def _expert_loads(record: RunRecord) -> str:
         shown[model.label] = model.experts
         loads = next(iter(model.experts.by_domain.values()))
         drawn = [plots.expert_load_chart(model.experts, layer) for layer in range(len(loads))]
-        groups.append(_load_charts(f"experts{len(groups)}", model, drawn, loads))
+        found = _experts_differ(record, model)
+        groups.append(_load_charts(f"experts{len(groups)}", model, found, drawn, loads))
     if not groups:
         return ""
     unused = _charts("unused", [plots.unused_chart(shown)], "single")
@@ -265,10 +283,11 @@ def _passages(record: RunRecord) -> str:
 
 
 def _load_charts(
-    name: str, model: ModelRecord, figures: list[Any], loads: list[list[float]]
+    name: str, model: ModelRecord, found: str, figures: list[Any], loads: list[list[float]]
 ) -> str:
+    """Figures of a model's layers, under what was found; `found` is HTML."""
     crowded = max(map(len, loads), default=0) > plots.CROWDED
-    return _heading(model) + _charts(name, figures, "pair" if crowded else "grid")
+    return _heading(model) + found + _charts(name, figures, "pair" if crowded else "grid")
 
 
 def _heading(model: ModelRecord) -> str:

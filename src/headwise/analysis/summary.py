@@ -1,10 +1,14 @@
 """A record in a few numbers and sentences; none says more than the runs support."""
 
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
 from headwise.analysis.measure import load_distance
+from headwise.analysis.permutation import Difference, GroupDifference
 from headwise.analysis.records import HeadLoads, ModelRecord, RunRecord
+
+_SMALL_P = 0.05
 
 
 class Tile(NamedTuple):
@@ -93,6 +97,79 @@ def head_distance(heads: HeadLoads | None) -> tuple[str, str, float] | None:
         if sum(heads.routed(first, layer)) and sum(heads.routed(second, layer))
     ]
     return (first, second, sum(distances) / len(distances)) if distances else None
+
+
+def differences(
+    tested: Sequence[GroupDifference], layers: Sequence[int], *, candidate: str, unit: str
+) -> list[str]:
+    """Sentences: whether domains load heads or experts differently, beyond chance.
+
+    Args:
+        tested: Of the runs of a variant; the first is told of in full.
+        layers: Indices of the layers that were tested.
+        candidate: What they choose from, "head" or "expert".
+        unit: What a document is, "document" or "image".
+    """
+    if not tested:
+        return []
+    first, *others = tested
+    others_p = ", ".join(_p(other.over_all) for other in others)
+    of_layers = zip(layers, first.layers, strict=True)
+    documents = ", ".join(f"{name} {count:,}" for name, count in first.documents.items())
+    return [
+        f"{_verdict(first.over_all, candidate)}, over all layers {_p(first.over_all)}: "
+        f"{_of_variance(first.over_all, unit)}.",
+        f"By layer: {', '.join(f'{layer} {_p(found)}' for layer, found in of_layers)}.",
+        _alone(first, layers, candidate),
+        *([f"Other seeds, over all layers: {others_p}."] if others else []),
+        f"p: how often chance does as much, by {first.permutations:,} permutations of the domains "
+        f"of whole {unit}s ({documents}); that of a layer is not corrected for the number of "
+        f"layers, that of one {candidate} is for the number of {candidate}s.",
+    ]
+
+
+def _verdict(found: Difference, candidate: str) -> str:
+    if found.p_value <= _SMALL_P:
+        return f"The {candidate}s differ between the domains beyond chance"
+    return f"No difference of the {candidate}s between the domains is found beyond chance"
+
+
+def _p(found: Difference) -> str:
+    return f"p = {found.p_value:.2g}"
+
+
+def _of_variance(found: Difference, unit: str) -> str:
+    if not found.total:
+        return f"their loads are the same in all {unit}s"
+    share, by_chance = (100 * x / found.total for x in (found.statistic, found.by_chance))
+    return (
+        f"{share:.1f} % of the variance of loads between {unit}s lies between the domains "
+        f"({found.statistic:.3g} of {found.total:.3g}), {by_chance:.1f} % by chance"
+    )
+
+
+def _alone(found: GroupDifference, layers: Sequence[int], candidate: str) -> str:
+    """How many heads differ by themselves, and which does most."""
+    ranked = sorted(
+        (
+            (effect, layer, head)
+            for layer, in_layer in zip(layers, found.layers, strict=True)
+            for head, (effect, p) in enumerate(
+                zip(in_layer.effects, in_layer.p_values, strict=True)
+            )
+            if p <= _SMALL_P
+        ),
+        reverse=True,
+    )
+    every = _count(sum(found.candidates()), candidate)
+    text = f"Differ by themselves, at p ≤ {_SMALL_P} corrected: {len(ranked)} of {every}"
+    if not ranked:
+        return f"{text}."
+    effect, layer, head = ranked[0]
+    return (
+        f"{text}, most of all {candidate} {head} of layer {layer}, by {effect:.1f} percentage "
+        "points."
+    )
 
 
 def _heads_on(heads: HeadLoads | None) -> str:

@@ -10,17 +10,20 @@ from headwise.results.table import Cell, Number, Table, mean
 EXPERT_LEGEND = [
     "Used: experts of a layer that got any work at all.",
     "Effective: so many equally busy experts are as evenly loaded (exp of the load's entropy).",
+    "Busiest: share of the work that the busiest expert of a layer gets.",
     "Overlap: of the experts that a sub-token goes to, those that another sub-token of the token "
     "goes to as well; 100 % would be as if no token had been split, less than chance where first, "
     "second, … sub-tokens keep to experts of their own.",
     "Specialisation: how much the expert tells of the domain; 0 % where all domains load the "
     "experts alike, 100 % where no two share an expert.",
-    "By chance: what choices at random, and domains that do not differ, would come to.",
+    "By chance: what choices at random at the same loads, and domains that do not differ, would "
+    "come to.",
 ]
 _COLUMNS: list[tuple[str, str, Callable[[ExpertUse], float | None]]] = [
     ("experts", "{:.4g}", lambda use: use.experts),
     ("used (%)", "{:.1f}", lambda use: 100 * use.used / use.experts),
     ("effective (%)", "{:.1f}", lambda use: 100 * use.effective / use.experts),
+    ("busiest (%)", "{:.1f}", lambda use: 100 * use.largest),
     ("overlap (%)", "{:.1f}", lambda use: _percent(use.overlap)),
     ("by chance (%)", "{:.1f}", lambda use: _percent(use.overlap_by_chance)),
     ("specialisation (%)", "{:.2f}", lambda use: _percent(use.specialisation)),

@@ -4,7 +4,7 @@ A multiply-add is 2 FLOPs. Like torch's counter, the formulas count matrix produ
 not norms, softmax or activations; causal attention is counted as the pairs that are seen.
 """
 
-from headwise.parity.flops import Reads, count_flops
+from headwise.parity.flops import Reads, count_flops, router_share
 from headwise.parity.match import Match, match_mh_moe, match_sparse_moe
 from headwise.parity.measure import measure_flops
 from headwise.parity.mixture import Mixture
@@ -22,4 +22,5 @@ __all__ = [
     "match_mh_moe",
     "match_sparse_moe",
     "measure_flops",
+    "router_share",
 ]

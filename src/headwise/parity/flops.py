@@ -1,6 +1,6 @@
 """FLOPs of a model by formula, module by module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,6 +12,7 @@ from headwise.nn import (
     HeadBudget,
     LinearRouter,
     MoE,
+    Router,
 )
 from headwise.nn.bitlinear import PackedExperts, PackedLinear
 from headwise.nn.experts import Experts
@@ -106,6 +107,27 @@ def count_flops(
         if cost:
             flops[name] = cost
     return flops
+
+
+def router_share(model: nn.Module, flops: Mapping[str, float]) -> float:
+    """Share of a forward's FLOPs by which routers compute their logits.
+
+    Args:
+        model: With or without routers.
+        flops: Of each of its modules, as `count_flops` gives them.
+
+    Returns:
+        0..1; 0 also for routers without weights.
+    """
+    routers = {name for name, module in model.named_modules() if isinstance(module, Router)}
+    spent = sum(cost for name, cost in flops.items() if not routers.isdisjoint(_around(name)))
+    return spent / sum(flops.values())
+
+
+def _around(name: str) -> list[str]:
+    """Names of a module and of all that it lies in: "a.b" gives "", "a" and "a.b"."""
+    parts = name.split(".")
+    return ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
 
 
 def _flops_of_image(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, float]:

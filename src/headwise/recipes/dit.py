@@ -225,9 +225,10 @@ class DiffusionTask(ImageTask):
             changes["router_std"] = variant.attention.router_std or None
         return DiTConfig.preset(self.run.preset, **changes)
 
-    def flops(self, model: DiT) -> float:
+    def flops_by_module(self, model: DiT) -> dict[str, float]:
         patches = model.config.num_patches
-        return patches * sum(count_flops(model, sequence_length=patches, causal=False).values())
+        flops = count_flops(model, sequence_length=patches, causal=False)
+        return {name: patches * cost for name, cost in flops.items()}
 
     def example(self, model: DiT) -> dict[str, Tensor]:
         x = torch.zeros(1, *self.values[0].shape[1:], device=model.device)
@@ -301,13 +302,14 @@ class DiffusionTask(ImageTask):
         statistics, generator = RoutingStatistics(model), torch.Generator().manual_seed(0)
         everything = LabelledImages(self.values[2], labels_of(self.test), np.arange(len(self.test)))
         with record_routing(model) as routings:
-            for batch in DataLoader(everything, batch_size=_AT_A_TIME):
+            for part, batch in enumerate(DataLoader(everything, batch_size=_AT_A_TIME)):
                 x, y = batch["pixel_values"], batch["labels"]
+                images = range(part * _AT_A_TIME, part * _AT_A_TIME + len(y))
                 for time in _TIMES:
                     _see(model, x, y, time, generator)
                     for label in y.unique().tolist():
-                        of_class = (y == label).to(model.device)
-                        statistics.add(self.training.classes[label], only(routings, of_class))
+                        of_class = only(routings, (y == label).to(model.device))
+                        statistics.add(self.training.classes[label], of_class, images)
         return statistics
 
     def _images(self, model: DiT) -> list[RoutedImage]:

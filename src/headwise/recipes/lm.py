@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from headwise.hf import MoHConfig
 from headwise.nn import ActiveBudget, Budget, HeadBudget
+from headwise.recipes.decoders import TextRun
 from headwise.recipes.layered import mh_moe, sparse_moe
-from headwise.recipes.text import TextRun, read
+from headwise.recipes.text import read
 from headwise.training.comparison import Variant
 
 __all__ = ["LanguageModelRun", "read"]

@@ -250,12 +250,12 @@ class MaskedTask(Task):
         with torch.device(device):
             return convert_variant(run, variant, MaskedModel(config))
 
-    def flops(self, model: MaskedModel) -> float:
+    def flops_by_module(self, model: MaskedModel) -> dict[str, float]:
         """What only patches or only tokens pass is counted with their share of the sequence."""
         patches = model.config.num_patches / self.length
         shares = {"patches": patches, "image_head": patches, "text_head": 1 - patches}
         flops = count_flops(model, sequence_length=self.length, causal=False)
-        return sum(cost * shares.get(name, 1) for name, cost in flops.items())
+        return {name: cost * shares.get(name, 1) for name, cost in flops.items()}
 
     def example(self, model: MaskedModel) -> dict[str, Tensor]:
         return {name: x[None].to(model.device) for name, x in self._held_out(self.test)[0].items()}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from headwise.data.text import subdirectories
 from headwise.recipes import text
+from headwise.recipes.decoders import TextRun
 from headwise.recipes.layered import first_paper_models
-from headwise.recipes.text import TextRun, TextTask
+from headwise.recipes.text import TextTask
 from headwise.training.comparison import Variant
 
 

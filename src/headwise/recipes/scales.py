@@ -9,9 +9,9 @@ import tyro
 
 from headwise.ops.choice import check_choice
 from headwise.recipes import dit, text, vit
+from headwise.recipes.decoders import TextRun
 from headwise.recipes.dit import DiffusionRun
 from headwise.recipes.studies import STUDIES, Study
-from headwise.recipes.text import TextRun
 from headwise.recipes.vit import VisionRun
 from headwise.training.comparison import ComparisonRun, Protocol, Task, Variant
 

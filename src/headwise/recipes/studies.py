@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 from headwise.hf import MHMoEConfig, MoEConfig, MoHConfig
 from headwise.nn import HeadBudget
+from headwise.recipes.decoders import TextRun
 from headwise.recipes.images import ImageRun
 from headwise.recipes.layered import fine_grained_moe, mh_moe, sparse_moe
-from headwise.recipes.text import TextRun, domain_names
+from headwise.recipes.text import domain_names
 from headwise.training.comparison import Variant
 
 

@@ -1,4 +1,4 @@
-"""Language models of Llama's layout on text: what recipes and studies of text share."""
+"""Text, made ready for runs on it: what recipes and studies of text share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -25,7 +21,6 @@ from headwise.data.text import (
     END_OF_TEXT,
     Domain,
     MixedBlocks,
-    check_exponent,
     halve,
     load_text,
     some_blocks,
@@ -34,16 +29,14 @@ from headwise.data.text import (
     train_tokenizer,
 )
 from headwise.data.token_files import Tokens
-from headwise.data.typos import check_typos, mistype_tokens
+from headwise.data.typos import mistype_tokens
 from headwise.loading import load_causal_lm
-from headwise.memory import check_memory
 from headwise.parity import count_flops
 from headwise.progress import followed
-from headwise.recipes.layered import LayeredRun, convert_variant, equal_width
+from headwise.recipes.decoders import TextRun, build_model, model_width
 from headwise.training.comparison import Examples, Sample, Scores, Task, Variant
 from headwise.training.directory import fingerprint
 from headwise.training.evaluation import RoutingStatistics, file_losses, perplexity, routed_text
-from headwise.training.fields import check_at_least, check_text
 from headwise.training.generation import continue_text
 from headwise.training.speed import Timed, time_models
 
@@ -56,62 +49,6 @@ _EQUAL_COST = (
 )
 # Documents of each source of a mixture.
 _HELD_OUT, _FOR_TOKENIZER = 200, 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRun(LayeredRun):
-    """Language models, of Llama's layout, that are compared on text.
-
-    Attributes:
-        data: Text: None for what every Python carries, a file, a directory, a dataset's name; or a
-            mixture of datasets to stream: "moh-llm", "red-pajama", or a file of sources whose name
-            ends in .mixture.json.
-        vocab_size: Entries of the tokenizer that is trained on the text.
-        sequence_length: Tokens that a model sees at once.
-        domain_exponent: A domain of n tokens is drawn with weight n^domain_exponent.
-        eval_blocks_per_file: Blocks of a file that is scored, spread over it, at most.
-        typos: Shares of letters mistyped at which the held-out text is scored as well; each above 0
-            and below 1.
-        sample_prompt: What the best model continues in the report.
-        speed_contexts: Tokens of context at which the dense model and the one with routed heads are
-            timed after training, where the run has both; empty leaves it out.
-    """
-
-    output: Path = Path("runs/lm")
-    vocab_size: int = 4096
-    sequence_length: int = 256
-    domain_exponent: float = 0.5
-    eval_blocks_per_file: int = 64
-    typos: tuple[float, ...] = ()
-    sample_prompt: str = "def "
-    speed_contexts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "eval_blocks_per_file", self.eval_blocks_per_file)
-        check_at_least(2, "sequence_length", self.sequence_length)
-        check_at_least(257, "vocab_size", self.vocab_size)  # every byte, and the end of a text
-        check_exponent("domain_exponent", self.domain_exponent)
-        check_typos("typos", self.typos)
-        check_text("sample_prompt", self.sample_prompt)
-        for context in self.speed_contexts:
-            check_at_least(1, "speed_contexts", context)
-            check_memory(8 * context, "the tokens to time", speed_contexts=context)
-        embeddings = 4 * self.vocab_size * self.dim
-        check_memory(embeddings, "the embeddings", vocab_size=self.vocab_size, dim=self.dim)
-        super().__post_init__()
-        if (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"num_heads is {self.num_heads}; dim = {self.dim} must be an even multiple of it"
-            )
-
-    def least_numbers(self) -> tuple[int, dict[str, object]]:
-        """Every layer keeps its input of each token, for the backward pass."""
-        numbers, fields = super().least_numbers()
-        length = self.sequence_length
-        return length * numbers, {"sequence_length": length, **fields}
-
-    def share_of_heads(self, variant: Variant) -> float:
-        return (variant.num_heads or self.num_heads) / self.num_heads
 
 
 def read(run: TextRun) -> "TextTask":
@@ -201,8 +138,8 @@ class TextTask(Task):
     def model(self, variant: Variant, seed: int) -> PreTrainedModel:
         return build_model(self.run, variant, vocab_size=len(self.tokenizer), seed=seed)
 
-    def flops(self, model: PreTrainedModel) -> float:
-        return model_flops(self.run, model)
+    def flops_by_module(self, model: PreTrainedModel) -> dict[str, float]:
+        return count_flops(model, sequence_length=self.length)
 
     def example(self, model: PreTrainedModel) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(1, self.length, dtype=torch.long, device=model.device)}
@@ -264,12 +201,14 @@ class TextTask(Task):
         statistics = RoutingStatistics(model)
         columns: dict[str, float] = {"eval_blocks_per_file": self.run.eval_blocks_per_file}
         for domain, files in self._scored():
+            # Mistyped, a file is no document of its own.
+            counted = domain in self.test
             losses = file_losses(
                 model,
                 files,
                 sequence_length=self.length,
                 max_blocks=self.run.eval_blocks_per_file,
-                observe=partial(statistics.add, domain),
+                observe=partial(statistics.add, domain) if counted else lambda *_: None,
             )
             value, low, high = perplexity(losses)
             columns[f"perplexity_{domain}"] = value
@@ -337,66 +276,6 @@ class TextTask(Task):
                 f"sequence_length = {self.length}"
             )
         return tokens
-
-
-def build_model(run: TextRun, variant: Variant, *, vocab_size: int, seed: int) -> PreTrainedModel:
-    """The language model of a variant, with the FLOPs per token of the run's `cost_of`.
-
-    Raises:
-        ValueError: If no width of the dense MLPs gives that cost.
-    """
-    width = model_width(run, variant, vocab_size=vocab_size)
-    torch.manual_seed(seed)
-    return _assemble(run, variant, width, vocab_size, device="cpu")
-
-
-def model_width(run: TextRun, variant: Variant, *, vocab_size: int) -> int:
-    """The width of a variant's dense MLPs. Nothing is built but on the meta device.
-
-    Raises:
-        ValueError: If no width gives that cost, or the model cannot be built.
-    """
-
-    def flops(variant: Variant, width: int) -> float:
-        return model_flops(run, _assemble(run, variant, width, vocab_size))
-
-    width = equal_width(run, variant, flops)
-    _assemble(run, variant, width, vocab_size)
-    return width
-
-
-def model_flops(run: TextRun, model: PreTrainedModel) -> float:
-    """Of a forward, per token, by formula."""
-    return sum(count_flops(model, sequence_length=run.sequence_length).values())
-
-
-def _assemble(
-    run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
-) -> PreTrainedModel:
-    with torch.device(device):
-        return convert_variant(run, variant, _dense(run, variant, mlp_dim, vocab_size))
-
-
-def _dense(run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int) -> PreTrainedModel:
-    heads = variant.num_heads or run.num_heads
-    sizes = {
-        "vocab_size": vocab_size,
-        "hidden_size": run.dim,
-        "intermediate_size": mlp_dim,
-        "num_hidden_layers": run.num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": run.dim // run.num_heads,
-        "max_position_embeddings": run.sequence_length,
-        "initializer_range": run.initial_deviation,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    if run.dim % heads:
-        # LlamaConfig refuses such heads; without a window Mistral is the same model.
-        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def domain_names(data: str | None) -> list[str]:

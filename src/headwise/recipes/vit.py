@@ -162,8 +162,8 @@ class VisionTask(ImageTask):
             changes["balance_coefficient"] = attention.balance_coefficient
         return TransNeXtConfig.preset(run.preset, **changes)
 
-    def flops(self, model: TransNeXtForImageClassification) -> float:
-        return sum(count_flops(model, image_size=model.config.image_size).values())
+    def flops_by_module(self, model: TransNeXtForImageClassification) -> dict[str, float]:
+        return count_flops(model, image_size=model.config.image_size)
 
     def example(self, model: TransNeXtForImageClassification) -> dict[str, Tensor]:
         shape = self.training.pixels.shape[1:]
@@ -196,13 +196,16 @@ class VisionTask(ImageTask):
         everything = LabelledImages(images.pixels, labels_of(images), np.arange(len(images)))
         hits = torch.zeros(2, dtype=torch.int64)
         with record_routing(model) as routings:
-            for batch in DataLoader(everything, batch_size=self.run.batch_size):
+            for part, batch in enumerate(DataLoader(everything, batch_size=self.run.batch_size)):
                 batch = {name: x.to(model.device) for name, x in batch.items()}
                 labels = batch["labels"]
                 logits = model(in_model_range(batch["pixel_values"].float() / 255)).logits
                 hits += count_hits(logits, labels)
+                first = part * self.run.batch_size
+                places = range(first, first + len(labels))
                 for label in labels.unique().tolist():
-                    statistics.add(self.training.classes[label], only(routings, labels == label))
+                    of_class = only(routings, labels == label)
+                    statistics.add(self.training.classes[label], of_class, places)
         top1, top5 = (100 * hits / len(images)).tolist()
         return Scores(
             {"top1": top1, "top5": top5, "scored_images": len(images)},

@@ -264,8 +264,12 @@ class Task(ABC):
         """The model of a variant, untrained."""
 
     @abstractmethod
-    def flops(self, model: Any) -> float:
+    def flops_by_module(self, model: Any) -> dict[str, float]:
         """Of a forward, per unit, by formula."""
+
+    def flops(self, model: Any) -> float:
+        """Of all modules."""
+        return sum(self.flops_by_module(model).values())
 
     @abstractmethod
     def example(self, model: Any) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class RunDirectory:
     checkpoints/NAME/         Trainer's checkpoints
     logs/NAME.log             what a model printed that was trained in a process of its own
     pictures/                 of image models: maps of their heads, what they drew
-    results.csv search.csv experts.csv figure.png record.json report.html
+    results.csv search.csv heads.csv experts.csv figure.png record.json report.html
     .lock                     number of the process that works in it, or of the last one
 
     NAME is a model's, with its seed, and with its learning rate where that is not the run's:

@@ -1,6 +1,6 @@
 """What a trained model is worth: perplexity file by file, hits, and who does the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwise.analysis.documents import DocumentMeter
 from headwise.analysis.experts import count_overlap
 from headwise.analysis.measure import LoadMeter, count_experts, count_heads, heads_on
 from headwise.analysis.records import ExpertLoads, HeadLoads, RoutedText
@@ -55,9 +56,23 @@ class RoutingStatistics:
         self.heads = LoadMeter(count_heads)
         self.experts = LoadMeter(count_experts)
         self.overlaps = LoadMeter(count_overlap)
+        self.heads_by_document = DocumentMeter()
+        self.experts_by_document = DocumentMeter()
 
-    def add(self, domain: str, routings: dict[str, Routing]) -> None:
-        """Count the routings of one forward."""
+    def add(
+        self,
+        domain: str,
+        routings: dict[str, Routing],
+        documents: Sequence[Hashable] | None = None,
+    ) -> None:
+        """Count the routings of one forward.
+
+        Args:
+            domain: Where its texts or images are from.
+            routings: What `record_routing` collected.
+            documents: Of each row of the batch, the file or the image that it is from, by which
+                domains are compared beyond chance; None leaves that out.
+        """
         heads, experts = _heads_and_experts(routings)
         if heads:
             self.heads.add(domain, heads.values())
@@ -66,13 +81,18 @@ class RoutingStatistics:
             self.overlaps.add(domain, experts.values())
             self._expert_layers = [_layer(name) for name in experts]
             self._top_k = next(iter(experts.values())).indices.shape[-1]
+        if heads and documents is not None:
+            self.heads_by_document.add(domain, documents, heads.values())
+        if experts and documents is not None:
+            self.experts_by_document.add(domain, documents, experts.values())
 
     def head_loads(self) -> HeadLoads | None:
         """None for a model whose heads are not routed."""
         if not (loads := self.heads.by_domain()):
             return None
         routers = [m for m in self.model.modules() if isinstance(m, HeadRouter)]
-        return HeadLoads([list(router.budget.which_shared) for router in routers], loads)
+        shared = [list(router.budget.which_shared) for router in routers]
+        return HeadLoads(shared, loads, self.heads_by_document.difference())
 
     def expert_loads(self) -> ExpertLoads | None:
         """None for a model without experts."""
@@ -85,6 +105,7 @@ class RoutingStatistics:
             top_k=self._top_k,
             assignments={domain: [c.total for c in layers] for domain, layers in counts.items()},
             overlap={domain: [c.share() for c in layers] for domain, layers in overlaps.items()},
+            difference=self.experts_by_document.difference(),
         )
 
 
@@ -96,7 +117,7 @@ def file_losses(
     sequence_length: int,
     max_blocks: int,
     batch_size: int = 8,
-    observe: Callable[[dict[str, Routing]], None] = lambda _: None,
+    observe: Callable[[dict[str, Routing], list[str]], None] = lambda *_: None,
 ) -> list[FileLoss]:
     """Loss of each file over at most `max_blocks` blocks, spread evenly over the file.
 
@@ -106,7 +127,8 @@ def file_losses(
         sequence_length: Tokens of a block; each block is read on its own.
         max_blocks: Blocks of a file.
         batch_size: Blocks at a time; the result does not depend on it.
-        observe: Called with the routings of every forward.
+        observe: Called with the routings of every forward and, of each row of its batch, the name
+            of the file.
     """
     model.eval()
     blocks = [
@@ -114,7 +136,7 @@ def file_losses(
         for file, tokens in enumerate(files.values())
         for block in _spread(tokens, sequence_length, max_blocks)
     ]
-    sums = np.zeros((len(files), 2))
+    names, sums = list(files), np.zeros((len(files), 2))
     with record_routing(model) as routings:
         starts = range(0, len(blocks), batch_size)
         for start in followed(starts, "held-out text", total=len(starts)):
@@ -122,7 +144,7 @@ def file_losses(
             nats = _token_losses(model, [block for _, block in batch])
             for (file, block), row in zip(batch, nats, strict=True):
                 sums[file] += (row.sum().item(), len(block) - 1)
-            observe(routings)
+            observe(routings, [names[file] for file, _ in batch])
     return [FileLoss(nats, int(tokens)) for nats, tokens in sums if tokens > 0]
 
 

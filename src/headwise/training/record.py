@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 
 from headwise.analysis.experts import expert_use
+from headwise.analysis.heads import head_use
 from headwise.analysis.plain_data import from_plain
 from headwise.analysis.records import Curve, ModelRecord, RunRecord, to_json
 from headwise.analysis.tables import speed_table, verdict
 from headwise.errors import reading
-from headwise.parity import count_parameters, measure_flops
+from headwise.parity import count_parameters, measure_flops, router_share
 from headwise.progress import plain_console
 from headwise.results.files import as_object, write_manifest, write_whole
 from headwise.results.rows import Row, environment, write_csv
@@ -85,11 +86,13 @@ def _cost(task: Task, model: Any) -> dict[str, Any]:
     total, active = count_parameters(model)
     with torch.no_grad():
         counted = measure_flops(lambda: model(**task.example(model))) / task.length
+    flops = task.flops_by_module(model)
     return {
         "parameters": total,
         "active_parameters": active,
-        "flops": round(task.flops(model)),
+        "flops": round(sum(flops.values())),
         "flops_counted": round(counted),
+        "router_flops": round(router_share(model, flops), 6),
         "mlp_dim": getattr(model.config, "intermediate_size", None),
     }
 
@@ -134,8 +137,8 @@ def report(
     models: dict[str, Trained],
     tried: list[Trained],
 ) -> None:
-    """Print the table and the speed; write results.csv, search.csv, experts.csv, figure.png,
-    pictures, record.json, report.html.
+    """Print the table and the speed; write results.csv, search.csv, heads.csv, experts.csv,
+    figure.png, pictures, record.json, report.html.
 
     Args:
         run, task, directory: What was trained, on what, and where it lies.
@@ -149,10 +152,13 @@ def report(
     trained = [*models.values()]
     rows = [result.row for result in trained]
     write_csv(directory.root / "results.csv", rows)
-    if tried:
-        write_csv(directory.root / "search.csv", [result.row for result in tried])
-    if of_experts := _expert_rows(trained):
-        write_csv(directory.root / "experts.csv", of_experts)
+    for name, some in (
+        ("search", [result.row for result in tried]),
+        ("heads", _head_rows(trained)),
+        ("experts", _expert_rows(trained)),
+    ):
+        if some:
+            write_csv(directory.root / f"{name}.csv", some)
     draw_comparison(rows, directory.root / "figure.png", axis=run.axis)
     compared = table.comparison(rows)
     saved = min(models, key=lambda name: demerit(models[name].row))
@@ -204,10 +210,25 @@ def _expert_rows(trained: list[Trained]) -> list[Row]:
     rows = []
     for _, record in trained:
         for use in expert_use(record.experts) if record.experts else []:
-            values = use._asdict().items()
-            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values}
-            rows.append({"model": record.name, "seed": record.seed, **rounded})
+            rows.append(_rounded(record, use._asdict()))
     return rows
+
+
+def _head_rows(trained: list[Trained]) -> list[Row]:
+    """For each model, layer and head what `HeadUse` holds, its loads as load_DOMAIN."""
+    rows = []
+    for _, record in trained:
+        for use in head_use(record.heads) if record.heads else []:
+            values = use._asdict()
+            loads = {f"load_{domain}": load for domain, load in values.pop("loads").items()}
+            rows.append(_rounded(record, values | loads))
+    return rows
+
+
+def _rounded(record: ModelRecord, values: Row) -> Row:
+    """A row of a model, with six digits behind the point."""
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+    return {"model": record.name, "seed": record.seed, **rounded}
 
 
 _EQUAL = (
