@@ -14,6 +14,7 @@ from headwise.recipes import train
 from headwise.recipes.decoders import build_model
 from headwise.recipes.layered import mh_moe
 from headwise.recipes.scales import small, tiny
+from headwise.recipes.studies import static_heads
 from headwise.results.rows import read_csv
 from headwise.training.comparison import Variant
 from tiny import ONE_STEP, RUN
@@ -27,22 +28,28 @@ def build(study: str, name: str) -> torch.nn.Module:
     return build_model(run, variant, vocab_size=V, seed=0)
 
 
+def static(heads: int) -> torch.nn.Module:
+    """As many of the heads of a tiny study, always the same."""
+    run = tiny("moh-budget")
+    return build_model(run, static_heads(run, heads), vocab_size=V, seed=0)
+
+
 def flops(model: torch.nn.Module) -> float:
     return sum(count_flops(model, sequence_length=T).values())
 
 
 def test_every_budget_below_all_has_a_static_control():
     variants = tiny("moh-budget").variants()
-    routed, static = (
+    routed, same = (
         {v.position: v for v in variants if v.series == series}
         for series in ("routed", "always the same")
     )
-    assert [*static] == [87.5, 75, 62.5, 50, 37.5, 25] == [p for p in routed if p != 100]
-    assert [v.num_heads for v in static.values()] == [7, 6, 5, 4, 3, 2]
-    assert static[75].name == "static_75"
-    assert static[75].label == "6 of 8 heads, always the same"
+    assert [*same] == [75, 50, 25] == [p for p in routed if p != 100]
+    assert [v.num_heads for v in same.values()] == [6, 4, 2]
+    assert same[75].name == "static_75"
+    assert same[75].label == "6 of 8 heads, always the same"
     on = {p: v.attention.active for p, v in routed.items()}
-    assert {p: v.num_heads for p, v in static.items()} == {p: on[p] for p in static}
+    assert {p: v.num_heads for p, v in same.items()} == {p: on[p] for p in same}
 
 
 def test_components_have_the_control_of_as_many_heads_as_are_on():
@@ -53,7 +60,7 @@ def test_components_have_the_control_of_as_many_heads_as_are_on():
 
 @pytest.mark.parametrize("heads", [6, 5])
 def test_a_static_control_costs_what_its_heads_cost(heads):
-    dense, fewer = build("moh-budget", "dense"), build("moh-budget", f"static_{100 * heads // 8}")
+    dense, fewer = build("moh-budget", "dense"), static(heads)
     off = 8 - heads
     # In 4 layers, of each head that is off: 12 channels of four matrices of width 96, and two
     # products of 12 channels with (T + 1) / 2 keys.
@@ -68,7 +75,7 @@ def test_a_static_control_costs_what_its_heads_cost(heads):
 
 def test_heads_that_do_not_divide_the_width_are_computed_as_llamas_are():
     """Five heads of eight; the same numbers as eight of which three write nothing."""
-    fewer, all_heads = build("moh-budget", "static_62"), build("moh-budget", "dense")
+    fewer, all_heads = static(5), build("moh-budget", "dense")
     assert isinstance(all_heads, LlamaForCausalLM)
     state = fewer.state_dict()
     for name, weight in all_heads.state_dict().items():

@@ -138,7 +138,7 @@ def moh_shared_share(run: TextRun) -> list[Variant]:
 
 def moh_budget(run: TextRun) -> list[Variant]:
     heads = run.num_heads
-    actives = dict.fromkeys(round(heads * eighths / 8) for eighths in range(8, 1, -1))
+    actives = dict.fromkeys(max(2, round(heads * quarters / 4)) for quarters in range(4, 0, -1))
     shared = {active: min(max(1, round(0.4 * active)), active - 1) for active in actives}
     return [
         DENSE,
@@ -176,7 +176,7 @@ def dit_budget(run: ImageRun) -> list[Variant]:
     """The released code's start of routers, and one of them with that of other models of ours."""
     small = run.routed(0.75, router_std=0.02)
     name, label = f"{small.name}_small_routers", f"{small.label}, routers from 0.02"
-    return [*image_budget(run), replace(small, name=name, label=label)]
+    return [*image_budget(run), replace(small, name=name, label=label, series="from 0.02")]
 
 
 def moh_routing(run: TextRun) -> list[Variant]:
