@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 
-from headwise.data.images import ImageSet, load_images
+from headwise.data.images import ImageSet, halve_images, load_images
 from headwise.data.patches import in_floats, patches_of
 from headwise.data.pixels import stacked
 
@@ -68,6 +68,21 @@ def test_one_image_in_ten_is_held_out_by_its_index(tmp_path):
     assert [len(part) for part in first] == [36, 4]
     assert both(first) == [(i, f"number {i}") for i in range(40)]
     assert first[1].captions == second[1].captions
+
+
+def test_held_out_images_are_halved_class_by_class():
+    """Of 5 cats and 2 dogs, 3 and 1 are for the second half."""
+    pixels = np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1)
+    labels = np.array([0, 0, 0, 1, 0, 1, 0])
+    images = ImageSet(pixels, tuple("abcdefg"), labels, ("cat", "dog"))
+    validation, test = halve_images(images)
+    assert (validation.captions, test.captions) == (("b", "d", "e"), ("a", "c", "f", "g"))
+    assert validation.labels.tolist() == [0, 1, 0]
+    assert test.pixels.ravel().tolist() == [0, 2, 5, 6]
+    without_classes = halve_images(ImageSet(pixels, tuple("abcdefg")))
+    assert [half.captions for half in without_classes] == [tuple("bdf"), tuple("aceg")]
+    with pytest.raises(ValueError, match=r"data holds out 1 image; it takes 2"):
+        halve_images(images.take([3]))
 
 
 def test_parquet_with_classes_says_them_in_words(tmp_path):
