@@ -128,8 +128,9 @@ def test_balancing_a_router_without_a_choice_moves_nothing():
 
 def test_rows_say_how_many_heads_are_on_and_which_line_a_model_is_of(numbers, tmp_path):
     models = ("dense", "moh_75", "moh_50", "static_75", "static_50")
-    fields = RUN | ONE_STEP | {"num_heads": 8, "output": tmp_path / "run", "data": numbers}
-    run = dataclasses.replace(tiny("moh-budget"), models=models, seeds=(0,), workers=1, **fields)
+    fields = RUN | ONE_STEP | {"num_heads": 8, "data": numbers, "protocol": "plain", "workers": 1}
+    study = dataclasses.replace(tiny("moh-budget"), models=models, seeds=(0,), **fields)
+    run = dataclasses.replace(study, output=tmp_path / "run")
     train(run)
     rows = {row["model"]: row for row in read_csv(run.output / "results.csv")}
     shares = {name: float(row["active_heads"]) for name, row in rows.items()}

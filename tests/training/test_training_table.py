@@ -101,6 +101,7 @@ def test_eight_measures_fit_a_terminal():
         f"{x}{y}" for x in ("code", "prose") for y in ("", "_typos_1", "_typos_5", "_typos_10")
     ]
     scored = {f"perplexity_{text}": 128.9 for text in texts} | {"label": "MoH + sparse MoE"}
+    scored |= {"learning_rate": 0.006, "rates_tried": "0.003 0.006 0.012"}
     rows = [row("moh", 0, 90.0, **scored), row("moh", 1, 99.0, **scored | {texts[-1]: 99.0})]
     console = Console(width=80, record=True, file=StringIO())
     console.print(for_terminal(rows, ""))
@@ -108,8 +109,11 @@ def test_eight_measures_fit_a_terminal():
     assert "…" not in drawn
     assert drawn.count(" 128.9") + drawn.count(" 113.9") == len(texts), "no number is broken"
     assert {"code,", "prose,", "typos", "sparse"} <= set(drawn.split()), "nor a word"
-    assert "Not shown here: params (M), active (M), counted, tokens/s ↑;" in " ".join(drawn.split())
+    assert (
+        "Not shown here: params (M), active (M), counted, learning rate, tokens/s ↑; results.csv"
+    ) in " ".join(drawn.split())
     assert "median step" not in drawn
+    assert "learning rate:" not in drawn
 
 
 def test_the_legend_says_how_much_was_scored():

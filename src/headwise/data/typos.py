@@ -42,10 +42,11 @@ def mistype(text: str, share: float, *, seed: int) -> str:
             typed.append(letter)
             continue
         ways = [generator.choice(_BESIDE[letter]), 2 * letter, ""]
-        if behind in _BESIDE and behind != letter:
+        swaps = behind in _BESIDE and behind != letter
+        if swaps:
             ways.append(behind + letter)
         typed.append(generator.choice(ways))
-        at += typed[-1] == behind + letter
+        at += swaps and typed[-1] == behind + letter
     return "".join(typed)
 
 

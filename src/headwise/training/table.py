@@ -100,7 +100,7 @@ def for_terminal(rows: Sequence[Row], title: str) -> rich.table.Table:
     many = len(measures(rows[0])) > _MOST_WITH_QUARTILES
     crowded = bool(minor or on_the_way) or many or any(_PUBLISHED in x for x in table.columns)
     spare = ["active (M)", "counted", *minor, *on_the_way] if crowded else []
-    spare += ["params (M)", _speed_column(rows)] if many and not minor else []
+    spare += ["params (M)", "learning rate", _speed_column(rows)] if many and not minor else []
     left_out = [column for column in table.columns if column in spare]
     more = f" Not shown here: {', '.join(left_out)}; results.csv has them." if left_out else ""
     shown = table.without(left_out)
@@ -133,7 +133,7 @@ def _legend(rows: Sequence[Row], table: Table) -> str:
         sentences.append(_OVER_SEEDS)
     if _speed_column(rows) in table.columns:
         sentences.append(_SPEED.format(rows[0]["unit"]))
-    if _searched(rows):
+    if "learning rate" in table.columns:
         sentences.append(_BEST_RATE)
         if any(_EDGE in str(cell) for line in table.rows for cell in line):
             sentences.append(_AT_THE_EDGE)
