@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 @pytest.fixture(scope="module")
 def pictures(bright_and_dark):
     """Grey images of 8 × 8 pixels."""
-    return bright_and_dark(40, 8, 8)
+    return bright_and_dark(60, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_it_draws_bright_and_dark(finished):
     assert float(row["recognised"]) == 100
     assert 0 <= float(row["precision_of_samples"]) <= 1
     assert float(row["fid"]) >= 0
-    assert (row["unit"], row["samples"], row["real_images"]) == ("image", "22", "72")
+    assert (row["unit"], row["samples"], row["real_images"]) == ("image", "22", "108")
     assert float(row["active_heads"]) < 1
     assert "Diffusion transformers" in (finished.output / "report.html").read_text()
 
@@ -86,7 +86,7 @@ def test_what_is_saved_is_the_average(finished, drawer):
 
 def test_loads_are_counted_for_each_class(finished, drawer):
     task = read(finished)
-    assert [len(x) for x in task.values] == [72, 4, 4]
+    assert [len(x) for x in task.values] == [108, 6, 6]
     (_, curve), whole = task.datasets(task.run.variants()[0], 0), task.values[1]
     assert [x["pixel_values"].tolist() for x in curve] == whole.tolist()
     assert not {x.tobytes() for x in whole} & {x.tobytes() for x in task.values[2]}
@@ -94,7 +94,7 @@ def test_loads_are_counted_for_each_class(finished, drawer):
     loads = task._loads(model).head_loads()
     assert list(loads.by_domain) == ["bright", "dark"]
     # An image is one document, however many times it is seen.
-    documents = np.bincount(task.validation.labels).tolist()
+    documents = np.bincount(task.test.labels).tolist()
     assert list(loads.difference.documents.values()) == documents
     active = [b.active_heads for b in model.config.budgets]
     for layers in loads.by_domain.values():

@@ -25,7 +25,7 @@ pytest.importorskip("kornia", reason="kornia is not installed")
 @pytest.fixture(scope="module")
 def pictures(bright_and_dark):
     """Images of 8 × 8 pixels, in colour."""
-    return bright_and_dark(40, 8, 8, 3)
+    return bright_and_dark(60, 8, 8, 3)
 
 
 def run_of(output, pictures, **changes):
@@ -80,7 +80,7 @@ def test_loads_are_counted_for_each_class(finished, directory):
     for layers in heads.by_domain.values():
         assert [sum(layer) for layer in layers] == pytest.approx([3, 3, 3, 3, 6, 6])
     # An image is a document, of the batches of five each has both classes.
-    held_out = np.bincount(task.validation.labels).tolist()
+    held_out = np.bincount(task.test.labels).tolist()
     assert list(heads.difference.documents.values()) == held_out
     for layer, tested in enumerate(heads.difference.layers):
         by_class = np.array([layers[layer] for layers in heads.by_domain.values()])
