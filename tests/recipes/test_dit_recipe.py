@@ -20,7 +20,9 @@ pytest.importorskip("kornia", reason="kornia is not installed")
 from headwise.commands.draw import DrawingRun, draw
 from headwise.recipes.classifier import train_classifier
 from headwise.recipes.dit import DiffusionRun, read
+from headwise.training.comparison import Training
 from headwise.training.pictures import in_grid, sample_grid
+from headwise.training.train import trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -82,6 +84,20 @@ def test_what_is_saved_is_the_average(finished, drawer):
     trained = DiT.from_pretrained(checkpoint).state_dict()
     assert not torch.equal(saved["final_layer.linear.weight"], trained["final_layer.linear.weight"])
     assert torch.equal(saved["positions"], trained["positions"])
+
+
+def test_what_is_scored_on_the_way_is_the_average(pictures, classifier, tmp_path):
+    run = run_of(tmp_path / "run", pictures, classifier, averaging=0.5, steps=3)
+    trainer = trainer_of(run, read(run), Training(run.dense(), seed=0))
+    trainer.train()
+    average = [x.clone() for x in trainer.average.shadow_params]
+    for parameter in trainer.model.parameters():
+        parameter.data += 1
+    now = [x.clone() for x in trainer.model.parameters()]
+    assert not any(map(torch.equal, now, average))
+    with trainer.kept_weights():
+        assert all(map(torch.equal, trainer.model.parameters(), average))
+    assert all(map(torch.equal, trainer.model.parameters(), now))
 
 
 def test_loads_are_counted_for_each_class(finished, drawer):

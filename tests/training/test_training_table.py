@@ -42,6 +42,37 @@ def test_one_line_a_model_with_deviation_over_seeds():
     assert dense[-2:] == ["11.00 (8–30)", "999"]
 
 
+SEARCHED = {"learning_rate": 0.006, "rates_tried": "0.003 0.006 0.012"}
+
+
+def test_a_rate_of_its_own_is_shown_and_marked_where_its_grid_ends():
+    at_an_end = {"learning_rate": 0.012, "rates_tried": "0.003 0.006 0.012"}
+    rows = [row("moh", 0, 30.0, **SEARCHED), row("dense", 0, 31.0, **at_an_end)]
+    table = comparison(rows)
+    at = table.columns.index("learning rate")
+    assert [line[at] for line in table.printed()] == ["0.006", "0.012 (edge)"]
+    assert "the least loss on the validation half" in table.legend
+    assert "(edge): the best of its grid is an end of it" in table.legend
+    assert "(edge)" not in comparison(rows[:1]).legend
+    assert "learning rate" not in comparison(ROWS).columns
+
+
+def test_what_a_model_was_worth_on_its_way_has_columns_and_terminals_do_without():
+    rows = [
+        row("moh", seed, 30.0, early_steps=130, early_perplexity_code=value)
+        for seed, value in ((0, 55.5), (1, 57.5))
+    ]
+    table = comparison(rows)
+    at = table.columns.index("PPL code after 130 steps ↓")
+    assert table.printed()[0][at] == "56.5 ± 1.4"
+    assert [measure.key for measure in measures(rows[0])] == ["perplexity_code"]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(for_terminal(rows, ""))
+    drawn = " ".join(console.export_text().split())
+    assert "56.5" not in drawn
+    assert "Not shown here: active (M), counted, PPL code after 130 steps ↓;" in drawn
+
+
 def test_measures_are_what_a_row_has():
     assert [m.column for m in measures(ROWS[0])] == ["PPL code ↓"]
     assert [m.column for m in measures({"top1": 97.5, "fid": 3.0})] == ["top-1 (%) ↑", "FID ↓"]

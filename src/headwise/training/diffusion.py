@@ -54,8 +54,10 @@ class DiffusionTrainer(SafeTrainer):
         """The averaged ones."""
         self.average.store(self.model.parameters())
         self.average.copy_to(self.model.parameters())
-        yield
-        self.average.restore(self.model.parameters())
+        try:
+            yield
+        finally:
+            self.average.restore(self.model.parameters())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -57,7 +57,7 @@ def _carry_out(run: ComparisonRun, task: Task) -> Outcome:
     train_all = partial(_train_all, run, task, train_one)
     if run.protocol == "plain":
         return plain(run, train_all)
-    say_how_long(run, partial(_trainer, run, task))
+    say_how_long(run, partial(trainer_of, run, task))
     return fair(run, train_all, partial(_train_all, run, task, try_one))
 
 
@@ -92,7 +92,7 @@ def train_one(run: ComparisonRun, task: Task, training: Training, count: str = "
     """Train a model of the run, and save it. `count` precedes its name."""
     state = PartialState()
     finished = RunDirectory(run.output).model(training.name)
-    trainer = _trainer(run, task, training, count)
+    trainer = trainer_of(run, task, training, count)
     if run.early_steps is not None:
         trainer.add_callback(_EarlyScore(trainer, task, run.early_steps))
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if run.resume else None)
@@ -103,7 +103,7 @@ def train_one(run: ComparisonRun, task: Task, training: Training, count: str = "
     return trained
 
 
-def _trainer(run: ComparisonRun, task: Task, training: Training, count: str = "") -> SafeTrainer:
+def trainer_of(run: ComparisonRun, task: Task, training: Training, count: str = "") -> SafeTrainer:
     """Of a new model, on the data of its seed."""
     variant, seed, rate = training
     directory = RunDirectory(run.output)
