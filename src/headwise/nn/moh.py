@@ -1,5 +1,6 @@
 """Mixture-of-Head attention as a layer of its own."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from einops import rearrange
@@ -7,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headwise.nn.budget import ActiveBudget, Budget, HeadBudget
+from headwise.nn.head_widths import attend_by_width, different_widths
 from headwise.nn.kv_cache import Keys, KeyValueCache, cache_of, extended, kept_keys
 from headwise.nn.linear import is_plain
 from headwise.nn.routers import HeadRouter, OneStageRouter, QueryNormRouter, TwoStageRouter
@@ -73,11 +75,14 @@ class MoHAttention(nn.Module):
 
     Args:
         dim: Width of the tokens.
-        num_heads: All heads. Divides dim unless head_dim is given.
+        num_heads: All heads. Divides dim unless head_dim or head_dims is given.
         shared_heads: Heads that are always on, the first ones: a count, or a share of num_heads.
         active_heads: Heads that a token switches on, shared ones included: a count or a share.
         num_kv_heads: Key and value heads; divides num_heads. Default: as many as num_heads.
         head_dim: Channels of a head. Default: dim / num_heads.
+        head_dims: Channels of each head, where they differ; their sum need not be dim. Default:
+            head_dim for all. Such heads have keys of their own, a learned router, no qk_norm and no
+            cache.
         context_dim: Width of the context of which keys and values are made. Default: dim.
         router: "two_stage" (learned), "one_stage" (the same with all shared heads at 1) or
             "query_norm" (without parameters).
@@ -101,7 +106,7 @@ class MoHAttention(nn.Module):
 
     Raises:
         ValueError: For an impossible budget, sizes that do not divide, a router that does not
-            exist, or dropout with an impl that has none.
+            exist, dropout with an impl that has none, or what heads of different widths have not.
     """
 
     @checked
@@ -114,6 +119,7 @@ class MoHAttention(nn.Module):
         active_heads: ActiveBudget,
         num_kv_heads: Count | None = None,
         head_dim: Count | None = None,
+        head_dims: Sequence[Count] | None = None,
         context_dim: Count | None = None,
         router: HeadRouterName = "two_stage",
         mode: HeadMode = "released",
@@ -139,6 +145,12 @@ class MoHAttention(nn.Module):
             active=active_heads,
             num_groups=num_kv_heads if route_groups else None,
         )
+        self.head_dims = different_widths(
+            head_dims, num_heads=num_heads, head_dim=head_dim, num_kv_heads=num_kv_heads,
+            router=router, qk_norm=qk_norm, layer_idx=layer_idx,
+        )  # fmt: skip
+        if head_dims is not None:
+            head_dim = min(head_dims)  # rotary turns no more channels of any head
         if head_dim is None and dim % num_heads:
             raise ValueError(
                 f"dim is {dim}; it must be divisible by num_heads = {num_heads}, or give head_dim"
@@ -148,10 +160,13 @@ class MoHAttention(nn.Module):
         self.head_dim = head_dim if head_dim is not None else dim // num_heads
         self.context_dim = dim if context_dim is None else context_dim
         self.window, self.dropout, self.layer_idx = window, dropout, layer_idx
-        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(self.context_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(self.context_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        if self.head_dims is not None:
+            width = kv_width = sum(self.head_dims)
+        self.q_proj = nn.Linear(dim, width, bias=bias)
+        self.k_proj = nn.Linear(self.context_dim, kv_width, bias=bias)
+        self.v_proj = nn.Linear(self.context_dim, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, dim, bias=bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=_EPS) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=_EPS) if qk_norm else None
         self.router = head_router(router, dim, budget, mode=mode, scores=scores)
@@ -179,7 +194,8 @@ class MoHAttention(nn.Module):
             attn_mask: True where a token sees a key; or a float that is added to the scores. As
                 torch's `scaled_dot_product_attention` has it, broadcastable to [B, H, T, S].
             rotary: cos and sin, [T, R] or [B, T, R], by which the first R channels of queries and
-                keys are turned: what transformers' models call `position_embeddings`.
+                keys are turned: what transformers' models call `position_embeddings`. No head may
+                be narrower.
             past_key_values: A cache, such as transformers' DynamicCache or StaticCache. Keys and
                 values are added to it, and x's tokens see those of earlier calls, too. Of a context
                 the first call adds them, and the next ones read them. An EncoderDecoderCache has
@@ -205,6 +221,11 @@ class MoHAttention(nn.Module):
             return y[0], HeadRouting(*parts)
         causal = self.causal if causal is None else causal
         self._check(x, context, context_mask, rotary, past_key_values, causal)
+        if self.head_dims is not None:
+            seen = (x, mask) if context is None else (context, context_mask)
+            return self._of_widths(
+                x, mask, *seen, attn_mask=attn_mask, rotary=rotary, causal=causal
+            )
         cache = cache_of(past_key_values, context=context is not None)
         if context is None:
             keys, own_mask = self._keys(x, mask, rotary, cache, causal)
@@ -229,6 +250,27 @@ class MoHAttention(nn.Module):
         if skips:
             return merge_heads(heads, self.o_proj.weight, self.o_proj.bias), routing
         return self.o_proj(rearrange(heads, "b t h c -> b t (h c)")), routing
+
+    def _of_widths(
+        self, x: Tensor, mask: Tensor | None, seen: Tensor, real: Tensor | None, **options: Any
+    ) -> tuple[Tensor, HeadRouting]:
+        """The same with heads of different widths, which one router chooses from."""
+        assert self.head_dims is not None
+        routing = mark_first_pass(self.router(x, mask))
+        heads = attend_by_width(
+            self.q_proj(x),
+            self.k_proj(seen),
+            self.v_proj(seen),
+            routing.weights,
+            self.head_dims,
+            real=real,
+            window=self.window,
+            dropout=self.dropout if self.training else 0.0,
+            share_on=self.router.budget.active_share,
+            impl=self.impl,
+            **options,
+        )
+        return self.o_proj(heads), routing
 
     def _keys(
         self,
@@ -302,13 +344,19 @@ class MoHAttention(nn.Module):
         check_tokens(x, None, dim=self.dim, weight=weight)
         check("causal", causal, bool)
         check("past_key_values", cache, KeyValueCache | None)
+        if cache is not None and self.head_dims is not None:
+            raise ValueError(
+                "past_key_values is given; with heads of different widths (head_dims) it must be "
+                "None"
+            )
         if cache is not None and self.layer_idx is None:
             raise ValueError(
                 "layer_idx is None, and past_key_values is given; the constructor must be told "
                 "which layer of the cache is this one's"
             )
         if rotary is not None:
-            check_rotary(rotary, x, self.head_dim)
+            named = "head_dim" if self.head_dims is None else "min(head_dims)"
+            check_rotary(rotary, x, self.head_dim, named)
         if context is None:
             if context_mask is not None:
                 raise ValueError("context_mask is given, and context is not")
@@ -333,7 +381,8 @@ class MoHAttention(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        return f"{self.budget}, head_dim={self.head_dim}, causal={self.causal}, impl={self.impl}"
+        width = f"head_dim={self.head_dim}" if self.head_dims is None else f"head_dims={self.head_dims}"
+        return f"{self.budget}, {width}, causal={self.causal}, impl={self.impl}"
 
 
 def _placed(heads: Tensor, norm: nn.RMSNorm | None, rotary: Rotary | None) -> Tensor:

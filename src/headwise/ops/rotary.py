@@ -27,7 +27,9 @@ def rotate(
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-def check_rotary(rotary: Any, x: Float[Tensor, "B T D"], head_dim: int) -> None:
+def check_rotary(
+    rotary: Any, x: Float[Tensor, "B T D"], head_dim: int, name_of_width: str = "head_dim"
+) -> None:
     """Refuse anything but cos and sin [T, R] or [B, T, R] of x's tokens, R even, up to head_dim."""
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise ValueError(f"rotary is a {type(rotary).__name__}; it must be (cos, sin)")
@@ -39,5 +41,6 @@ def check_rotary(rotary: Any, x: Float[Tensor, "B T D"], head_dim: int) -> None:
         if not fits or width % 2 or not 0 < width <= head_dim:
             raise ValueError(
                 f"rotary's {name} has shape {list(part.shape)}; cos and sin must both be "
-                f"[{tokens}, R] or [{batch}, {tokens}, R], R even and at most head_dim = {head_dim}"
+                f"[{tokens}, R] or [{batch}, {tokens}, R], R even and at most {name_of_width} = "
+                f"{head_dim}"
             )

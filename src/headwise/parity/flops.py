@@ -52,7 +52,8 @@ def count_flops(
                     (T + 1) / 2 where it is causal, W · (2·T - W + 1) / (2·T) in a window of W < T
 
     Heads that are off are not counted: the figure is what skipping can reach, not what an
-    implementation that masks them spends. `measure_flops` counts what really runs.
+    implementation that masks them spends. `measure_flops` counts what really runs. Of heads of
+    different widths, the routed ones count as if each were on equally often.
 
     Averaged over the tokens of a sequence are the keys that they see, and what runs once a
     sequence: modules named pooler, classifier (but for classes of tokens), seq_relationship,
@@ -211,9 +212,11 @@ def _is_attention(module: nn.Module) -> bool:
     return named or hasattr(module, "is_causal")
 
 
-def _flops_of_pair(name: str, module: Any) -> int:
+def _flops_of_pair(name: str, module: Any) -> float:
     """FLOPs of an attention for a token and a key that it sees, over the heads that are on."""
     budget: HeadBudget | None = getattr(getattr(module, "router", None), "budget", None)
+    if (widths := getattr(module, "head_dims", None)) is not None:
+        return 4 * _channels_on(widths, budget)
     heads = _num_heads(module) if budget is None else budget.active_heads
     width = _head_width(module)
     for what, value, fields in (
@@ -226,6 +229,14 @@ def _flops_of_pair(name: str, module: Any) -> int:
                 f"{' or '.join(fields)}; measure_flops counts what runs"
             )
     return 4 * heads * width
+
+
+def _channels_on(head_dims: tuple[int, ...], budget: HeadBudget | None) -> float:
+    """Channels of the heads that a token has on, each of the routed ones equally often."""
+    if budget is None or not budget.routed_heads:
+        return sum(head_dims)
+    shared = sum(head_dims[head] for head in budget.which_shared)
+    return shared + (sum(head_dims) - shared) * budget.top_k / budget.routed_heads
 
 
 def _head_width(module: Any) -> Any:
