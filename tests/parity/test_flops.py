@@ -23,7 +23,8 @@ from headwise import (
     fit,
     fit_experts,
 )
-from headwise.parity import count_flops, measure_flops, router_share
+from headwise.models import DecoderConfig, DecoderForCausalLM
+from headwise.parity import count_flops, count_parameters, measure_flops, router_share
 
 B, T = 2, 48
 EXPERTS = {"num_experts": 5, "top_k": 2, "expert_dim": 56}
@@ -109,6 +110,38 @@ def test_moh_layer_by_hand(layer_is, count, keys):
         "q_proj": 2 * 48 * 60, "k_proj": 2 * 48 * 20, "v_proj": 2 * 48 * 20, "o_proj": 2 * 48 * 60,
         "router.shared": 2 * 48 * 2, "router.routed": 2 * 48 * 4, "router.stage": 2 * 48 * 2,
     }  # fmt: skip
+
+
+def test_moh_layer_with_heads_of_different_widths_by_hand():
+    layer = MoHAttention(
+        48, num_heads=5, shared_heads=2, active_heads=4, head_dims=(3, 7, 11, 5, 2), causal=True
+    )
+    flops = count_flops(layer, sequence_length=5)
+    # Two shared heads of 3 and 7 channels, and two of three that have 11, 5 and 2; 3 keys.
+    assert flops[""] == 4 * (3 + 7 + 2 / 3 * (11 + 5 + 2)) * 3
+    of_28 = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name for name in flops if flops[name] == 2 * 48 * 28} == of_28
+    always_on = MoHAttention(48, num_heads=2, shared_heads=2, active_heads=2, head_dims=(3, 7))
+    assert count_flops(always_on, sequence_length=5, causal=False)[""] == 4 * 10 * 5
+    biases = 3 * 28 + 48
+    assert count_parameters(layer) == (4 * 48 * 28 + biases + 48 * (2 + 3 + 2),) * 2
+
+
+@pytest.mark.parametrize("heads", [{}, {"shared_heads": 4, "active_heads": 4, "router_std": 0.0}])
+@pytest.mark.parametrize("head_dims", [(12,) * 4, (16, 8, 16, 8)])
+def test_decoder_of_any_widths_equals_torchs_counter(head_dims, heads):
+    model = DecoderForCausalLM(
+        DecoderConfig(
+            vocab_size=97, hidden_size=48, intermediate_size=112, head_dims=head_dims, rotary_dim=8,
+            num_hidden_layers=2, **heads,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(0, 97, (B, T))
+    with torch.no_grad():
+        counted = measure_flops(lambda: model(ids)) / (B * T)
+    # Of the router, one map of four scores: it multiplies by rows of zeros, up to 16.
+    zeros = 2 * 2 * 48 * 12 if heads else 0
+    assert by_formula(model) == pytest.approx(counted - zeros, rel=1e-6)
 
 
 def test_moh_layer_with_routed_groups_by_hand():

@@ -5,23 +5,24 @@ import dataclasses
 import pytest
 import torch
 
-from headwise.recipes.decoders import build_model
+from headwise.recipes.decoders import TextRun, build_model
 from headwise.recipes.lm import LanguageModelRun
+from headwise.recipes.scales import tiny
 from headwise.recipes.studies import mh_moe
 from headwise.training.comparison import Variant
 
-RUN = LanguageModelRun(dim=24, num_heads=4, num_layers=3, mlp_dim=40, vocab_size=300, every=2)
+SIZES = {"dim": 24, "num_heads": 4, "num_layers": 3, "mlp_dim": 40, "vocab_size": 300, "every": 2}
+RUN = LanguageModelRun(**SIZES)
 VARIANTS = {variant.name: variant for variant in RUN.variants()}
 WITHOUT_MERGE = Variant(name="bare", label="", mlp=mh_moe(RUN, heads=2, top_k=2, merge_layer=False))
 SHARED = Variant(name="shared", label="", mlp=mh_moe(RUN, heads=2, top_k=2, shared_expert_dim=7))
 
 
-def scaled(variant: Variant, scale: float | None = None) -> dict[str, float]:
+def scaled(variant: Variant, scale: float | None = None, run: TextRun = RUN) -> dict[str, float]:
     """By which factor weights differ from those of the same model without the scaling."""
-    run = dataclasses.replace(RUN, residual_scale=scale)
     ours, plain = (
         dict(build_model(r, variant, vocab_size=300, seed=0).named_parameters())
-        for r in (run, dataclasses.replace(RUN, residual_scale=1.0))
+        for r in (dataclasses.replace(run, residual_scale=x) for x in (scale, 1.0))
     )
     assert ours.keys() == plain.keys()
     factors = {}
@@ -53,6 +54,18 @@ def test_the_last_map_of_each_branch_is_scaled_and_nothing_else(variant, of_expe
     factors = scaled(variant)
     assert sorted(factors) == sorted([*attention, *dense, *of_experts])
     assert set(factors.values()) == {round(6**-0.5, 5)}
+
+
+@pytest.mark.parametrize("attention", [None, VARIANTS["moh"].attention], ids=["dense", "moh"])
+def test_so_are_those_of_heads_of_any_widths(attention):
+    widths = Variant(name="widths", label="", attention=attention, head_dims=(8, 4, 8, 4))
+    run = dataclasses.replace(tiny("moh-heads-of-two-widths"), **SIZES)
+    names = ("attention.o_proj.weight", "mlp.down_proj.weight")
+    factors = scaled(widths, run=run)
+    assert sorted(factors) == sorted(f"layers.{layer}.{n}" for layer in range(3) for n in names)
+    assert set(factors.values()) == {round(6**-0.5, 5)}
+    plain = build_model(run, widths, vocab_size=300, seed=0).layers[0].mlp.up_proj.weight
+    assert plain.std().item() == pytest.approx((2 / (5 * 24)) ** 0.5, rel=0.1)
 
 
 def test_the_factor_is_a_field_of_the_run():

@@ -21,6 +21,7 @@ from headwise.results.published import PUBLISHED
 from tiny import LINES
 
 V = 211
+ROUTER = "attention.router"
 TEXT = [name for name, study in STUDIES.items() if study.subject == "text"]
 IMAGES = [name for name in STUDIES if name not in TEXT]
 MODELS = [(study, variant.name) for study in TEXT for variant in tiny(study).variants()]
@@ -99,6 +100,27 @@ def test_switching_heads_off_makes_a_model_cheaper():
         assert costs == sorted(costs, reverse=True)
     positions = [100, 75, 50, 25]
     assert [v.position for v in run.variants()] == [None, *positions, *positions[1:]]
+
+
+def test_heads_of_two_widths_have_as_many_channels_in_all():
+    models = built("moh-heads-of-two-widths")
+    assert [*models] == ["dense", "dense_two_widths", "moh", "moh_two_widths"]
+    totals = {name: count_parameters(model) for name, model in models.items()}
+    assert totals["dense"] == totals["dense_two_widths"]
+    assert totals["moh"] == totals["moh_two_widths"]
+    for name, model in models.items():
+        config = model.config
+        assert config.head_dims == ((16, 8) * 4 if "two" in name else (12,) * 8)
+        assert (config.rotary_dim, config.num_hidden_layers) == (8, 4)
+    (router,) = (m for n, m in models["moh_two_widths"].layers[0].named_modules() if n == ROUTER)
+    assert (router.budget.shared_heads, router.budget.active_heads) == (3, 6)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(64, 8), (90, 5)])
+def test_heads_that_two_widths_cannot_be_made_of_are_refused(dim, heads):
+    wanted = f"num_heads is {heads}; it must be even, and the width of a head, dim / num_heads = "
+    with pytest.raises(ValueError, match=re.escape(f"{wanted}{dim // heads}, a multiple of 3")):
+        dataclasses.replace(tiny("moh-heads-of-two-widths"), dim=dim, num_heads=heads)
 
 
 def test_shared_shares_are_those_of_the_paper_as_far_as_heads_allow():

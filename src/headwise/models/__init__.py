@@ -1,5 +1,6 @@
 """Model families of our own, of transformers' building blocks. Importing it registers them."""
 
+from headwise.models.decoder import DecoderConfig, DecoderForCausalLM
 from headwise.models.dit import DiT, DiTConfig
 from headwise.models.masked import MaskedConfig, MaskedModel
 from headwise.models.transnext import (
@@ -9,6 +10,8 @@ from headwise.models.transnext import (
 )
 
 __all__ = [
+    "DecoderConfig",
+    "DecoderForCausalLM",
     "DiT",
     "DiTConfig",
     "MaskedConfig",

@@ -135,6 +135,7 @@ def different_widths(
     for name, (value, misfits, right) in of_one_width.items():
         if misfits:
             raise ValueError(
-                f"{name} is {value!r}; with heads of different widths (head_dims) it must be {right}"
+                f"{name} is {value!r}; with heads of different widths (head_dims) it must be "
+                f"{right}"
             )
     return tuple(head_dims)

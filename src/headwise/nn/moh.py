@@ -222,9 +222,9 @@ class MoHAttention(nn.Module):
         causal = self.causal if causal is None else causal
         self._check(x, context, context_mask, rotary, past_key_values, causal)
         if self.head_dims is not None:
-            seen = (x, mask) if context is None else (context, context_mask)
+            others = (x, mask) if context is None else (context, context_mask)
             return self._of_widths(
-                x, mask, *seen, attn_mask=attn_mask, rotary=rotary, causal=causal
+                x, mask, *others, attn_mask=attn_mask, rotary=rotary, causal=causal
             )
         cache = cache_of(past_key_values, context=context is not None)
         if context is None:
@@ -252,15 +252,15 @@ class MoHAttention(nn.Module):
         return self.o_proj(rearrange(heads, "b t h c -> b t (h c)")), routing
 
     def _of_widths(
-        self, x: Tensor, mask: Tensor | None, seen: Tensor, real: Tensor | None, **options: Any
+        self, x: Tensor, mask: Tensor | None, others: Tensor, real: Tensor | None, **options: Any
     ) -> tuple[Tensor, HeadRouting]:
         """The same with heads of different widths, which one router chooses from."""
         assert self.head_dims is not None
         routing = mark_first_pass(self.router(x, mask))
         heads = attend_by_width(
             self.q_proj(x),
-            self.k_proj(seen),
-            self.v_proj(seen),
+            self.k_proj(others),
+            self.v_proj(others),
             routing.weights,
             self.head_dims,
             real=real,
@@ -381,7 +381,8 @@ class MoHAttention(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        width = f"head_dim={self.head_dim}" if self.head_dims is None else f"head_dims={self.head_dims}"
+        name = "head_dim" if self.head_dims is None else "head_dims"
+        width = f"{name}={getattr(self, name)}"
         return f"{self.budget}, {width}, causal={self.causal}, impl={self.impl}"
 
 

@@ -1,7 +1,8 @@
 """Runs on text: their fields, and the models that they compare, Llamas and what becomes of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
 from headwise.data.text import check_exponent
 from headwise.data.typos import check_typos
 from headwise.memory import check_memory
+from headwise.models import DecoderConfig, DecoderForCausalLM
 from headwise.parity import count_flops
 from headwise.recipes.layered import LayeredRun, convert_variant, equal_width
 from headwise.training.comparison import Variant
@@ -112,6 +114,10 @@ def _assemble(
     run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int, *, device: str = "meta"
 ) -> PreTrainedModel:
     with torch.device(device):
+        if variant.head_dims:
+            # It comes with its routers; what is left to do is the start.
+            dense = replace(variant, attention=None)
+            return convert_variant(run, dense, _of_widths(run, variant, mlp_dim, vocab_size))
         return convert_variant(run, variant, _dense(run, variant, mlp_dim, vocab_size))
 
 
@@ -135,3 +141,35 @@ def _dense(run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int) -> Pre
         # LlamaConfig refuses such heads; without a window Mistral is the same model.
         return MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
     return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def _of_widths(run: TextRun, variant: Variant, mlp_dim: int, vocab_size: int) -> PreTrainedModel:
+    """The model of a variant that says how wide each head is.
+
+    In all models of the comparison positions turn as many channels of a head as the narrowest has.
+    """
+    routed: dict[str, Any] = {}
+    if (moh := variant.attention) is not None:
+        routed = {
+            "shared_heads": moh.shared,
+            "active_heads": moh.active,
+            "router": moh.router,
+            "mode": moh.mode,
+            "scores": moh.scores,
+            "router_std": moh.router_std,
+            "balance_coefficient": moh.balance_coefficient,
+        }
+    config = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=run.dim,
+        intermediate_size=mlp_dim,
+        num_hidden_layers=run.num_layers,
+        head_dims=variant.head_dims,
+        rotary_dim=min(width for model in run.variants() for width in model.head_dims),
+        max_position_embeddings=run.sequence_length,
+        initializer_range=run.initial_deviation,
+        bos_token_id=0,
+        eos_token_id=0,
+        **routed,
+    )
+    return DecoderForCausalLM(config)

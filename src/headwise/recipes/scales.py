@@ -112,6 +112,8 @@ _TINY: dict[str, dict[str, Any]] = {
 }
 # What a study needs beside the models.
 _OF_STUDIES: dict[str, dict[str, Any]] = {"noise": {"typos": (0.01, 0.05, 0.1)}}
+# Heads whose width 3 divides.
+_OF_SMALL: dict[str, dict[str, Any]] = {"moh-heads-of-two-widths": {"num_heads": 8}}
 _SMALL: dict[str, dict[str, Any]] = {
     "text": {
         "dim": 384,
@@ -191,7 +193,8 @@ def small(study: str) -> StudyRun:
         "workers": 1,
         "precision": "bf16",
     }
-    return dataclasses.replace(tiny(study), **fields | _SMALL[STUDIES[study].subject])
+    fields |= _SMALL[STUDIES[study].subject] | _OF_SMALL.get(study, {})
+    return dataclasses.replace(tiny(study), **fields)
 
 
 def paper(study: str) -> StudyRun:

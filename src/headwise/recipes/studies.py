@@ -179,6 +179,28 @@ def dit_budget(run: ImageRun) -> list[Variant]:
     return [*image_budget(run), replace(small, name=name, label=label, series="from 0.02")]
 
 
+def moh_heads_of_two_widths(run: TextRun) -> list[Variant]:
+    """Equal heads, and heads of 4/3 and of 2/3 of their width in turn: as many channels in all."""
+    width, heads = run.dim // run.num_heads, run.num_heads
+    if width % 3 or heads % 2:
+        raise ValueError(
+            f"num_heads is {heads}; it must be even, and the width of a head, dim / num_heads = "
+            f"{width}, a multiple of 3, so that there are heads of 4/3 and of 2/3 of it"
+        )
+    equal, two = (width,) * heads, (4 * width // 3, 2 * width // 3) * (heads // 2)
+    return [
+        Variant(name="dense", label="dense", head_dims=equal),
+        Variant(name="dense_two_widths", label="dense, heads of two widths", head_dims=two),
+        Variant(name="moh", label="MoH", attention=moh(run), head_dims=equal),
+        Variant(
+            name="moh_two_widths",
+            label="MoH, heads of two widths",
+            attention=moh(run),
+            head_dims=two,
+        ),
+    ]
+
+
 def moh_routing(run: TextRun) -> list[Variant]:
     return [
         Variant(
@@ -279,6 +301,11 @@ STUDIES = {
     ),
     "moh-routing": Study(
         "Which scores and which formulas should route heads?", moh_routing, equal_cost=False
+    ),
+    "moh-heads-of-two-widths": Study(
+        "Do heads of two widths do better than equal ones?",
+        moh_heads_of_two_widths,
+        equal_cost=False,
     ),
     "vit-budget": Study(
         "How far can heads of an image classifier be switched off?",

@@ -245,7 +245,7 @@ class TextTask(Task):
 
     def speed(self, models: Mapping[str, Path]) -> Timed | None:
         variants = self.run.selected()
-        alike = [v for v in variants if not (v.mlp or v.ternary or v.num_heads)]
+        alike = [v for v in variants if not (v.mlp or v.ternary or v.num_heads or v.head_dims)]
         dense = next((v for v in alike if v.attention is None), None)
         routed = next((v for v in alike if v.attention is not None), None)
         if dense is None or routed is None or not self.run.speed_contexts:

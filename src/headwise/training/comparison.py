@@ -37,6 +37,9 @@ class Variant:
         ternary: Whether all linear maps of its layers have ternary weights (BitNet b1.58).
         num_heads: Attention heads of each layer, as wide as those of the run's other models: the
             same ones for every token, nothing routed. None is the run's number.
+        head_dims: Channels of each head of a layer, in a model of text whose attentions are
+            `MoHAttention` where `attention` says so, and dense otherwise; its MLPs are dense. Empty
+            for heads that are all as wide as the run's.
         train_on: Domains that it trains on; all of them if empty. It is scored on all.
         position: Where it stands on the axis of a study that has one.
         series: Which of the lines over that axis it is a point of, where there are several.
@@ -48,6 +51,7 @@ class Variant:
     mlp: MoEConfig | None = None
     ternary: bool = False
     num_heads: int | None = None
+    head_dims: tuple[int, ...] = ()
     train_on: tuple[str, ...] = ()
     position: float | None = None
     series: str = ""
