@@ -156,3 +156,33 @@ def test_a_study_begins_with_what_is_expected(tmp_path, monkeypatch, capsys):
 def test_of_every_study_the_log_expects_something():
     log = (Path(__file__).parents[2] / LOG).read_text("utf-8")
     assert [name for name in STUDIES if not expectation(name, log)] == []
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_is_published_of_a_study_went_by_the_protocol(name):
+    if not (RESULTS / f"{name}.csv").exists():
+        pytest.skip(f"{name} has not run yet")
+    published = read_csv(RESULTS / f"{name}.csv")
+    if "rates_tried" not in published[0]:
+        pytest.skip(f"{name} ran before the protocol")
+    run = tiny(name)
+    assert sorted((row["model"], int(row["seed"])) for row in published) == sorted(
+        (variant.name, seed) for variant in run.variants() for seed in run.seeds
+    )
+    for row in published:
+        rate, tried = float(row["learning_rate"]), [float(x) for x in row["rates_tried"].split()]
+        assert min(tried) < rate < max(tried), f"{row['model']} is at the edge of its grid"
+        assert (int(row["steps"]), int(row["early_steps"])) == (run.steps, run.early_steps)
+        assert int(row.get("scored_tokens_prose", 20_000)) >= 20_000
+    searched = read_csv(RESULTS / f"{name}-search.csv")
+    for model in {row["model"] for row in published}:
+        losses = {
+            row["learning_rate"]: float(row["validation_loss"])
+            for row in searched
+            if row["model"] == model
+        }
+        best = {row["learning_rate"] for row in published if row["model"] == model}
+        assert best == {min(losses, key=losses.__getitem__)}

@@ -41,8 +41,7 @@ class LanguageModelRun(TextRun):
 
     @property
     def title(self) -> str:
-        # Until models start scaled by depth, dense starts badly: docs/log.md, 2026-11-27.
-        return "Language models at equal FLOPs per token (no fair comparison: dense starts badly)"
+        return "Language models at equal FLOPs per token"
 
     def variants(self) -> list[Variant]:
         """Dense first: the others are given its cost."""

@@ -281,11 +281,11 @@ class Task(ABC):
 
     @abstractmethod
     def datasets(self, variant: Variant, seed: int) -> tuple[Examples, Examples]:
-        """What a variant trains on, and what its validation curve is measured on."""
+        """What a variant trains on; the validation half of what is held out, for its curve."""
 
     @abstractmethod
     def score(self, model: Any) -> Scores:
-        """What a trained model is worth."""
+        """What a model is worth on the test half of what is held out."""
 
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
