@@ -62,6 +62,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "two_stage, paper": lambda: MoHAttention(D, **HEADS, mode="paper"),
     "query_norm": lambda: MoHAttention(D, **HEADS, router="query_norm", num_kv_heads=1),
     "window, norms": lambda: MoHAttention(D, **HEADS, causal=True, window=3, qk_norm=True),
+    "widths": lambda: MoHAttention(D, **HEADS, causal=True, head_dims=(5, 3, 5, 3, 7)),
     "torch's encoder": lambda: Encoder(),
     "groups": lambda: MoHAttention(D, **GROUPS),
     "query_norm, groups": lambda: MoHAttention(D, **GROUPS, router="query_norm"),

@@ -9,6 +9,7 @@ import torch
 
 from headwise.data.images import halve_images, load_images
 from headwise.data.text import load_text
+from headwise.loading import load_causal_lm
 from headwise.parity import count_flops, count_parameters
 from headwise.recipes import train
 from headwise.recipes.decoders import build_model
@@ -18,7 +19,8 @@ from headwise.recipes.studies import STUDIES
 from headwise.recipes.text import domain_names
 from headwise.recipes.vit import VisionTask
 from headwise.results.published import PUBLISHED
-from tiny import LINES
+from headwise.results.rows import read_csv
+from tiny import LINES, ONE_STEP, RUN
 
 V = 211
 ROUTER = "attention.router"
@@ -114,6 +116,24 @@ def test_heads_of_two_widths_have_as_many_channels_in_all():
         assert (config.rotary_dim, config.num_hidden_layers) == (8, 4)
     (router,) = (m for n, m in models["moh_two_widths"].layers[0].named_modules() if n == ROUTER)
     assert (router.budget.shared_heads, router.budget.active_heads) == (3, 6)
+
+
+def test_heads_of_two_widths_are_trained_scored_and_not_timed(numbers, tmp_path):
+    """Timing reads a cache, which these models do not have."""
+    fields = RUN | ONE_STEP | {"dim": 24, "data": numbers, "protocol": "plain", "seeds": (0,)}
+    study = dataclasses.replace(tiny("moh-heads-of-two-widths"), workers=1, **fields)
+    run = dataclasses.replace(study, output=tmp_path / "run", speed_contexts=(17,))
+    train(run)
+    rows = {row["model"]: row for row in read_csv(run.output / "results.csv")}
+    assert [*rows] == ["dense", "dense_two_widths", "moh", "moh_two_widths"]
+    assert [float(row["active_heads"]) for row in rows.values()] == [1, 1, 0.75, 0.75]
+    assert {row["mlp_dim"] for row in rows.values()} == {"64"}
+    loads = read_csv(run.output / "heads.csv")
+    routed = [(row["model"], row["layer"], row["head"]) for row in loads]
+    assert len(routed) == len(set(routed)) == 2 * 2 * 4
+    assert "Speed at long contexts" not in (run.output / "report.html").read_text()
+    model = load_causal_lm(run.output / "models" / "moh_two_widths-seed0")
+    assert model.config.head_dims == (8, 4, 8, 4)
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(64, 8), (90, 5)])
