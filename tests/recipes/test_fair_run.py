@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -24,6 +25,16 @@ def rows(run: Path, name: str = "results") -> list[dict[str, str]]:
         {key: value for key, value in row.items() if key not in MEASURED}
         for row in read_csv(run / f"{name}.csv")
     ]
+
+
+def mean_losses(tried: list[dict[str, str]], model: str) -> dict[str, float]:
+    """Mean validation loss of each learning rate that was tried with every seed."""
+    losses: dict[str, list[float]] = {}
+    for row in tried:
+        if row["model"] == model:
+            losses.setdefault(row["learning_rate"], []).append(float(row["validation_loss"]))
+    most = max(map(len, losses.values()))
+    return {rate: fmean(values) for rate, values in losses.items() if len(values) == most}
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +61,12 @@ def test_the_rate_of_least_validation_loss_is_that_of_all_seeds(finished):
         ("dense", "3"), ("dense", "5"), ("static_75", "3"), ("static_75", "5"),
     ]  # fmt: skip
     for model in ("dense", "static_75"):
-        of_model = [row for row in tried if row["model"] == model]
-        assert len(of_model) >= 3
-        assert {row["seed"] for row in of_model} == {"3"}
-        best = min(of_model, key=lambda row: float(row["validation_loss"]))
-        ours = [row for row in chosen if row["model"] == model]
-        assert {row["learning_rate"] for row in ours} == {best["learning_rate"]}
-        rates = sorted(float(row["learning_rate"]) for row in of_model)
+        means, ours = mean_losses(tried, model), [r for r in chosen if r["model"] == model]
+        best = min(means, key=means.__getitem__)
+        assert [row["learning_rate"] for row in ours] == [best, best]
+        rates = sorted({float(row["learning_rate"]) for row in tried if row["model"] == model})
+        assert len(rates) >= 3
         assert [float(x) for x in ours[0]["rates_tried"].split()] == pytest.approx(rates)
-        assert ours[0]["validation_loss"] == best["validation_loss"], "it is not trained twice"
 
 
 def test_each_model_is_scored_after_a_third_of_its_steps_too(finished):
@@ -97,7 +105,7 @@ def test_it_is_said_how_long_it_takes(study, tmp_path, capsys):
     run = dataclasses.replace(study, output=tmp_path / "run", models=("dense",), steps=3)
     train(run)
     said = capsys.readouterr().out
-    assert "1 models, each trained about 4 times for its learning rate and 1 times with" in said
+    assert "1 models, each trained about 6 times for its learning rate and seeds" in said
     assert "minutes of training in all" in said
 
 
@@ -179,10 +187,6 @@ def test_what_is_published_of_a_study_went_by_the_protocol(name):
         assert int(row.get("scored_tokens_prose", 20_000)) >= 20_000
     searched = read_csv(RESULTS / f"{name}-search.csv")
     for model in {row["model"] for row in published}:
-        losses = {
-            row["learning_rate"]: float(row["validation_loss"])
-            for row in searched
-            if row["model"] == model
-        }
+        means = mean_losses(searched, model)
         best = {row["learning_rate"] for row in published if row["model"] == model}
-        assert best == {min(losses, key=losses.__getitem__)}
+        assert best == {min(means, key=means.__getitem__)}

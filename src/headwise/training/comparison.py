@@ -92,7 +92,7 @@ class ComparisonRun(TrainingRun):
             around learning_rate that widens until the best one is inside, and scores it after a
             third of its steps as well; "plain" trains all at learning_rate.
         models: Which of the models to train, by name; all of them if empty.
-        seeds: Each model is trained once with each; with the first one learning rates are tried.
+        seeds: Each model is trained once with each; learning rates are tried with the first one.
         expected: What is expected to come out, written before; it stands on the page.
         workers: Models trained side by side, each in a process of its own: on a GPU of its own, or
             on its share of the processor's cores.

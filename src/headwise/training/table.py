@@ -44,7 +44,7 @@ _PUBLISHED = " (published)"
 _SPEED = "{}s/s: training, median step."
 _BEST_RATE = (
     "learning rate: of the model's own grid by factors of 2 the one with the least loss on the "
-    "validation half of what is held out, with the first seed; all else is of the test half."
+    "validation half of what is held out; all else is of the test half."
 )
 _EDGE = " (edge)"
 _AT_THE_EDGE = "(edge): the best of its grid is an end of it; a better one may lie beyond."

@@ -9,7 +9,8 @@ from accelerate import PartialState
 from headwise.training.comparison import ComparisonRun, Training
 from headwise.training.trainer import SafeTrainer
 
-_RATES = 4  # that a model tries, as a rule: three, and one more
+_RATES = 4  # that a model tries with the first seed, as a rule
+_CLOSE = 1.5  # of these, with every other seed
 _TIMED = 3
 
 
@@ -23,12 +24,12 @@ def say_how_long(run: ComparisonRun, trainer_of: Callable[[Training], SafeTraine
     first = [Training(variant, run.seeds[0], run.learning_rate) for variant in variants]
     a_step = sum(_seconds_of_a_step(trainer_of(training)) for training in first)
     torch.set_num_threads(threads)
-    each = _RATES + len(run.seeds) - 1
+    each = _RATES + _CLOSE * (len(run.seeds) - 1)
     minutes = a_step * run.steps * each / run.workers / 60
     print(
-        f"{len(variants)} models, each trained about {_RATES} times for its learning rate and "
-        f"{len(run.seeds) - 1} times with other seeds, {run.workers} at a time: about "
-        f"{minutes:.0f} minutes of training in all, and more for scoring",
+        f"{len(variants)} models, each trained about {each:.0f} times for its learning rate and "
+        f"seeds, {run.workers} at a time: about {minutes:.0f} minutes of training in all, and more "
+        "for scoring",
         flush=True,
     )
 

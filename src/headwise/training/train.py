@@ -54,11 +54,10 @@ def train(run: Run, read: Callable[[Run], Task]) -> None:
 
 
 def _carry_out(run: ComparisonRun, task: Task) -> Outcome:
-    train_all = partial(_train_all, run, task, train_one)
     if run.protocol == "plain":
-        return plain(run, train_all)
+        return plain(run, partial(_train_all, run, task, train_one))
     say_how_long(run, partial(trainer_of, run, task))
-    return fair(run, train_all, partial(_train_all, run, task, try_one))
+    return fair(run, partial(_train_all, run, task, try_one))
 
 
 def _train_all(
