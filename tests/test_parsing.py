@@ -36,7 +36,7 @@ def options(*names: str) -> list[str]:
 def test_everyday_fields_of_a_recipe_come_first(boxes):
     (title, everyday), *others = boxes("train", "lm").items()
     assert (title, everyday) == ("options", options(*LanguageModelRun.everyday))
-    assert len(everyday) == 10
+    assert len(everyday) == 11
     # Each other box, and an option that its class declares.
     declared = {
         "Language-Model options": "shared-heads", "Text options": "sequence-length",

@@ -39,11 +39,13 @@ def batch(family, generator, size=32):
 def trained(request):
     """A model of each family that has learned something, and its name."""
     config, kind, sizes = FAMILIES[request.param]
-    torch.manual_seed(0)
+    # A ViT stays long on a plateau where no head matters, with seed 0 longer than others.
+    steps, seed = (2 * STEPS, 1) if request.param == "ViT" else (STEPS, 0)
+    torch.manual_seed(seed)
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         model(**batch(request.param, generator)).loss.backward()
         optimizer.step()

@@ -47,7 +47,7 @@ def test_both_learn_bright_from_dark(finished):
     assert list(rows) == ["dense", "moh_75"]
     for row in rows.values():
         assert float(row["top1"]) == 100
-        assert row["scored_images"] == "4"  # of 80 a tenth is held out, and half of it scored
+        assert row["scored_images"] == "6"  # of 120 a tenth is held out, and half of it scored
         assert (row["unit"], row["seen"]) == ("image", str(40 * 5))
         assert float(row["flops"]) == pytest.approx(float(row["flops_counted"]), rel=0.1)
     assert (rows["dense"]["active_heads"], rows["moh_75"]["active_heads"]) == ("1.0", "0.75")
@@ -137,9 +137,9 @@ def test_models_are_chosen_by_other_images_than_are_scored(pictures, tmp_path):
     _, curve = task.datasets(task.run.variants()[0], 0)
     chosen_by = {x["pixel_values"].numpy().tobytes() for x in curve}
     scored = {x.tobytes() for x in task.test.pixels}
-    assert (len(chosen_by), len(scored)) == (4, 4)
+    assert (len(chosen_by), len(scored)) == (6, 6)
     assert not chosen_by & scored
-    assert "held out: 4 for the validation curve, 4 for the scores" in task.facts()["Number"]
+    assert "held out: 6 for the validation curve, 6 for the scores" in task.facts()["Number"]
     swapped = dataclasses.replace(task, validation=task.test, test=task.validation)
     assert swapped.fingerprint() != task.fingerprint()
 
@@ -173,8 +173,8 @@ def test_wrong_fields_are_refused(changes, message):
 
 
 def test_a_batch_that_would_repeat_images_is_refused(tmp_path, pictures):
-    with pytest.raises(ValueError, match=r"batch_size is 73; it must be at most 72, the examples"):
-        read(run_of(tmp_path / "run", pictures, batch_size=73))
+    with pytest.raises(ValueError, match=r"batch_size is 109; it must be at most 108, the examples"):
+        read(run_of(tmp_path / "run", pictures, batch_size=109))
 
 
 def test_a_class_without_images_is_refused(tmp_path, pictures):
