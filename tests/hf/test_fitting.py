@@ -39,12 +39,12 @@ def batch(family, generator, size=32):
 def trained(request):
     """A model of each family that has learned something, and its name."""
     config, kind, sizes = FAMILIES[request.param]
-    # A ViT stays long on a plateau where no head matters, with seed 0 longer than others.
-    steps, seed = (2 * STEPS, 1) if request.param == "ViT" else (STEPS, 0)
+    # A ViT stays long on plateaus where no head matters: on which, differs between processors.
+    steps, rate, seed = (300, 3e-3, 1) if request.param == "ViT" else (STEPS, 1e-2, 0)
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     for _ in range(steps):
         optimizer.zero_grad()
         model(**batch(request.param, generator)).loss.backward()
