@@ -173,7 +173,7 @@ def test_wrong_fields_are_refused(changes, message):
 
 
 def test_a_batch_that_would_repeat_images_is_refused(tmp_path, pictures):
-    with pytest.raises(ValueError, match=r"batch_size is 109; it must be at most 108, the examples"):
+    with pytest.raises(ValueError, match=r"batch_size is 109; it must be at most 108, the"):
         read(run_of(tmp_path / "run", pictures, batch_size=109))
 
 
