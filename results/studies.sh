@@ -17,6 +17,9 @@ run() { # command, name, options
     cp "$output/results.csv" "results/$2.csv"
     cp "$output/search.csv" "results/$2-search.csv"
     cp "$output/figure.png" "results/$2.png"
+    for loads in heads experts; do
+        [ ! -e "$output/$loads.csv" ] || cp "$output/$loads.csv" "results/$2-$loads.csv"
+    done
 }
 
 for name in "${@:-${studies[@]}}"; do
