@@ -98,16 +98,12 @@ def model_width(run: TextRun, variant: Variant, *, vocab_size: int) -> int:
     """
 
     def flops(variant: Variant, width: int) -> float:
-        return model_flops(run, _assemble(run, variant, width, vocab_size))
+        model = _assemble(run, variant, width, vocab_size)
+        return sum(count_flops(model, sequence_length=run.sequence_length).values())
 
     width = equal_width(run, variant, flops)
     _assemble(run, variant, width, vocab_size)
     return width
-
-
-def model_flops(run: TextRun, model: PreTrainedModel) -> float:
-    """Of a forward, per token, by formula."""
-    return sum(count_flops(model, sequence_length=run.sequence_length).values())
 
 
 def _assemble(
